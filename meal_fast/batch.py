@@ -1,0 +1,68 @@
+"""The values that flow through a step, and the letters their shapes are written in.
+
+    B  prompts in a batch          T  tokens of a row, padded       K  objectives
+    G  samples per prompt          P  tokens of a prefix, padded    D  hidden width
+    R  rows = B * G                N  packed tokens (no padding)    V  vocabulary
+
+A suffix on a name gives its shape where it could be any of several: `reward_RK`, `mask_RT`.
+Every stage makes a new frozen value; nothing is overwritten:
+
+    Prompt -> Rollout -> Scored -> (the learner packs, and returns a loss)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a prompt set."""
+
+    id: str  # stable: a hash of the text
+    text: str  # stripped; what the reward models see
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """R sampled responses. Row r answers prompt `group_R[r]` under the preference `w_RK[r]`.
+
+    `prefix[b]` are the tokens that all rows of group b share: prompt, preference, assistant header.
+    """
+
+    prompts: tuple[Prompt, ...]  # B, one per group
+    prefix: tuple[tuple[int, ...], ...]  # B, token ids
+    group_R: Tensor  # int64, non-decreasing, into prompts and prefix
+    w_RK: Tensor  # float32, on the simplex
+    tokens_RT: Tensor  # int64, the sampled tokens (an end-of-turn token included), padded
+    mask_RT: Tensor  # bool, true on sampled tokens
+    logp_RT: Tensor  # float32, of the sampler, at its temperature; 0 where masked
+    finish: tuple[str, ...]  # R, "stop" or "length"
+    texts: tuple[str, ...]  # R, decoded, special tokens left out
+    prefill_tokens: int  # that went through the model before the first sampled token
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Rewards of a rollout and what the learner needs of them."""
+
+    reward_RK: Tensor  # float32, raw
+    normalized_RK: Tensor  # float32
+    score_R: Tensor  # float32, higher is better
+    advantage_R: Tensor  # float32
+
+
+def key(*parts: int | str) -> int:
+    """A 63-bit key of anything: the same everywhere, whatever the rank, slot or batch size.
+
+    All randomness of a run hangs on such keys: a sampled row's id is the key of (step, task, inner
+    step, prompt, sample, attempt); there is no global generator.
+    """
+    text = "\x1f".join(str(part) for part in parts).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1

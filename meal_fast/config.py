@@ -1,0 +1,337 @@
+"""Every option of a run, as frozen dataclasses, and the presets made of them.
+
+Importing this file imports no torch: `--help` and every check below answer at once. A check that
+fails raises `ValueError` naming the option, the value and the remedy.
+
+Tags: [P] stated in "Barriers to Pareto Steerability" (BPS) or "Meta-Aligner"; [R] our reading of what
+the papers leave open.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+RecipeName = Literal["weighted-meta-grpo", "weighted-grpo", "grid-meta-grpo", "grid-grpo"]
+Tuning = Literal["lora", "full"]
+Normalization = Literal["max", "standard", "tanh", "none"]
+KLEstimator = Literal["k1", "k2", "k3", "exact"]
+Reduce = Literal["grpo", "dapo", "dr_grpo"]
+AdamMode = Literal["persist_v", "reset", "per_preference"]
+Logger = Literal["none", "tensorboard", "wandb"]
+
+
+def opt(default: Any, help: str) -> Any:
+    """A dataclass field with its help text."""
+    return field(default=default, metadata={"help": help})
+
+
+def _require(ok: bool, option: str, value: object, remedy: str) -> None:
+    if not ok:
+        raise ValueError(f"{option}={value!r}: {remedy}")
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    path: str = opt("packaged:smollm2-135m", "packaged:NAME, a local folder or a hub name")
+    tuning: Tuning = opt("lora", "train LoRA adapters, or every parameter")
+    lora_rank: int = opt(16, "rank of the LoRA factors")
+    lora_alpha: float = opt(32.0, "LoRA scale: the update is alpha/rank * B A")
+    dtype: Literal["float32", "bfloat16"] = opt(
+        "float32", "of the frozen weights; what is trained is always float32"
+    )
+    device: str = opt("auto", "cpu, cuda, cuda:0, or auto (cuda when there is one)")
+
+    def __post_init__(self) -> None:
+        _require(self.lora_rank >= 1, "policy.lora_rank", self.lora_rank, "must be at least 1")
+        _require(self.lora_alpha > 0, "policy.lora_alpha", self.lora_alpha, "must be positive")
+        full_bf16 = self.tuning == "full" and self.dtype != "float32"
+        _require(
+            not full_bf16,
+            "policy.dtype",
+            self.dtype,
+            "full-parameter training needs float32: a bf16 step at |weight| 0.02 is 1.2e-4 and "
+            "loses updates of 1e-6",
+        )
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    train: str = opt("packaged:mixed", "packaged:NAME, a .jsonl or .txt file, or a hub data set")
+    evaluation: str = opt(
+        "", "the held-out prompts, same forms; empty: the held-out split of `train`"
+    )
+    max_tokens: int = opt(256, "longer prompts are left out")
+
+    def __post_init__(self) -> None:
+        _require(bool(self.train), "prompts.train", self.train, "name a prompt set")
+        _require(self.max_tokens >= 1, "prompts.max_tokens", self.max_tokens, "must be positive")
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    alpha: float = opt(1.0, "concentration of Dir(alpha) that draws the training preferences [P]")
+    grid: int = opt(11, "points a side of the simplex lattice [P]; 0: continuous preferences")
+
+    def __post_init__(self) -> None:
+        _require(self.alpha > 0, "preference.alpha", self.alpha, "must be positive")
+        _require(
+            self.grid == 0 or self.grid >= 2,
+            "preference.grid",
+            self.grid,
+            "must be 0 (continuous) or at least 2 points",
+        )
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    prompts: int = opt(4, "prompts of an inner update")
+    samples: int = opt(8, "responses per prompt: the group G of GRPO")
+    max_new_tokens: int = opt(48, "length limit of a response")
+    temperature: float = opt(0.9, "of the sampler, and of every log-probability [P]")
+
+    def __post_init__(self) -> None:
+        _require(self.prompts >= 1, "rollout.prompts", self.prompts, "must be at least 1")
+        _require(
+            self.samples >= 2,
+            "rollout.samples",
+            self.samples,
+            "must be at least 2: a group-relative advantage compares the samples of a prompt",
+        )
+        _require(self.max_new_tokens >= 1, "rollout.max_new_tokens", self.max_new_tokens, "≥ 1")
+        _require(self.temperature > 0, "rollout.temperature", self.temperature, "must be positive")
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    normalization: Normalization = opt("max", "of the rewards, before scalarisation [P]")
+    mu: float = opt(0.1, "smoothing of the Tchebycheff score [P]")
+    utopia: tuple[float, ...] = opt(
+        (), "z*, one number per objective, in normalised units; empty: from the calibration sample"
+    )
+    calibration: int = opt(64, "responses of the base model that fix the statistics and z* [R]")
+
+    def __post_init__(self) -> None:
+        _require(self.mu > 0, "score.mu", self.mu, "must be positive")
+        _require(
+            all(math.isfinite(z) for z in self.utopia), "score.utopia", self.utopia, "not finite"
+        )
+        _require(self.calibration >= 2, "score.calibration", self.calibration, "must be at least 2")
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    lr: float = opt(1e-6, "AdamW's learning rate; cosine over the run's updates [P]")
+    weight_decay: float = opt(0.0, "AdamW's weight decay")
+    beta: float = opt(0.1, "coefficient of the KL term to the frozen base model [P]")
+    kl: KLEstimator = opt("k3", "estimator of that KL")
+    clip_low: float = opt(0.2, "lower clip of the importance ratio")
+    clip_high: float = opt(0.2, "upper clip of the importance ratio")
+    reduce: Reduce = opt("grpo", "mean per sequence, over tokens, or by a constant")
+    max_grad_norm: float = opt(1.0, "gradient clipping; 0: none")
+    epochs: int = opt(1, "updates per rollout")
+    micro_tokens: int = opt(1024, "tokens of a forward and backward pass; smaller: less memory")
+
+    def __post_init__(self) -> None:
+        for name in ("lr",):
+            _require(getattr(self, name) > 0, f"grpo.{name}", getattr(self, name), "positive")
+        for name in ("weight_decay", "beta", "clip_low", "clip_high", "max_grad_norm"):
+            value = getattr(self, name)
+            _require(value >= 0, f"grpo.{name}", value, "must not be negative")
+        _require(self.clip_low < 1, "grpo.clip_low", self.clip_low, "must be below 1")
+        _require(self.epochs >= 1, "grpo.epochs", self.epochs, "must be at least 1")
+        _require(self.micro_tokens >= 1, "grpo.micro_tokens", self.micro_tokens, "must be positive")
+
+
+@dataclass(frozen=True)
+class MetaConfig:
+    steps: int = opt(400, "meta-steps T [P]")
+    tasks: int = opt(2, "preferences of a meta-step, B_w [P]")
+    n_inner: int = opt(2, "inner updates per preference [R]")
+    epsilon: float = opt(1.5, "Reptile's step; falls linearly to zero over the run [P]")
+    max_delta: float = opt(0.0, "clip of the norm of the meta-update; 0: none")
+    adam: AdamMode = opt("persist_v", "what a task inherits of Adam's state")
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, "meta.steps", self.steps, "must be at least 1")
+        _require(self.tasks >= 1, "meta.tasks", self.tasks, "must be at least 1")
+        _require(self.n_inner >= 1, "meta.n_inner", self.n_inner, "must be at least 1")
+        _require(self.epsilon > 0, "meta.epsilon", self.epsilon, "must be positive")
+        _require(self.max_delta >= 0, "meta.max_delta", self.max_delta, "must not be negative")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    prompts: int = opt(16, "held-out prompts of a sweep")
+    samples: int = opt(1, "sampled responses per prompt and weight, beside the greedy one")
+    grid: int = opt(11, "weights a side of the simplex lattice; 28 with K=2: BPS's Table 1 [P]")
+
+    def __post_init__(self) -> None:
+        _require(self.prompts >= 1, "evaluation.prompts", self.prompts, "must be at least 1")
+        _require(self.samples >= 1, "evaluation.samples", self.samples, "must be at least 1")
+        _require(self.grid >= 2, "evaluation.grid", self.grid, "must be at least 2")
+
+
+@dataclass(frozen=True)
+class Config:
+    recipe: RecipeName = opt("weighted-meta-grpo", "the method")
+    seed: int = opt(0, "the one key of all randomness")
+    objectives: tuple[str, ...] = opt(
+        ("helpful=packaged:complied", "harmless=packaged:harmless"),
+        "NAME=SOURCE, two or more; see meal_fast.objectives for the forms of SOURCE",
+    )
+    checkpoint_every: int = opt(5, "meta-steps between checkpoints")
+    logger: Logger = opt("none", "beside metrics.jsonl")
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    meta: MetaConfig = field(default_factory=MetaConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.recipe in get_args(RecipeName),
+            "recipe",
+            self.recipe,
+            f"unknown; choose from {', '.join(get_args(RecipeName))}",
+        )
+        names = [o.partition("=")[0] for o in self.objectives]
+        _require(
+            len(names) >= 2 and all("=" in o for o in self.objectives),
+            "objectives",
+            self.objectives,
+            "two or more, each NAME=SOURCE",
+        )
+        _require(
+            len(set(names)) == len(names) and all(n.isidentifier() for n in names),
+            "objectives",
+            self.objectives,
+            "names must differ and be plain words: the policy reads them",
+        )
+        _require(
+            len(self.score.utopia) in (0, len(names)),
+            "score.utopia",
+            self.score.utopia,
+            f"needs {len(names)} numbers, one per objective",
+        )
+        if "meta" in self.recipe:
+            _require(
+                self.meta.n_inner >= 2,
+                "meta.n_inner",
+                self.meta.n_inner,
+                "Reptile needs at least 2 inner updates; with 1 it is joint training "
+                "(use the recipe without 'meta')",
+            )
+        _require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "≥ 1")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The objectives' names, in order: the K columns of every reward."""
+        return tuple(o.partition("=")[0] for o in self.objectives)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain values, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any], base: Config | None = None) -> Config:
+    """`base` (default: all defaults) with the nested `values` put in; unknown keys are refused."""
+    return _replace(base or Config(), values, "")
+
+
+def _replace(base: Any, values: dict[str, Any], where: str) -> Any:
+    known = {f.name: f for f in dataclasses.fields(base)}
+    changes: dict[str, Any] = {}
+    for key, value in values.items():
+        _require(key in known, f"{where}{key}", value, f"unknown option; known: {', '.join(known)}")
+        old = getattr(base, key)
+        if dataclasses.is_dataclass(old):
+            _require(isinstance(value, dict), f"{where}{key}", value, "must be a table")
+            changes[key] = _replace(old, value, f"{where}{key}.")
+        else:
+            changes[key] = _coerce(value, known[key].type, f"{where}{key}")
+    return dataclasses.replace(base, **changes)
+
+
+def _coerce(value: Any, annotation: Any, option: str) -> Any:
+    """`value` as the type that the field's annotation (a string) names; a wrong type is refused."""
+    kind = str(annotation)
+    if kind.startswith("tuple"):
+        _require(isinstance(value, list | tuple), option, value, "must be a list")
+        item = kind[len("tuple[") :].split(",")[0]
+        return tuple(_coerce(v, item, option) for v in value)
+    if kind == "float":
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        _require(number and math.isfinite(value), option, value, "must be a finite number")
+        return float(value)
+    if kind == "int":
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        _require(whole, option, value, "must be a whole number")
+        return value
+    _require(isinstance(value, str), option, value, "must be a string")
+    choices = choices_of(kind)
+    if choices:
+        _require(value in choices, option, value, f"choose from {', '.join(choices)}")
+    return value
+
+
+def choices_of(annotation: str) -> tuple[str, ...]:
+    """The values that a `Literal` annotation (its text) allows; empty for anything else."""
+    literal = globals().get(annotation) or (
+        eval(annotation) if annotation.startswith("Literal[") else None
+    )
+    return get_args(literal) if literal is not None else ()
+
+
+def load_toml(path: str | Path, base: Config) -> Config:
+    """`base` with the options of a TOML file put in. Raises ValueError for a broken file."""
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"config={str(path)!r}: cannot be read ({error.strerror})") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"config={str(path)!r}: not TOML ({error})") from error
+    return from_dict(values, base)
+
+
+def preset(name: str) -> Config:
+    """The preset called `name`: see `PRESETS`."""
+    _require(name in PRESETS, "preset", name, f"unknown; choose from {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+# quickstart: what `make train` runs. Its budget is 15 minutes on 2 cores, so LoRA and a larger step.
+_QUICKSTART = Config(
+    grpo=GRPOConfig(lr=5e-4, beta=0.02),
+    meta=MetaConfig(steps=4, tasks=2, n_inner=2, epsilon=1.5),
+)
+
+# BPS's own experiment [P]; n_inner, samples, utopia and the response length are not published [R].
+_HH_QWEN2 = Config(
+    objectives=(
+        "helpful=Ray2333/gpt2-large-helpful-reward_model",
+        "harmless=Ray2333/gpt2-large-harmless-reward_model",
+    ),
+    policy=PolicyConfig(path="Qwen/Qwen2-0.5B-Instruct", tuning="full"),
+    prompts=PromptConfig(
+        train="HuggingFaceH4/ultrafeedback_binarized", evaluation="PKU-Alignment/BeaverTails"
+    ),
+    rollout=RolloutConfig(prompts=2, samples=8, max_new_tokens=128, temperature=0.9),
+    grpo=GRPOConfig(lr=1e-6, beta=0.1, micro_tokens=8192),
+    meta=MetaConfig(steps=400, tasks=2, n_inner=2, epsilon=1.5),
+    evaluation=EvaluationConfig(prompts=64, grid=28),
+    checkpoint_every=20,
+)
+
+PRESETS: dict[str, Config] = {
+    "quickstart": _QUICKSTART,
+    "hh-qwen2": _HH_QWEN2,
+}

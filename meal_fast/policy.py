@@ -1,0 +1,269 @@
+"""The policy and its frozen reference: any `AutoModelForCausalLM`, with LoRA or all parameters.
+
+The one file that knows model classes. Hidden states and the head's weight are taken apart, so that
+logits (rows x vocabulary) are never built whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from . import tree
+from .assets import asset
+from .config import PolicyConfig
+from .preference import preference_text
+from .worlds import build_world
+
+_MARK = "\u241f"  # stands for the user's text while the chat template is cut in two
+
+
+@dataclass(frozen=True)
+class Network:
+    """A decoder cut before its head: `body(input_ids, …)` gives hidden states (…, D)."""
+
+    body: nn.Module
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    softcap: float | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Full logits of a few hidden states (R, D) -> (R, V), float32: what a sampler needs."""
+        out = nn.functional.linear(hidden, self.weight, self.bias).float()
+        return out if self.softcap is None else torch.tanh(out / self.softcap) * self.softcap
+
+
+class Policy:
+    """A steerable policy: `network`, its frozen `reference()`, its tokenizer and its parameters."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, names: Sequence[str]) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.names = tuple(names)
+        self._base = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._frozen: nn.Module | None = None
+        if model is self._base and any(p.requires_grad for p in model.parameters()):
+            self._frozen = copy.deepcopy(model).requires_grad_(False).eval()
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self._before, self._after = split_template(tokenizer)
+        self.encode_prompt = lru_cache(maxsize=4096)(self._encode_prompt)
+        self.encode_suffix = lru_cache(maxsize=4096)(self._encode_suffix)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def network(self) -> Network:
+        return cut(self._base)
+
+    @contextmanager
+    def reference(self) -> Iterator[Network]:
+        """The frozen base model: adapters off, or the copy made before full-parameter training."""
+        if isinstance(self.model, PeftModel):
+            with self.model.disable_adapter():
+                yield cut(self._base)
+        else:
+            yield cut(self._frozen if self._frozen is not None else self._base)
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model can see."""
+        text = self._base.config.get_text_config()
+        return int(getattr(text, "max_position_embeddings", None) or 1 << 30)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Token ids that end a response."""
+        ids = {self.tokenizer.eos_token_id}
+        configured = getattr(self._base.generation_config, "eos_token_id", None)
+        ids.update(configured if isinstance(configured, list) else [configured])
+        return frozenset(int(i) for i in ids if i is not None)
+
+    def _encode_prompt(self, text: str) -> tuple[int, ...]:
+        """Tokens of everything before the preference: template, system line, the user's text."""
+        ids = self.tokenizer(self._before + text, add_special_tokens=False)["input_ids"]
+        return tuple(ids)
+
+    def _encode_suffix(self, w: tuple[float, ...] | None) -> tuple[int, ...]:
+        """Tokens of the preference (none: no preference text) and of the assistant's header."""
+        said = "" if w is None else f" [{preference_text(w, self.names)}]"
+        return tuple(self.tokenizer(said + self._after, add_special_tokens=False)["input_ids"])
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def save(self, folder: Path) -> None:
+        """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads, safetensors, whole.
+
+        LoRA: the merged weights, and the factors in `adapter/`, PEFT's own format. The tokenizer's
+        chat template takes `preference="helpful=0.80 harmless=0.20"`. The folder appears at once,
+        complete, or not at all.
+        """
+        temporary = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        self._base.save_pretrained(temporary, state_dict=self._merged())
+        if isinstance(self.model, PeftModel):
+            self.model.save_pretrained(temporary / "adapter")
+        tokenizer = copy.deepcopy(self.tokenizer)
+        tokenizer.chat_template = preference_template(self.tokenizer.chat_template)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "preference.json").write_text(json.dumps({"objectives": self.names}))
+        if folder.exists():
+            stale = folder.with_name(folder.name + ".old")
+            shutil.rmtree(stale, ignore_errors=True)
+            folder.rename(stale)
+            temporary.rename(folder)
+            shutil.rmtree(stale)
+        else:
+            temporary.rename(folder)
+
+    def _merged(self) -> dict[str, Tensor]:
+        """The base's state with alpha/rank * B A added; the model in use is not touched."""
+        state = {
+            name.replace(".base_layer.", "."): value
+            for name, value in self._base.state_dict().items()
+            if ".lora_" not in name
+        }
+        for name, module in self._base.named_modules():
+            if hasattr(module, "get_delta_weight"):
+                delta = module.get_delta_weight("default")
+                state[f"{name}.weight"] = state[f"{name}.weight"] + delta
+        return state
+
+
+def cut(model: nn.Module) -> Network:
+    """A transformers causal LM as body and head."""
+    head = model.get_output_embeddings()
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return Network(model.base_model, head.weight, getattr(head, "bias", None), softcap)
+
+
+def resolve(path: str) -> str:
+    """The folder (or hub name) behind `policy.path`. Raises ValueError for anything else."""
+    kind, _, name = path.partition(":")
+    if kind == "packaged" and name:
+        return str(asset(name))
+    if kind == "world" and name:
+        return str(build_world(name))
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise ValueError(f"policy.path={path!r}: has no config.json; not a transformers model")
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
+        raise ValueError(
+            f"policy.path={path!r}: neither a folder, nor packaged:NAME, nor a hub name ORG/NAME"
+        )
+    return path
+
+
+def load_policy(
+    config: PolicyConfig, names: Sequence[str], *, seed: int = 0, trained: Path | None = None
+) -> Policy:
+    """Loads the policy; `trained`: the `policy/` folder of a run to continue from or evaluate.
+
+    LoRA factors start with B = 0, A drawn from `seed`. Raises ValueError where the path is not a
+    model, or the model is one that the shared-prefix attention cannot run.
+    """
+    path = resolve(config.path)
+    device = torch.device(device_of(config.device))
+    model, tokenizer = _load(path, config)
+    if config.tuning == "full" and trained is not None:
+        frozen, (model, _) = model, _load(str(trained), config)
+    else:
+        frozen = None
+    if config.tuning == "lora":
+        model.requires_grad_(False)
+        if trained is not None:
+            model = PeftModel.from_pretrained(model, trained / "adapter", is_trainable=True)
+        else:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                model = get_peft_model(
+                    model,
+                    LoraConfig(
+                        r=config.lora_rank,
+                        lora_alpha=config.lora_alpha,
+                        target_modules="all-linear",
+                        task_type="CAUSAL_LM",
+                    ),
+                )
+    model.to(device).eval()  # eval: no dropout anywhere, so that log-probabilities are comparable
+    policy = Policy(model, tokenizer, names)
+    if frozen is not None:
+        policy._frozen = frozen.to(device).requires_grad_(False).eval()
+    _check_head(policy)
+    return policy
+
+
+def device_of(name: str) -> str:
+    """`auto` resolved. Raises ValueError for cuda without one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"policy.device={name!r}: no CUDA device here; use cpu or auto")
+    return name
+
+
+def _load(path: str, config: PolicyConfig) -> tuple[Any, Any]:
+    try:
+        settings = AutoConfig.from_pretrained(path)
+        tree.check_supported(settings)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, config.dtype), attn_implementation=tree.ATTENTION
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except OSError as error:
+        line = str(error).splitlines()[0]
+        raise ValueError(f"policy.path={config.path!r}: no model could be loaded ({line})") from None
+    if tokenizer.chat_template is None:
+        raise ValueError(f"policy.path={config.path!r}: its tokenizer has no chat template")
+    return model, tokenizer
+
+
+@torch.no_grad()
+def _check_head(policy: Policy) -> None:
+    """Some models scale or shift what leaves the head; then body and head apart are not the model."""
+    ids = torch.tensor([policy.encode_prompt("a")[-3:]], device=policy.device)
+    whole = policy._base(input_ids=ids, use_cache=False).logits[0].float()
+    network = policy.network
+    apart = network.logits(network.body(input_ids=ids, use_cache=False).last_hidden_state[0])
+    if not torch.allclose(whole, apart, atol=1e-2, rtol=1e-2):
+        name = type(policy._base).__name__
+        raise ValueError(f"policy: {name} does more than a linear head and softcap to its logits")
+
+
+def split_template(tokenizer: Any) -> tuple[str, str]:
+    """The chat template's text before and after the user's text (one turn, assistant's header)."""
+    messages = [{"role": "user", "content": _MARK}]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    before, mark, after = whole.partition(_MARK)
+    if not mark or _MARK in after:
+        raise ValueError("the tokenizer's chat template does not hold the user's text exactly once")
+    return before, after
+
+
+def preference_template(template: str) -> str:
+    """`template` with an optional argument `preference`, a text put at the end of the last turn."""
+    if template.startswith("{%- if preference is defined"):
+        return template
+    return (
+        "{%- if preference is defined and preference -%}"
+        "{%- set messages = messages[:-1] + [{'role': messages[-1]['role'], "
+        "'content': messages[-1]['content'] | trim + ' [' + preference + ']'}] -%}"
+        "{%- endif -%}" + template
+    )

@@ -1,0 +1,75 @@
+"""Preferences w on the simplex: where they are drawn from, and the text that tells the policy.
+
+The policy reads w as text at the end of the user's turn, so that the keys and values of the prompt
+before it are the same for every preference:
+
+    <|im_start|>user\nHow do tides work? [helpful=0.80 harmless=0.20]<|im_end|>\n<|im_start|>assistant\n
+
+`preference_text` is the only place that writes it. The text starts with a space and a bracket, which
+the usual byte-level tokenizers never merge with the end of a stripped prompt: prompt and suffix are
+tokenised apart and give the same tokens as together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .batch import key
+
+Weights = tuple[float, ...]
+
+# BPS, Table 1: the 28 weights of its evaluation (the first entry; the second is one minus it) [P].
+BPS_EVALUATION = (
+    *(1.00, 0.99, 0.98, 0.95, 0.90, 0.88, 0.85, 0.80, 0.78, 0.70, 0.65, 0.60, 0.58, 0.55),
+    *(0.52, 0.50, 0.45, 0.40, 0.30, 0.20, 0.15, 0.12, 0.11, 0.10, 0.05, 0.02, 0.01, 0.00),
+)
+
+
+def preference_text(w: Sequence[float], names: Sequence[str]) -> str:
+    """`helpful=0.80 harmless=0.20`: the form in which the policy reads a preference."""
+    return " ".join(f"{name}={value:.2f}" for name, value in zip(names, w, strict=True))
+
+
+def lattice(k: int, points: int) -> tuple[Weights, ...]:
+    """The simplex lattice with `points` values a side, from (1, 0, …) to (0, …, 1).
+
+    K = 2 and 11 points: BPS's W_train = {(1,0), (0.9,0.1), …, (0,1)} [P].
+    """
+    if points < 2 or k < 2:
+        raise ValueError(f"points={points}, k={k}: a simplex lattice needs at least 2 of each")
+    steps = points - 1
+
+    def compositions(total: int, parts: int) -> list[tuple[int, ...]]:
+        if parts == 1:
+            return [(total,)]
+        return [
+            (first, *rest)
+            for first in range(total, -1, -1)
+            for rest in compositions(total - first, parts - 1)
+        ]
+
+    return tuple(tuple(n / steps for n in counts) for counts in compositions(steps, k))
+
+
+def evaluation_weights(k: int, points: int) -> tuple[Weights, ...]:
+    """The sweep of an evaluation: the simplex lattice, or for K = 2 and 28 points BPS's Table 1."""
+    if k == 2 and points == 28:
+        return tuple((a, round(1.0 - a, 2)) for a in BPS_EVALUATION)
+    return lattice(k, points)
+
+
+def draw(k: int, *, alpha: float, points: int, seed: int, step: int, count: int) -> list[Weights]:
+    """`count` preferences w ~ Dir(alpha), mapped onto the nearest lattice point (points = 0: not).
+
+    BPS A.3 [P]; nearest-point mapping is our reading of "over W_train" [R]. Depends on (seed, step)
+    alone. Among equally near lattice points the first is taken.
+    """
+    rng = np.random.Generator(np.random.Philox(key=key(seed, "preference", step)))
+    drawn = rng.dirichlet([alpha] * k, size=count)
+    if points:
+        grid = np.asarray(lattice(k, points))
+        nearest = ((drawn[:, None, :] - grid[None]) ** 2).sum(-1).argmin(-1)
+        drawn = grid[nearest]
+    return [tuple(float(x) for x in row) for row in drawn]

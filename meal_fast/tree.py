@@ -1,0 +1,221 @@
+"""One forward pass over prompts and the many rows that share them: no prefix is computed twice.
+
+A `Tree` holds the keys and values of B prefixes once, and of R rows behind them. The model is a plain
+transformers decoder; it is loaded with the attention function registered here, which looks at the
+tree handed to the forward pass:
+
+    prefix pass   tokens_BP: causal; keys and values are kept as prefixes, one copy a prompt
+    row pass      tokens_RT: every row sees its own prefix and, causally, its own earlier tokens
+
+With gradients on, the same two passes train: prompt tokens go through the model once for all their
+samples, and the gradient flows back through the kept keys and values. Padding is on the right, so
+positions are plain counts and a pad is never seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+ATTENTION = "meal_fast_tree"
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Rows of a batch as a rectangle (B, G), G the largest group's size, and back."""
+
+    b: int
+    g: int
+    row_BG: Tensor | None  # int64, the row in each slot (any row where none is); None: even groups
+    slot_R: Tensor | None  # int64, the slot of each row
+
+    @staticmethod
+    def of(group_R: Tensor, b: int) -> Slots:
+        counts = torch.bincount(group_R, minlength=b)
+        g, r = int(counts.max()), len(group_R)
+        if r == b * g:
+            return Slots(b, g, None, None)
+        first = counts.cumsum(0) - counts
+        slot_R = group_R * g + torch.arange(r, device=group_R.device) - first[group_R]
+        row_BG = torch.zeros(b * g, dtype=torch.int64, device=group_R.device)
+        row_BG[slot_R] = torch.arange(r, device=group_R.device)
+        return Slots(b, g, row_BG, slot_R)
+
+    def to_groups(self, x: Tensor) -> Tensor:  # (R, …) -> (B, G, …)
+        x = x if self.row_BG is None else x[self.row_BG]
+        return x.view(self.b, self.g, *x.shape[1:])
+
+    def to_rows(self, x: Tensor) -> Tensor:  # (B, G, …) -> (R, …)
+        x = x.reshape(self.b * self.g, *x.shape[2:])
+        return x if self.slot_R is None else x[self.slot_R]
+
+
+@dataclass
+class Tree:
+    """Keys and values, a list entry a layer. `keep`: row passes append to the tail (decoding)."""
+
+    valid_BP: Tensor | None = None  # bool, true on the real tokens of the prefixes
+    group_R: Tensor | None = None  # int64, the prefix of every row; None: the prefix pass
+    keep: bool = False
+    capacity: int = 0  # tokens of tail to make room for, when kept
+    length: int = 0  # tokens of tail so far
+    slots: Slots | None = None  # how rows lie in groups
+    prefix: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (B, H, P, d)
+    tail: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (R, H, capacity, d)
+
+    def rows(self, group_R: Tensor, *, keep: bool = False, capacity: int = 0) -> Tree:
+        """A tree of rows over these prefixes (shared, not copied)."""
+        slots = Slots.of(group_R, self.valid_BP.shape[0])
+        return Tree(self.valid_BP, group_R, keep, capacity, 0, slots, self.prefix, [])
+
+    def grown(self, rows: Tree, valid_RT: Tensor) -> Tree:
+        """Prefixes made longer: row r's prefix and kept tail become prefix r of a new tree."""
+        g, t = rows.group_R, valid_RT.shape[1]
+        same = rows.slots.row_BG is None and rows.slots.g == 1
+        prefix = []
+        for (pk, pv), (tk, tv) in zip(self.prefix, rows.tail, strict=True):
+            pk, pv = (pk, pv) if same else (pk[g], pv[g])
+            prefix.append((torch.cat([pk, tk[:, :, :t]], 2), torch.cat([pv, tv[:, :, :t]], 2)))
+        valid = torch.cat([self.valid_BP if same else self.valid_BP[g], valid_RT], 1)
+        return Tree(valid_BP=valid, prefix=prefix)
+
+    def reordered(self, order: Tensor) -> Tree:
+        """The same prefixes in another order."""
+        if torch.equal(order, torch.arange(len(order), device=order.device)):
+            return self
+        prefix = [(k[order], v[order]) for k, v in self.prefix]
+        return Tree(valid_BP=self.valid_BP[order], prefix=prefix)
+
+    def select(self, keep_R: Tensor) -> None:
+        """Drops finished rows from the kept tail. keep_R: int64 indices, increasing."""
+        self.group_R = self.group_R[keep_R]
+        self.slots = Slots.of(self.group_R, self.valid_BP.shape[0])
+        self.tail = [(k[keep_R], v[keep_R]) for k, v in self.tail]
+
+
+def check_supported(config: Any) -> None:
+    """Raises ValueError for a model whose attention is more than causal softmax attention."""
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or [])
+    if kinds - {"full_attention"} or (not kinds and getattr(text, "sliding_window", None)):
+        raise ValueError(
+            f"policy: {text.model_type} with {sorted(kinds) or 'sliding-window'} layers is not "
+            "supported; use a model with full attention in every layer"
+        )
+    if getattr(text, "attn_logit_softcapping", None):
+        raise ValueError(f"policy: {text.model_type} caps attention scores, which is not supported")
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,  # (R, Hq, T, d)
+    key: Tensor,  # (R, H, T, d)
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    tree: Tree | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    if tree is None or tree.group_R is None:
+        if tree is not None:
+            tree.prefix.append((key, value))
+        rep = query.shape[1] // key.shape[1]
+        out = F.scaled_dot_product_attention(
+            query, _repeat(key, rep), _repeat(value, rep), is_causal=True, scale=scaling
+        )
+        return out.transpose(1, 2), None
+    layer = module.layer_idx
+    if tree.keep:
+        if len(tree.tail) <= layer:
+            room = (key.shape[0], key.shape[1], tree.capacity, key.shape[3])
+            tree.tail.append((key.new_empty(room), key.new_empty(room)))
+        new = key.shape[2]
+        tail_k, tail_v = tree.tail[layer]
+        tail_k[:, :, tree.length : tree.length + new] = key
+        tail_v[:, :, tree.length : tree.length + new] = value
+        key, value = tail_k[:, :, : tree.length + new], tail_v[:, :, : tree.length + new]
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    attend = _grouped if query.shape[2] == 1 else _expanded
+    out = attend(query, key, value, tree, *tree.prefix[layer], scale)
+    return out.transpose(1, 2), None
+
+
+def _repeat(x: Tensor, times: int) -> Tensor:
+    return x if times == 1 else x.repeat_interleave(times, 1)
+
+
+def _expanded(
+    query: Tensor, key: Tensor, value: Tensor, tree: Tree, pk: Tensor, pv: Tensor, scale: float
+) -> Tensor:
+    """Each row's prefix is laid before its tail: for training, where T is long beside P."""
+    g, t, s = tree.group_R, query.shape[2], key.shape[2]
+    rep = query.shape[1] // key.shape[1]
+    k = _repeat(torch.cat([pk[g], key], 2), rep)
+    v = _repeat(torch.cat([pv[g], value], 2), rep)
+    causal = torch.ones(t, s, dtype=torch.bool, device=query.device).tril(s - t)
+    seen = tree.valid_BP[g][:, None, None, :].expand(-1, 1, t, -1)
+    mask = torch.cat([seen, causal.expand(len(g), 1, t, s)], -1)
+    return F.scaled_dot_product_attention(query, k, v, attn_mask=mask, scale=scale)
+
+
+def _grouped(
+    query: Tensor, key: Tensor, value: Tensor, tree: Tree, pk: Tensor, pv: Tensor, scale: float
+) -> Tensor:
+    """One new token a row: the G rows of a prefix are one matrix product with its single copy."""
+    r, hq, _, d = query.shape
+    b, h, p, _ = pk.shape
+    rep, slots = hq // h, tree.slots
+    g = slots.g
+
+    def fold(x: Tensor) -> Tensor:  # (R, H, rep, ·) -> (B, H, G rep, ·)
+        return slots.to_groups(x).transpose(1, 2).reshape(b, h, g * rep, -1)
+
+    def unfold(x: Tensor) -> Tensor:
+        return slots.to_rows(x.view(b, h, g, rep, -1).transpose(1, 2))
+
+    q = query.view(r, h, rep, d) * scale
+    to_prefix = fold(q) @ pk.transpose(2, 3)
+    to_prefix = to_prefix.masked_fill(~tree.valid_BP[:, None, None, :], float("-inf"))
+    scores = torch.cat([unfold(to_prefix), q @ key.transpose(2, 3)], -1)
+    prob = torch.softmax(scores.float(), -1).to(query.dtype)
+    out = unfold(fold(prob[..., :p]) @ pv) + prob[..., p:] @ value
+    return out.view(r, hq, 1, d)
+
+
+AttentionInterface.register(ATTENTION, _attention)
+
+
+def prefill(body: nn.Module, prefixes: Sequence[Sequence[int]]) -> tuple[Tree, Tensor]:
+    """Runs B prefixes through `body`; their tree, and the hidden state (B, D) of each last token."""
+    device = next(body.parameters()).device
+    tokens_BP, valid_BP = pad(prefixes, device)
+    tree = Tree(valid_BP=valid_BP)
+    hidden = body(input_ids=tokens_BP, use_cache=False, tree=tree).last_hidden_state
+    last = valid_BP.sum(1) - 1
+    return tree, hidden[torch.arange(len(last), device=device), last]
+
+
+def extend(body: nn.Module, rows: Tree, tokens_RT: Tensor) -> Tensor:
+    """Runs T more tokens of every row: hidden states (R, T, D). Kept rows remember them."""
+    start = rows.valid_BP.sum(1)[rows.group_R] + rows.length
+    positions = start[:, None] + torch.arange(tokens_RT.shape[1], device=tokens_RT.device)
+    hidden = body(
+        input_ids=tokens_RT, position_ids=positions, use_cache=False, tree=rows
+    ).last_hidden_state
+    if rows.keep:
+        rows.length += tokens_RT.shape[1]
+    return hidden
+
+
+def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token lists as (tokens, valid): int64 and bool, padded on the right."""
+    width = max(len(row) for row in rows)
+    tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return tokens, torch.arange(width, device=device) < lengths[:, None]
