@@ -1,0 +1,69 @@
+"""Checks of what the caller passed: one `ValueError` that names the argument, the value, the remedy.
+
+Checks of shapes and options are free and always made. Checks of *values* read the tensor, which on
+a GPU would stall the queue; `values_are_checked` says where they are made.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def require(ok: bool, argument: str, value: object, remedy: str) -> None:
+    """Raise the one-line ValueError of this package unless `ok`."""
+    if not ok:
+        raise ValueError(f"{argument}={value!r}: {remedy}")
+
+
+def choice(argument: str, value: object, allowed: tuple[str, ...]) -> None:
+    require(value in allowed, argument, value, f"choose from {', '.join(allowed)}")
+
+
+def shape(argument: str, tensor: Tensor, *allowed: tuple[int, ...]) -> None:
+    """`tensor` must have one of the shapes `allowed`."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{argument}: must be a tensor, got {type(tensor).__name__}")
+    if tuple(tensor.shape) not in allowed:
+        wanted = " or ".join(str(s) for s in allowed)
+        raise ValueError(f"{argument}: shape {tuple(tensor.shape)}, expected {wanted}")
+
+
+def floating(argument: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise ValueError(f"{argument}: dtype {tensor.dtype}, expected a floating point tensor")
+
+
+def integer(argument: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{argument}: dtype {tensor.dtype}, expected int64")
+
+
+def same_device(first: str, reference: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != reference.device:
+            raise ValueError(
+                f"{name}: on {tensor.device}, but {first} is on {reference.device}; move one"
+            )
+
+
+def positive(argument: str, value: float) -> None:
+    require(math.isfinite(value) and value > 0, argument, value, "must be positive and finite")
+
+
+def values_are_checked(tensor: Tensor, check: bool | None = None) -> bool:
+    """Always on the CPU; elsewhere only when asked, because the check waits for the device."""
+    return bool(check) or tensor.device.type == "cpu"
+
+
+def targets_in_range(target: Tensor, live: Tensor, vocabulary: int) -> None:
+    """Every live target must be a column of the head (CPU only: reads the values)."""
+    bad = live & ((target < 0) | (target >= vocabulary))
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0, 0])
+        raise ValueError(
+            f"target: row {row} is {int(target[row])}, outside [0, {vocabulary}); "
+            "mask it or give ignore_index"
+        )

@@ -1,0 +1,262 @@
+"""The ops with a head in them, as autograd functions over `sweep`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from meal_fast.ops.reference import (
+    LossOptions,
+    Tokens,
+    loss_and_metrics,
+    loss_terms,
+    weighted_loss,
+)
+from meal_fast.ops.sweep import LinearSource, LogitsSource, Readout, Source, Stats, sweep
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """The constant arguments of a linear op."""
+
+    target: Tensor
+    readout: Readout
+    dtype: torch.dtype
+    max_bytes: int
+    reference: LinearSource | None
+
+
+class LinearLogprob(torch.autograd.Function):
+    """(hidden, weight, bias) → (logp, entropy, ref_logp, kl); the logits are made again to go back.
+
+    Without a reference the last two are empty.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: LinearPlan
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        source = LinearSource(hidden, weight, bias, plan.readout, plan.dtype)
+        exact = plan.reference is not None
+        s = sweep(source, plan.target, plan.reference, exact_kl=exact, max_bytes=plan.max_bytes)
+        none = s.logp.new_empty(0)
+        ref_logp = none if s.ref_logp is None else s.ref_logp
+        kl = none if s.kl is None else s.kl
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(ref_logp)
+        return s.logp, s.entropy, ref_logp, kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None, _: None, g_kl: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias = ctx.saved_tensors
+        plan: LinearPlan = ctx.plan
+        needs = ctx.needs_input_grad[:3]
+        source = LinearSource(hidden, weight, bias, plan.readout, plan.dtype, needs)
+        reference = None if g_kl is None else plan.reference
+        upstream = (g_logp, g_entropy, None if reference is None else g_kl)
+
+        def gradient(rows: slice, _: Stats) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+            a, b, c = (None if g is None else g[rows] for g in upstream)
+            return a, b, c
+
+        sweep(
+            source,
+            plan.target,
+            reference,
+            exact_kl=reference is not None,
+            gradient=gradient,
+            max_bytes=plan.max_bytes,
+        )
+        return *_as_inputs(source, hidden, weight, bias), None
+
+
+def _as_inputs(
+    source: LinearSource, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients in the inputs' dtypes."""
+
+    def cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+        return None if gradient is None or like is None else gradient.to(like.dtype)
+
+    return (
+        cast(source.grad_hidden, hidden),
+        cast(source.grad_weight, weight),
+        cast(source.grad_bias, bias),
+    )
+
+
+def fused_loss(
+    source: Source,
+    reference: Source | None,
+    target: Tensor,
+    tokens: Tokens,
+    options: LossOptions,
+    max_bytes: int,
+    backward: bool,
+) -> tuple[Tensor, Metrics]:
+    """The loss of the active rows of a source, which collects its gradients when `backward`.
+
+    A token's derivative needs its own log-probability alone, so it is taken in the sweep; the
+    ratio of a sequence needs all of its tokens, so with `level="sequence"` a first sweep goes ahead.
+    """
+    exact = options.kl == "exact" and reference is not None
+
+    def derivative(stats: Stats, t: Tokens) -> tuple[Tensor | None, None, Tensor | None]:
+        with torch.enable_grad():
+            logp = stats.logp.detach().requires_grad_()
+            kl = None if stats.kl is None else stats.kl.detach().requires_grad_()
+            t = t.with_reference(stats.ref_logp)
+            loss = weighted_loss(loss_terms(logp, kl, t, options), t, options)
+        inputs = [logp] if kl is None else [logp, kl]
+        grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+        return grads[0], None, grads[1] if kl is not None else None
+
+    def in_sweep(rows: slice, stats: Stats) -> tuple[Tensor | None, None, Tensor | None]:
+        return derivative(stats, tokens.take(rows))
+
+    gradient: Callable[..., tuple[Tensor | None, None, Tensor | None]] | None
+    gradient = in_sweep if backward else None
+    if backward and options.level == "sequence":
+        first = sweep(source, target, reference, exact_kl=exact, max_bytes=max_bytes)
+        g_logp, _, g_kl = derivative(first, tokens)
+
+        def known(rows: slice, _: Stats) -> tuple[Tensor | None, None, Tensor | None]:
+            return (
+                None if g_logp is None else g_logp[rows],
+                None,
+                None if g_kl is None else g_kl[rows],
+            )
+
+        gradient = known
+    stats = sweep(source, target, reference, exact_kl=exact, gradient=gradient, max_bytes=max_bytes)
+    tokens = tokens.with_reference(stats.ref_logp)
+    return loss_and_metrics(stats.logp, stats.kl, stats.entropy, tokens, options)
+
+
+@dataclass(frozen=True)
+class LossPlan:
+    """The constant arguments of a fused loss."""
+
+    target: Tensor
+    tokens: Tokens
+    options: LossOptions
+    readout: Readout
+    dtype: torch.dtype
+    max_bytes: int
+    ref_hidden: Tensor | None
+    ref_weight: Tensor | None
+    ref_bias: Tensor | None
+    ref_logits: Tensor | None
+    differentiate: bool
+
+
+class LinearPolicyLoss(torch.autograd.Function):
+    """(hidden, weight, bias) → loss, with the gradients made on the way: three products, not four.
+
+    `metrics` is filled in place: an autograd function returns tensors only.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        plan: LossPlan,
+        metrics: Metrics,
+    ) -> Tensor:
+        needs = tuple(n and plan.differentiate for n in ctx.needs_input_grad[:3])
+        rows = active_rows(plan.tokens)
+        chosen, target = select(hidden, plan.tokens, rows), take(plan.target, rows)
+        source = LinearSource(chosen, weight, bias, plan.readout, plan.dtype, needs)
+        reference = None
+        if plan.ref_hidden is not None:
+            assert plan.ref_weight is not None
+            ref_chosen = select(plan.ref_hidden, plan.tokens, rows)
+            reference = LinearSource(
+                ref_chosen, plan.ref_weight, plan.ref_bias, plan.readout, plan.dtype
+            )
+        tokens = plan.tokens if rows is None else plan.tokens.take(rows)
+        loss, made = fused_loss(
+            source, reference, target, tokens, plan.options, plan.max_bytes, any(needs)
+        )
+        metrics.update(made)
+        g_hidden, g_weight, g_bias = _as_inputs(source, hidden, weight, bias)
+        if g_hidden is not None and rows is not None:
+            g_hidden = torch.zeros_like(hidden).index_copy_(0, rows, g_hidden)
+        ctx.save_for_backward(g_hidden, g_weight, g_bias)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return *scaled(ctx.saved_tensors, upstream), None, None
+
+
+class LogitsPolicyLoss(torch.autograd.Function):
+    """logits → loss, with their gradient made on the way, in a tensor of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, plan: LossPlan, metrics: Metrics) -> Tensor:
+        needs = ctx.needs_input_grad[0] and plan.differentiate
+        rows = active_rows(plan.tokens)
+        chosen, target = select(logits, plan.tokens, rows), take(plan.target, rows)
+        source = LogitsSource(chosen, plan.readout, plan.dtype, needs)
+        reference = None
+        if plan.ref_logits is not None:
+            ref_chosen = select(plan.ref_logits, plan.tokens, rows)
+            reference = LogitsSource(ref_chosen, plan.readout, plan.dtype, False)
+        tokens = plan.tokens if rows is None else plan.tokens.take(rows)
+        loss, made = fused_loss(
+            source, reference, target, tokens, plan.options, plan.max_bytes, needs
+        )
+        metrics.update(made)
+        gradient = source.grad_logits
+        if gradient is not None and rows is not None:
+            gradient = torch.zeros_like(logits).index_copy_(0, rows, gradient)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return *scaled(ctx.saved_tensors, upstream), None, None
+
+
+def active_rows(tokens: Tokens) -> Tensor | None:
+    """The rows that can move the loss, where leaving out the others needs no synchronisation."""
+    if tokens.active.device.type != "cpu" or bool(tokens.active.all()):
+        return None
+    return tokens.active.nonzero().squeeze(1)
+
+
+def take(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    return tensor if rows is None else tensor[rows]
+
+
+def select(tensor: Tensor, tokens: Tokens, rows: Tensor | None) -> Tensor:
+    """The rows; where all stay, zeros in place of inactive ones, which may hold NaN."""
+    if rows is not None:
+        return tensor.detach()[rows]
+    if tensor.device.type == "cpu":
+        return tensor.detach()
+    return torch.where(tokens.active[:, None], tensor.detach(), 0)
+
+
+def scaled(gradients: tuple[Tensor | None, ...], upstream: Tensor) -> list[Tensor | None]:
+    """The gradients times the upstream one; not in place, for they may be asked for again."""
+    if upstream.device.type == "cpu" and float(upstream) == 1.0:
+        return list(gradients)
+    return [None if g is None else g * upstream.to(g.dtype) for g in gradients]

@@ -1,0 +1,288 @@
+"""One sweep over the vocabulary: log-probability, entropy and KL of N tokens, and their gradients.
+
+    N  tokens    D  hidden width    V  vocabulary    C  tokens of a chunk
+
+(N, V) never exists. A chunk of C tokens goes through the head into one reused tile (C, V); the tile
+is then worked on in blocks of a few rows that stay in the processor's cache, so that the passes of
+a softmax cost next to nothing beside the products. Gradients are made in place of the logits while
+the tile is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DEFAULT_MAX_BYTES = 64 << 20  # of the tiles of a chunk
+_BLOCK_BYTES = 2 << 20  # of a block of the tile: about a core's share of a last-level cache
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Raw logits a → logits z = softcap · tanh(a / softcap) / temperature."""
+
+    temperature: float
+    softcap: float | None
+
+    @property
+    def raw_scale(self) -> float:
+        """What a source multiplies its raw logits by when it fills a tile."""
+        return 1 / (self.temperature if self.softcap is None else self.softcap)
+
+    def finish(self, tile: Tensor, slope: bool) -> Tensor | None:
+        """Scaled raw logits → logits, in place. Returns 1 - tanh² when `slope` and softcap."""
+        if self.softcap is None:
+            return None
+        tile.tanh_()
+        derivative = 1 - tile.square() if slope else None
+        tile.mul_(self.softcap / self.temperature)
+        return derivative
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b with float32 sums and result; low precision multiplies as such only on a GPU."""
+    if a.dtype in (torch.float32, torch.float64):
+        return torch.mm(a, b, out=out) if out is not None else torch.mm(a, b)
+    product = torch.mm(a, b, out_dtype=torch.float32)
+    return product if out is None else out.copy_(product)
+
+
+class LinearSource:
+    """Raw logits `hidden @ weight.T + bias`, and what their gradients become."""
+
+    def __init__(
+        self,
+        hidden: Tensor,  # (N, D)
+        weight: Tensor,  # (V, D)
+        bias: Tensor | None,  # (V,)
+        readout: Readout,
+        dtype: torch.dtype,
+        needs: tuple[bool, bool, bool] = (False, False, False),  # hidden, weight, bias
+    ) -> None:
+        # A CPU gains nothing from low-precision products, and loses the digits: widen once.
+        wide = dtype == torch.float64 or weight.device.type == "cpu"
+        self.factor_dtype = dtype if wide or hidden.dtype != weight.dtype else weight.dtype
+        self.dtype = dtype
+        self.readout = readout
+        self.hidden = hidden.detach()
+        self.weight = weight.detach().to(self.factor_dtype)
+        self.bias = None if bias is None else bias.detach().to(dtype) * readout.raw_scale
+        self.rows, self.vocabulary, self.device = hidden.shape[0], weight.shape[0], hidden.device
+        like = {"dtype": dtype, "device": hidden.device}
+        self.grad_hidden = torch.zeros(hidden.shape, **like) if needs[0] else None
+        self.grad_weight = torch.zeros(weight.shape, **like) if needs[1] else None
+        self.grad_bias = torch.zeros(weight.shape[0], **like) if needs[2] else None
+
+    def fill(self, rows: slice, tile: Tensor) -> None:
+        hidden = self.hidden[rows].to(self.factor_dtype)
+        if self.factor_dtype == self.dtype:  # scaling the narrow factor is free
+            _product(hidden * self.readout.raw_scale, self.weight.t(), out=tile)
+        else:
+            _product(hidden, self.weight.t(), out=tile).mul_(self.readout.raw_scale)
+        if self.bias is not None:
+            tile.add_(self.bias)
+
+    def backward(self, rows: slice, grad: Tensor) -> None:
+        """`grad` (C, V): of the logits before their division by the temperature."""
+        per_logit = 1 / self.readout.temperature
+        grad = grad.to(self.factor_dtype)
+        if self.grad_hidden is not None:
+            if self.factor_dtype == self.dtype:
+                torch.mm(grad, self.weight, out=self.grad_hidden[rows])
+            else:
+                self.grad_hidden[rows] = _product(grad, self.weight)
+            self.grad_hidden[rows] *= per_logit
+        if self.grad_weight is not None:
+            hidden = self.hidden[rows].to(self.factor_dtype)
+            if self.factor_dtype == self.dtype:
+                self.grad_weight.addmm_(grad.t(), hidden, alpha=per_logit)
+            else:
+                self.grad_weight.add_(_product(grad.t(), hidden), alpha=per_logit)
+        if self.grad_bias is not None:
+            self.grad_bias.add_(grad.sum(0, dtype=self.dtype), alpha=per_logit)
+
+
+class LogitsSource:
+    """Raw logits that already exist: (N, V), any strides."""
+
+    def __init__(self, logits: Tensor, readout: Readout, dtype: torch.dtype, needs: bool) -> None:
+        self.logits, self.readout, self.dtype = logits.detach(), readout, dtype
+        self.rows, self.vocabulary, self.device = *logits.shape, logits.device
+        self.grad_logits = torch.zeros_like(self.logits) if needs else None
+
+    def fill(self, rows: slice, tile: Tensor) -> None:
+        tile.copy_(self.logits[rows]).mul_(self.readout.raw_scale)
+
+    def backward(self, rows: slice, grad: Tensor) -> None:
+        if self.grad_logits is not None:
+            self.grad_logits[rows] = grad.mul_(1 / self.readout.temperature)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Per token, (N,). `ref_logp` where there is a reference, `kl` where it was asked for."""
+
+    logp: Tensor
+    entropy: Tensor
+    ref_logp: Tensor | None
+    kl: Tensor | None
+
+    def take(self, rows: slice) -> Stats:
+        ref_logp = None if self.ref_logp is None else self.ref_logp[rows]
+        kl = None if self.kl is None else self.kl[rows]
+        return Stats(self.logp[rows], self.entropy[rows], ref_logp, kl)
+
+
+# (rows, their stats) → the derivatives with respect to logp, entropy and kl; None for zero.
+Gradient = Callable[[slice, Stats], tuple[Tensor | None, Tensor | None, Tensor | None]]
+Source = LinearSource | LogitsSource
+
+
+def sweep(
+    source: Source,
+    target: Tensor,  # (N,) int64; out of range gives NaN
+    reference: Source | None = None,
+    *,
+    exact_kl: bool = False,
+    gradient: Gradient | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+) -> Stats:
+    """Stats of every token; with `gradient`, also `source.backward` on every chunk.
+
+    `gradient` is called a block at a time, once the block's stats are known and before its
+    gradients are made.
+    """
+    n, v, dtype, device = source.rows, source.vocabulary, source.dtype, source.device
+    names = ["logp", "entropy"] + ["ref_logp"] * (reference is not None) + ["kl"] * exact_kl
+    made = {name: torch.empty(n, dtype=dtype, device=device) for name in names}
+    stats = Stats(made["logp"], made["entropy"], made.get("ref_logp"), made.get("kl"))
+
+    row_bytes = max(1, v * dtype.itemsize)
+    tiles = 2 if exact_kl else 1
+    chunk = max(1, min(n, max_bytes // (tiles * row_bytes)))
+    block = chunk if device.type != "cpu" else max(1, min(chunk, _BLOCK_BYTES // row_bytes))
+    tile = torch.empty(chunk, v, dtype=dtype, device=device)
+    ref_tile = torch.empty_like(tile) if exact_kl else tile
+    scratch = torch.empty(block, v, dtype=dtype, device=device)
+
+    for start in range(0, n, chunk):
+        rows = slice(start, min(start + chunk, n))
+        if reference is not None:
+            _fill(reference, rows, ref_tile)
+            if stats.ref_logp is not None and not exact_kl:
+                for at, z in _blocks(rows, ref_tile, block):
+                    reference.readout.finish(z, slope=False)
+                    stats.ref_logp[at] = _logp(z, target[at])
+        _fill(source, rows, tile)
+        for at, z in _blocks(rows, tile, block):
+            zq = None
+            if exact_kl:
+                zq = ref_tile[at.start - start : at.stop - start]
+            _one_block(source, reference, target, at, z, zq, scratch, stats, gradient)
+        if gradient is not None:
+            source.backward(rows, tile[: rows.stop - start])
+    return stats
+
+
+def _fill(source: Source, rows: slice, tile: Tensor) -> None:
+    source.fill(rows, tile[: rows.stop - rows.start])
+
+
+def _blocks(rows: slice, tile: Tensor, block: int) -> list[tuple[slice, Tensor]]:
+    """The blocks of a chunk: which tokens, and their part of the tile."""
+    starts = range(rows.start, rows.stop, block)
+    spans = [slice(s, min(s + block, rows.stop)) for s in starts]
+    return [(s, tile[s.start - rows.start : s.stop - rows.start]) for s in spans]
+
+
+def _gather(z: Tensor, target: Tensor) -> Tensor:
+    """z[i, target[i]], and NaN where the target is no column."""
+    inside = (target >= 0) & (target < z.shape[1])
+    picked = z.gather(1, target.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1)
+    return torch.where(inside, picked, torch.nan)
+
+
+def _logp(z: Tensor, target: Tensor) -> Tensor:
+    """Log-softmax at the target; `z` is used up."""
+    z.sub_(z.amax(1, keepdim=True))
+    picked = _gather(z, target)
+    return picked - z.exp_().sum(1).log()
+
+
+def _one_block(
+    source: Source,
+    reference: Source | None,
+    target: Tensor,
+    rows: slice,
+    z: Tensor,  # the block's part of the tile: scaled raw logits in, gradients out
+    zq: Tensor | None,  # the same of the reference, for the exact KL
+    scratch: Tensor,
+    stats: Stats,
+    gradient: Gradient | None,
+) -> None:
+    slope = source.readout.finish(z, slope=gradient is not None)
+    target = target[rows]
+    u = z.sub_(z.amax(1, keepdim=True))
+    picked = _gather(u, target)
+    u.clamp_(min=torch.finfo(u.dtype).min)  # -inf would make p * u NaN where p is 0
+    p = torch.exp(u, out=scratch[: u.shape[0]])
+    total = p.sum(1, keepdim=True)
+    p.div_(total)
+    log_total = total.log().squeeze(1)
+    mean_u = torch.linalg.vecdot(p, u)
+    stats.logp[rows] = picked - log_total
+    stats.entropy[rows] = log_total - mean_u
+    d = None
+    if zq is not None:
+        assert reference is not None and stats.ref_logp is not None and stats.kl is not None
+        reference.readout.finish(zq, slope=False)
+        d, stats.ref_logp[rows], stats.kl[rows] = _exact_kl(p, u, log_total, zq, target)
+    if gradient is None:
+        return
+
+    g_logp, g_entropy, g_kl = gradient(rows, stats.take(rows))
+    # dz = p (g_kl d - g_entropy (u - mean u) - g_logp) + g_logp onehot(target)
+    a = torch.zeros_like(picked) if g_logp is None else g_logp
+    if g_entropy is None and (g_kl is None or d is None):
+        torch.mul(p, -a[:, None], out=z)
+    else:
+        if g_entropy is None:
+            z.zero_()
+        else:
+            u.sub_(mean_u[:, None]).mul_(-g_entropy[:, None])
+        if g_kl is not None and d is not None:
+            z.add_(d.mul_(g_kl[:, None]))
+        z.sub_(a[:, None]).mul_(p)
+    z.scatter_add_(1, target.clamp(0, z.shape[1] - 1)[:, None], a[:, None])
+    if slope is not None:
+        z.mul_(slope)
+
+
+def _exact_kl(
+    p: Tensor,  # (C, V), probabilities of the policy
+    u: Tensor,  # (C, V), its logits less their maximum, finite
+    log_total: Tensor,  # (C,), log of the sum of exp(u)
+    zq: Tensor,  # (C, V), logits of the reference; overwritten
+    target: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(d, ref_logp, KL(p‖q)) with d = log p - log q - KL, in the place of `zq`.
+
+    The textbook form Σ p (u - u_q) - log Σ e^u + log Σ e^u_q subtracts numbers near 1, and in
+    float32 loses every KL below 1e-7. log1p Σ p·expm1(-d) is the same number without that loss;
+    where it overflows (p tiny, q not) the KL is large and the textbook form is exact enough.
+    """
+    zq.sub_(zq.amax(1, keepdim=True))
+    picked = _gather(zq, target)
+    log_total_q = zq.exp().sum(1).log()
+    d = torch.sub(u, zq, out=zq).masked_fill_(p == 0, 0)
+    mean_d = torch.linalg.vecdot(p, d)
+    d.sub_(mean_d[:, None]).masked_fill_(p == 0, 0)
+    excess = torch.linalg.vecdot(p, (-d).expm1_())
+    textbook = mean_d - log_total + log_total_q
+    stable = excess.isfinite() & (textbook < 0.5)
+    # The first argument of where() is NaN or infinite only where it is not taken.
+    kl = torch.where(stable, excess.clamp(min=-0.5).log1p(), textbook)
+    return d, picked - log_total_q, kl.clamp(min=0)
