@@ -1,0 +1,101 @@
+"""What a person sees of a run while it goes, and the optional loggers beside metrics.jsonl."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .trainer import flat
+
+
+class Display:
+    """A live line on a terminal, one plain line an update elsewhere."""
+
+    def __init__(self, updates: int, done: int) -> None:
+        self.updates = updates
+        self._started, self._first = time.perf_counter(), done
+        self._live = sys.stderr.isatty()
+        self._bar = Progress(
+            TextColumn("[bold]update"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[line]}"),
+            console=Console(stderr=True),
+            disable=not self._live,
+        )
+        self._task = self._bar.add_task("", total=updates, completed=done, line="starting")
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, metrics: dict[str, Any]) -> None:
+        done = metrics["update"] + 1
+        pace = (time.perf_counter() - self._started) / (done - self._first)
+        left = pace * (self.updates - done)
+        line = f"{describe(metrics)}  left {clock(left)}"
+        if self._live:
+            self._bar.update(self._task, completed=done, line=line)
+        else:
+            print(f"update {done}/{self.updates}  {line}", file=sys.stderr, flush=True)
+
+
+def describe(metrics: dict[str, Any]) -> str:
+    """One update in one line: preference, rewards, KL, the meta-update, speed."""
+    w = "/".join(f"{x:.2f}" for x in metrics["w"])
+    rewards = "  ".join(f"{name} {value:+.2f}" for name, value in metrics["rewards"].items())
+    delta = f"  |Δ| {metrics['delta_norm']:.3f}" if "delta_norm" in metrics else ""
+    speed = metrics["tokens"] / sum(metrics["seconds"].values())
+    return f"w {w}  {rewards}  KL {metrics['kl']:.4f}{delta}  {speed:.0f} tok/s"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{s:02}" if hours else f"{minutes}:{s:02}"
+
+
+class Loggers:
+    """TensorBoard or Weights & Biases, when asked for. Raises ValueError if the package is missing."""
+
+    def __init__(self, kind: str, out: Path, config: dict[str, Any]) -> None:
+        package = {"tensorboard": "tensorboard", "wandb": "wandb"}.get(kind)
+        if package and importlib.util.find_spec(package) is None:
+            raise ValueError(f"logger={kind!r}: pip install {package}, or use logger none")
+        self._kind = kind
+        if kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(out / "tensorboard"))
+        elif kind == "wandb":
+            import wandb
+
+            self._writer = wandb.init(project="meal-fast", dir=str(out), config=config)
+
+    def update(self, metrics: dict[str, Any]) -> None:
+        if self._kind == "none":
+            return
+        numbers = {k: v for k, v in flat(metrics).items() if isinstance(v, int | float)}
+        numbers |= {f"w{i}": x for i, x in enumerate(metrics["w"])}
+        if self._kind == "wandb":
+            self._writer.log(numbers, step=metrics["update"])
+        else:
+            for name, value in numbers.items():
+                self._writer.add_scalar(name, value, metrics["update"])
+
+    def close(self) -> None:
+        if self._kind == "tensorboard":
+            self._writer.close()
+        elif self._kind == "wandb":
+            self._writer.finish()

@@ -1,0 +1,156 @@
+"""The outer loops: Reptile over preferences (BPS A.4 [P]), and none.
+
+For each preference of a meta-step the inner updates start from the same theta_t; then
+
+    theta_{t+1} = theta_t + epsilon_t * mean_j(theta_{t,j} - theta_t)
+
+with epsilon_t falling linearly from epsilon_0 to 0. With LoRA, theta are the factors A and B:
+averaging factors is not averaging their product [R].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import GRPOConfig, MetaConfig
+
+AdamState = dict[str, list[Tensor]]  # step, exp_avg, exp_avg_sq: one tensor a parameter
+
+
+class Joint:
+    """No outer loop: every inner update moves the policy, Adam's state goes on."""
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], meta: MetaConfig, inner: GRPOConfig
+    ) -> None:
+        self.parameters = list(parameters)
+        self.meta = meta
+        betas = (0.0, 0.999) if self._momentum_free() else (0.9, 0.999)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=inner.lr, betas=betas, weight_decay=inner.weight_decay, fused=True
+        )
+
+    def _momentum_free(self) -> bool:
+        return False
+
+    def begin(self) -> None:
+        """Called before the tasks of a meta-step."""
+
+    def begin_task(self, w: tuple[float, ...]) -> None:
+        """Called before the inner updates of one preference."""
+
+    def end_task(self, w: tuple[float, ...]) -> None:
+        """Called after them."""
+
+    def end(self, step: int) -> dict[str, float]:
+        """Called after all tasks of meta-step `step` (from 0); returns metrics."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next meta-step depends on."""
+        return {"theta": [p.detach().clone() for p in self.parameters], "adam": self._adam()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, state["theta"], strict=True):
+                parameter.copy_(value)
+        self._set_adam(state["adam"])
+
+    def _adam(self) -> AdamState:
+        held = [self.optimizer.state[p] for p in self.parameters]
+        names = ("step", "exp_avg", "exp_avg_sq")
+        return {n: [s[n].clone() for s in held] for n in names} if held[0] else {}
+
+    def _set_adam(self, adam: AdamState) -> None:
+        self.optimizer.state.clear()
+        if adam:
+            for i, parameter in enumerate(self.parameters):
+                self.optimizer.state[parameter] = {n: v[i].clone() for n, v in adam.items()}
+
+
+class Reptile(Joint):
+    """Every task starts from the snapshot; the snapshot moves along the mean of the tasks' deltas.
+
+    Adam's state (`meta.adam`): `persist_v`, beta_1 = 0 and every task starts from the snapshot's
+    second moment, which afterwards becomes the mean of the tasks' (so their order does not matter);
+    `reset`, fresh for every task; `per_preference`, kept for each preference seen.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], meta: MetaConfig, inner: GRPOConfig
+    ) -> None:
+        if meta.n_inner < 2:
+            raise ValueError(
+                f"meta.n_inner={meta.n_inner}: Reptile needs at least 2 inner updates; "
+                "with 1 it is joint training"
+            )
+        super().__init__(parameters, meta, inner)
+        self._theta: list[Tensor] = []
+        self._start: AdamState = {}
+        self._ends: list[AdamState] = []
+        self._deltas: list[list[Tensor]] = []
+        self._by_preference: dict[tuple[float, ...], AdamState] = {}
+
+    def _momentum_free(self) -> bool:
+        return self.meta.adam == "persist_v"
+
+    def begin(self) -> None:
+        self._theta = [p.detach().clone() for p in self.parameters]
+        self._start, self._ends, self._deltas = self._adam(), [], []
+
+    @torch.no_grad()
+    def begin_task(self, w: tuple[float, ...]) -> None:
+        torch._foreach_copy_(self.parameters, self._theta)
+        adam: AdamState = {}
+        if self.meta.adam == "persist_v":
+            adam = self._start
+        elif self.meta.adam == "per_preference":
+            adam = self._by_preference.get(w, {})
+        self._set_adam(adam)
+
+    @torch.no_grad()
+    def end_task(self, w: tuple[float, ...]) -> None:
+        self._deltas.append(torch._foreach_sub(self.parameters, self._theta))
+        if self.meta.adam == "persist_v":
+            self._ends.append(self._adam())
+        elif self.meta.adam == "per_preference":
+            self._by_preference[w] = self._adam()
+
+    @torch.no_grad()
+    def end(self, step: int) -> dict[str, float]:
+        deltas = self._deltas
+        epsilon = self.meta.epsilon * (1.0 - step / self.meta.steps)
+        mean = [torch.stack(parts).mean(0) for parts in zip(*deltas, strict=True)]
+        norm = float(_norm(mean)) * epsilon
+        if self.meta.max_delta and norm > self.meta.max_delta:
+            epsilon *= self.meta.max_delta / norm
+        torch._foreach_copy_(self.parameters, self._theta)
+        torch._foreach_add_(self.parameters, mean, alpha=epsilon)
+        if self._ends:
+            merged = {
+                name: [torch.stack(parts).mean(0) for parts in zip(*per_task, strict=True)]
+                for name in self._ends[0]
+                for per_task in [[end[name] for end in self._ends]]
+            }
+            self._set_adam(merged)
+        metrics = {"delta_norm": norm, "epsilon": epsilon}
+        if len(deltas) > 1:
+            dot = sum(float((a * b).sum()) for a, b in zip(deltas[0], deltas[1], strict=True))
+            size = float(_norm(deltas[0]) * _norm(deltas[1]))
+            metrics["delta_cosine"] = dot / size if size else 0.0
+        return metrics
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "by_preference": self._by_preference}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self._by_preference = state["by_preference"]
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))
