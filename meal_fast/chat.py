@@ -1,0 +1,119 @@
+"""Answers at any preference, from the policy of a finished run.
+
+    python -m meal_fast.chat RUN --w helpful=0.8,harmless=0.2 [--prompt TEXT]
+
+Without --prompt every line of standard input is a prompt; `/w helpful=0.2,harmless=0.8` changes the
+preference. Each prompt stands alone: training saw single turns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from .cli import OneLineParser, one_line_errors, parse_weights
+from .runs import policy_folder, read_config
+
+Answer = Callable[[str, tuple[float, ...], int], str]
+
+
+def talk(lines: Iterator[str], answer: Answer, w: tuple[float, ...], names: Sequence[str]) -> None:
+    """Answers each line on standard output; a command or prompt that cannot be used is told why."""
+    for turn, line in enumerate(lines):
+        text = line.strip()
+        if not text:
+            continue
+        try:
+            if text == "/quit":
+                return
+            if text.startswith("/w ") or text == "/w":
+                w = parse_weights(text[2:].strip(), names)
+                print(f"w is now {shown(w, names)}", file=sys.stderr, flush=True)
+            elif text.startswith("/"):
+                raise ValueError(f"{text.split()[0]!r}: unknown; there are /w and /quit")
+            else:
+                print(answer(text, w, turn), flush=True)
+        except ValueError as error:
+            print(f"meal-fast: {error}", file=sys.stderr, flush=True)
+
+
+def shown(w: Sequence[float], names: Sequence[str]) -> str:
+    return ",".join(f"{name}={value:g}" for name, value in zip(names, w, strict=True))
+
+
+def prompted_lines(w: tuple[float, ...], names: Sequence[str]) -> Iterator[str]:
+    """Lines of standard input; a person at a terminal gets a prompt sign and line editing."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    import readline  # noqa: F401  (gives input() history and editing)
+
+    print(f"w is {shown(w, names)}; /w changes it, /quit or Ctrl-D ends", file=sys.stderr)
+    while True:
+        try:
+            yield input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+
+
+def parser() -> OneLineParser:
+    p = OneLineParser(prog="python -m meal_fast.chat", description=__doc__)
+    p.add_argument("run", metavar="RUN", type=Path, help="the folder that meal_fast.train wrote")
+    p.add_argument("--w", metavar="W", help="NAME=VALUE,… summing to 1 (default: all equal)")
+    p.add_argument("--prompt", metavar="TEXT", help="answer this and end")
+    p.add_argument("--temperature", type=float, help="0: greedy (default: the run's own)")
+    p.add_argument("--max-new-tokens", type=int, metavar="N", help="(default: the run's own)")
+    p.add_argument("--seed", type=int, default=0, help="of the sampling")
+    p.add_argument("--device", help="cpu, cuda, … (default: the run's own)")
+    return p
+
+
+@one_line_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    config = read_config(args.run)
+    names = config.names
+    w = (1.0 / len(names),) * len(names) if args.w is None else parse_weights(args.w, names)
+    temperature = config.rollout.temperature if args.temperature is None else args.temperature
+    length = config.rollout.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"--temperature={temperature}: must be 0 (greedy) or positive")
+    if length < 1:
+        raise ValueError(f"--max-new-tokens={length}: must be at least 1")
+    if args.prompt is not None and not args.prompt.strip():
+        raise ValueError("--prompt='': is empty; give a text, or leave it out to read lines")
+    trained = policy_folder(args.run)
+
+    from .batch import Prompt
+    from .policy import load_policy
+    from .rollout import Request, rollout
+
+    where = (
+        config.policy
+        if args.device is None
+        else dataclasses.replace(config.policy, device=args.device)
+    )
+    policy = load_policy(where, names, seed=config.seed, trained=trained)
+
+    def answer(text: str, w: tuple[float, ...], turn: int) -> str:
+        out = rollout(
+            policy,
+            [Request(Prompt(id="chat", text=text), w)],
+            max_new_tokens=length,
+            temperature=temperature,
+            seed=args.seed,
+            stream=("chat", turn),
+        )
+        return out.texts[0].strip()
+
+    if args.prompt is not None:
+        print(answer(args.prompt.strip(), w, 0))
+    else:
+        talk(prompted_lines(w, names), answer, w, names)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Reading a run folder: what meal_fast.train wrote. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .config import Config, from_dict
+
+
+def read_config(run: Path) -> Config:
+    """The configuration of a run folder. Raises ValueError where `run` is not one."""
+    return from_dict(read_json(run, "config.json"))
+
+
+def read_json(run: Path, name: str) -> dict[str, Any]:
+    """One JSON file of a run folder. Raises ValueError where it is missing or broken."""
+    try:
+        values = json.loads((run / name).read_text(encoding="utf-8"))
+    except OSError as error:
+        # A report's own file comes from evaluate, all others from train.
+        remedy = (
+            f"run `python -m meal_fast.evaluate {run}` first"
+            if name == "evaluation.json" and (run / "config.json").is_file()
+            else "give the folder that meal_fast.train wrote"
+        )
+        raise ValueError(f"RUN={str(run)!r}: no {name} ({error.strerror}); {remedy}") from None
+    except ValueError as error:
+        raise ValueError(f"RUN={str(run)!r}: {name} is not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"RUN={str(run)!r}: {name} holds no table; it is not of a run")
+    return values
+
+
+def policy_folder(run: Path) -> Path:
+    """The trained policy of a finished run. Raises ValueError where there is none yet."""
+    folder = run / "policy"
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"RUN={str(run)!r}: no policy/ yet; finish it with "
+            f"`python -m meal_fast.train --resume --out {run}`"
+        )
+    return folder
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The updates of metrics.jsonl. A last line cut short by a kill is left out; no file: none."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    updates = []
+    for number, line in enumerate(lines, 1):
+        try:
+            updates.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{str(path)!r}, line {number}: not JSON ({error})") from None
+    return updates
