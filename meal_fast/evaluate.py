@@ -368,11 +368,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = run_evaluation(
         args.run, config, statistics, lambda line: print(line, file=sys.stderr, flush=True)
     )
-    from .report import headline, write_report
+    from .report import headline, scope, write_report
     from .trainer import write_atomic
 
     write_atomic(out / "evaluation.json", json.dumps(result, allow_nan=False).encode())
-    print(headline(result))
+    print(headline(result), scope(result), sep="\n")
     print(write_report(args.run, out))
 
 
