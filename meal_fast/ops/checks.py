@@ -1,4 +1,4 @@
-"""Checks of what the caller passed: one `ValueError` that names the argument, the value, the remedy.
+"""Checks of what the caller passed: a `ValueError` names the argument, the value, the remedy.
 
 Checks of shapes and options are free and always made. Checks of *values* read the tensor, which on
 a GPU would stall the queue; `values_are_checked` says where they are made.
@@ -67,3 +67,16 @@ def targets_in_range(target: Tensor, live: Tensor, vocabulary: int) -> None:
             f"target: row {row} is {int(target[row])}, outside [0, {vocabulary}); "
             "mask it or give ignore_index"
         )
+
+
+IMPLEMENTATIONS = ("torch", "triton", "cuda")
+
+
+def implementation(op: str, impl: str | None, available: tuple[str, ...] = ("torch",)) -> str:
+    """The implementation to call; `available` is what `op` has here, best for its device first."""
+    if impl is None:
+        return available[0]
+    choice("impl", impl, IMPLEMENTATIONS)
+    known = ", ".join(available)
+    require(impl in available, "impl", impl, f"{op} has none such here; use None or one of {known}")
+    return impl

@@ -132,8 +132,8 @@ class Tokens:
     sequence: Tensor | None  # dense ids
 
     def take(self, rows: Tensor | slice) -> Tokens:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Tokens(**{k: v if v is None else v[rows] for k, v in values.items()})
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v[rows] for k, v in given.items() if v is not None})
 
     def with_reference(self, ref_logp: Tensor | None) -> Tokens:
         return self if ref_logp is None else replace(self, ref_logp=ref_logp)

@@ -1,19 +1,99 @@
-"""Sampling a token of each row by inverse CDF, in plain torch.
-
-R  rows    V  vocabulary
-"""
+"""Sampling a token of each row by inverse CDF."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
-from meal_fast.ops.philox import uniform
+from . import checks, reference
+from .checks import require
+from .philox import uniform
 
 _BLOCK = 256  # columns that are summed in float32; sums over blocks are float64
 
 
 def sample(
+    logits: Tensor,
+    *,
+    seed: int,
+    row: Tensor,
+    position: Tensor | int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token of each row, by inverse CDF with one uniform per (seed, row id, position).
+
+    The uniform comes from Philox4x32-10 (key: seed; counter: position, row id), so a row's token
+    depends on its own logits and ids, not on what else is in the batch. The token always has p > 0.
+
+    Args:
+        logits: (R, V). row: (R,) int64 ids. position: (R,) int64 or an int.
+        temperature: p = softmax(logits / temperature). 0 is greedy: the first maximum.
+        top_k: keep exactly the k likeliest (0: all). top_p: of those, the shortest prefix in order
+            of probability whose share reaches top_p. min_p: of those, the ones with
+            p ≥ min_p · max p. Ties are taken in order of token id.
+
+    Returns:
+        token (R,) int64; logp (R,), its log-probability under softmax(logits / temperature) (at
+        temperature 0: under softmax(logits)); truncated_logp (R,), under what was sampled from,
+        renormalised (at temperature 0: 0). Not differentiable.
+
+    Raises:
+        ValueError: bad shapes or options; on the CPU also a row whose largest logit is not finite
+            or that holds a NaN.
+    """
+    checks.implementation("sample", impl)
+    checks.floating("logits", logits)
+    require(logits.dim() == 2, "logits.shape", tuple(logits.shape), "must be (R, V)")
+    r, v = logits.shape
+    require(v >= 1, "logits.shape", tuple(logits.shape), "needs a vocabulary")
+    checks.shape("row", row, (r,))
+    checks.integer("row", row)
+    require(
+        isinstance(seed, int) and -(2**63) <= seed < 2**64, "seed", seed, "must be a 64-bit int"
+    )
+    if isinstance(position, int):
+        position = torch.full_like(row, position)
+    checks.shape("position", position, (r,))
+    checks.integer("position", position)
+    checks.same_device("logits", logits, row=row, position=position)
+    require(
+        math.isfinite(temperature) and temperature >= 0,
+        "temperature",
+        temperature,
+        "must be 0 (greedy) or positive",
+    )
+    require(top_k >= 0, "top_k", top_k, "must be 0 (no limit) or positive")
+    require(0 < top_p <= 1, "top_p", top_p, "must be in (0, 1]")
+    require(0 <= min_p <= 1, "min_p", min_p, "must be in [0, 1]")
+    with torch.no_grad():
+        if logits.device.type == "cpu":
+            bad = ~logits.amax(1).isfinite()  # a NaN comes through amax
+            if bool(bad.any()):
+                first = int(bad.nonzero()[0, 0])
+                raise ValueError(
+                    f"logits: row {first} has a NaN, an infinite maximum or only -inf; "
+                    "it is no distribution"
+                )
+        return _sample(
+            logits,
+            seed,
+            row.long(),
+            position.long(),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            dtype=reference.compute_dtype(logits),
+        )
+
+
+def _sample(
     logits: Tensor,  # (R, V)
     seed: int,
     row: Tensor,  # (R,) int64

@@ -71,10 +71,13 @@ class LinearSource:
         self.weight = weight.detach().to(self.factor_dtype)
         self.bias = None if bias is None else bias.detach().to(dtype) * readout.raw_scale
         self.rows, self.vocabulary, self.device = hidden.shape[0], weight.shape[0], hidden.device
-        like = {"dtype": dtype, "device": hidden.device}
-        self.grad_hidden = torch.zeros(hidden.shape, **like) if needs[0] else None
-        self.grad_weight = torch.zeros(weight.shape, **like) if needs[1] else None
-        self.grad_bias = torch.zeros(weight.shape[0], **like) if needs[2] else None
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=hidden.device)
+
+        self.grad_hidden = zeros(*hidden.shape) if needs[0] else None
+        self.grad_weight = zeros(*weight.shape) if needs[1] else None
+        self.grad_bias = zeros(weight.shape[0]) if needs[2] else None
 
     def fill(self, rows: slice, tile: Tensor) -> None:
         hidden = self.hidden[rows].to(self.factor_dtype)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from meal_fast.ops.reference import (
+from .reference import (
     LossOptions,
     Tokens,
     loss_and_metrics,
     loss_terms,
     weighted_loss,
 )
-from meal_fast.ops.sweep import LinearSource, LogitsSource, Readout, Source, Stats, sweep
+from .sweep import LinearSource, LogitsSource, Readout, Source, Stats, sweep
 
 Metrics = dict[str, Tensor]
 
@@ -109,7 +109,7 @@ def fused_loss(
     """The loss of the active rows of a source, which collects its gradients when `backward`.
 
     A token's derivative needs its own log-probability alone, so it is taken in the sweep; the
-    ratio of a sequence needs all of its tokens, so with `level="sequence"` a first sweep goes ahead.
+    ratio of a sequence needs all of its tokens, so `level="sequence"` sweeps twice.
     """
     exact = options.kl == "exact" and reference is not None
 
@@ -155,11 +155,9 @@ class LossPlan:
     readout: Readout
     dtype: torch.dtype
     max_bytes: int
-    ref_hidden: Tensor | None
-    ref_weight: Tensor | None
-    ref_bias: Tensor | None
-    ref_logits: Tensor | None
     differentiate: bool
+    ref_head: tuple[Tensor, Tensor, Tensor | None] | None = None  # hidden, weight, bias
+    ref_logits: Tensor | None = None
 
 
 class LinearPolicyLoss(torch.autograd.Function):
@@ -177,20 +175,18 @@ class LinearPolicyLoss(torch.autograd.Function):
         plan: LossPlan,
         metrics: Metrics,
     ) -> Tensor:
-        needs = tuple(n and plan.differentiate for n in ctx.needs_input_grad[:3])
+        a, b, c = (n and plan.differentiate for n in ctx.needs_input_grad[:3])
         rows = active_rows(plan.tokens)
         chosen, target = select(hidden, plan.tokens, rows), take(plan.target, rows)
-        source = LinearSource(chosen, weight, bias, plan.readout, plan.dtype, needs)
+        source = LinearSource(chosen, weight, bias, plan.readout, plan.dtype, (a, b, c))
         reference = None
-        if plan.ref_hidden is not None:
-            assert plan.ref_weight is not None
-            ref_chosen = select(plan.ref_hidden, plan.tokens, rows)
-            reference = LinearSource(
-                ref_chosen, plan.ref_weight, plan.ref_bias, plan.readout, plan.dtype
-            )
+        if plan.ref_head is not None:
+            ref_hidden, ref_weight, ref_bias = plan.ref_head
+            ref_chosen = select(ref_hidden, plan.tokens, rows)
+            reference = LinearSource(ref_chosen, ref_weight, ref_bias, plan.readout, plan.dtype)
         tokens = plan.tokens if rows is None else plan.tokens.take(rows)
         loss, made = fused_loss(
-            source, reference, target, tokens, plan.options, plan.max_bytes, any(needs)
+            source, reference, target, tokens, plan.options, plan.max_bytes, a or b or c
         )
         metrics.update(made)
         g_hidden, g_weight, g_bias = _as_inputs(source, hidden, weight, bias)
