@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import combinations, pairwise, product
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
 INK, MUTED, GRID, PAPER = "#1b1f24", "#6b7480", "#dde1e6", "#fefefe"
@@ -37,7 +39,7 @@ THEME = {
     "s4": (SERIES[4], "#d9bb6c"),
     "s5": (SERIES[5], "#ee7fac"),
 }
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9.0,
     "svg.fonttype": "none",
     "axes.edgecolor": MUTED,
@@ -67,11 +69,6 @@ MODE_TITLES = {"greedy": "Greedy", "sampled": "Sampled"}
 
 # Fills a panel; what it returns, if anything, is called when all panels have their place.
 Draw = Callable[[Axes], Callable[[], None] | None]
-
-
-def figure(draw: Draw, *, size: tuple[float, float] = (4.6, 3.1)) -> Figure:
-    """A figure of one panel."""
-    return panels([draw], columns=1, size=size)
 
 
 def panels(
@@ -126,7 +123,7 @@ def fronts(result: dict[str, Any], mode: str) -> list[tuple[str, Draw]]:
     return [
         (
             f"Front of {names[a]} and {names[b]}, {mode}",
-            lambda ax, a=a, b=b: _front(ax, result, mode, a, b),
+            partial(_front, result=result, mode=mode, a=a, b=b),
         )
         for a, b in combinations(range(len(names)), 2)
     ]
@@ -166,7 +163,8 @@ def _front(ax: Axes, result: dict[str, Any], mode: str, a: int, b: int) -> Calla
 
     def label() -> None:
         trained, base = drawn["trained"], drawn["base"]
-        _labels(ax, trained, texts, range(len(texts)), first, SERIES[0], [*trained, *base])
+        some = range(0, len(texts), 1 + len(texts) // 20) if pair else range(len(texts))
+        _labels(ax, trained, texts, some, first, SERIES[0], [*trained, *base])
         _labels(ax, base, texts, [], first[:2], MUTED, [*trained, *base])
 
     return label
@@ -193,8 +191,7 @@ def _labels(
     markers: Sequence[tuple[float, float]],
 ) -> None:
     """Writes points' texts where they cover no marker and no text, or leaves them out."""
-    figure = ax.get_figure()
-    unit = figure.dpi / 72
+    unit = ax.figure.dpi / 72
 
     def boxes(spots: Any, side: float) -> list[Bbox]:
         pixels = ax.transData.transform(spots)
@@ -288,7 +285,8 @@ def _band(
     )
     known = [(p, v["low"], v["high"]) for p, v in ordered if v["low"] is not None]
     if known and not shared:
-        ax.fill_between(*zip(*known, strict=True), color=colour, alpha=0.16, linewidth=0)
+        at, low, high = zip(*known, strict=True)
+        ax.fill_between(at, low, high, color=colour, alpha=0.16, linewidth=0)
 
 
 # --- training ----------------------------------------------------------------------------------
@@ -299,7 +297,9 @@ def training(metrics: Sequence[dict[str, Any]], names: Sequence[str]) -> list[tu
     out: list[tuple[str, Draw]] = []
     series = {n: _series(metrics, "normalized", n) for n in names}
     if any(series.values()):
-        out.append(("Normalised rewards", lambda ax: _curves(ax, "Normalised rewards", series)))
+        out.append(
+            ("Normalised rewards", partial(_curves, title="Normalised rewards", series=series))
+        )
     for key, title in (
         ("score", "Score"),
         ("kl", "KL to the base model"),
@@ -310,7 +310,7 @@ def training(metrics: Sequence[dict[str, Any]], names: Sequence[str]) -> list[tu
     ):
         found = _series(metrics, key)
         if found:
-            out.append((title, lambda ax, t=title, f=found: _curves(ax, t, {"": f})))
+            out.append((title, partial(_curves, title=title, series={"": found})))
     return out
 
 
@@ -331,17 +331,17 @@ def _curves(ax: Axes, title: str, series: dict[str, list[tuple[float, float]]]) 
         if not points:
             continue
         x, y = zip(*points, strict=True)
-        window = max(1, len(y) // 8)
+        window = len(y) // 8
         mean = [
             sum(y[max(0, j - window) : j + window + 1])
             / len(y[max(0, j - window) : j + window + 1])
             for j in range(len(y))
         ]
         colour = SERIES[i % len(SERIES)]
-        ax.plot(x, y, ".", color=colour, ms=4, alpha=0.45)
+        ax.plot(x, y, ".", color=colour, ms=5, alpha=0.5)
         ax.plot(x, mean, color=colour, lw=1.5, label=name)
     ax.set_title(title)
     ax.set_xlabel("update")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     if any(series):
         _legend_outside(ax)

@@ -137,7 +137,7 @@ def _what_ran(result: Result, config: dict[str, Any], metrics: Sequence[Any]) ->
     return f"{config['recipe']}: {objectives}, {config['policy']['path']}{steps}"
 
 
-def _rows(result: Result, mode: str) -> Iterator[tuple[str, str, str, str]]:
+def _rows(result: Result, mode: str) -> Iterator[tuple[str, ...]]:
     """(measure, base, trained, trained − base) of one mode."""
     base, trained = (result["results"][m][mode] for m in ("base", "trained"))
     difference = result["difference"][mode]
@@ -195,13 +195,11 @@ def _table(result: Result) -> Iterator[str]:
     )
 
 
-def _figure(draw: Any, label: str, caption: str = "", *, wide: bool = False) -> str:
+def _figure(draw: Any, label: str, *, wide: bool = False) -> str:
     from . import figures
 
-    size = (5.2, 4.3) if wide else (4.4, 2.9)
-    drawing = figures.svg(figures.figure(draw, size=size), escape(label, quote=True))
-    said = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f"<figure>{drawing}{said}</figure>"
+    drawn = figures.panels([draw], columns=1, size=(5.2, 4.3) if wide else (4.4, 2.9))
+    return f"<figure>{figures.svg(drawn, escape(label, quote=True))}</figure>"
 
 
 def _front_figures(result: Result) -> Iterator[str]:
@@ -339,11 +337,11 @@ h3{margin:0 0 .6rem;font-size:1rem;font-weight:600;white-space:pre-wrap;overflow
 .sub{margin:.1rem 0 1.2rem;color:var(--muted);overflow-wrap:anywhere}
 .headline{margin:0;padding:.9rem 1.1rem;border-left:4px solid var(--s0);font-size:1.06rem;
  background:color-mix(in srgb,var(--s0) 8%,transparent)}
-.note,figcaption{color:var(--muted);font-size:.87rem;max-width:50rem}
+.note{color:var(--muted);font-size:.87rem;max-width:50rem}
 .scroll{overflow-x:auto}
-table{border-collapse:collapse;font-size:.9rem}
-th,td{padding:.28rem .9rem .28rem 0;border-bottom:1px solid var(--grid);text-align:left;
- vertical-align:top;font-weight:400}
+table{border-collapse:collapse;font-size:.9rem;text-align:left}
+th,td{padding:.28rem .9rem .28rem 0;border-bottom:1px solid var(--grid);vertical-align:top;
+ font-weight:400}
 table.key{width:100%}
 table.key td{white-space:nowrap;font-variant-numeric:tabular-nums}
 thead th{padding-top:1rem;font-weight:600;border-bottom-color:var(--muted)}
@@ -354,7 +352,7 @@ details td{overflow-wrap:anywhere}
 figure{margin:0;min-width:0}
 figure svg{display:block;width:100%;height:auto}
 .prompt{margin:0 0 1.8rem}
-.answers{display:grid;grid-auto-flow:column;grid-auto-columns:minmax(13rem,1fr);gap:.7rem;
+.answers{display:grid;grid-auto-flow:column;grid-auto-columns:minmax(11.5rem,1fr);gap:.7rem;
  overflow-x:auto;padding-bottom:.5rem}
 .answer{border:1px solid var(--grid);border-radius:6px;padding:.6rem .7rem;font-size:.88rem}
 .w{margin:0 0 .4rem;font-weight:600;font-variant-numeric:tabular-nums}
