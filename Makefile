@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
 RUN ?= runs/quickstart
-STEPS ?= 10
+STEPS ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help env train assets report test test-slow smoke golden lint wheel bench clean

@@ -60,7 +60,7 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         fail(message)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(self, args=None, namespace=None):
         # Intermixed: argparse would otherwise take `--out DIR quickstart` for a surplus argument.
         found, surplus = self.parse_known_intermixed_args(args, namespace)
         if surplus:

@@ -27,7 +27,7 @@ LAYERS = (
     ("meta",),
     ("recipes",),
     ("trainer",),
-    ("train", "evaluate", "chat", "report", "display"),
+    ("train", "evaluate", "chat", "report", "figures", "display"),
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 

@@ -1,0 +1,93 @@
+"""meal-fast's side: rollout, score and update on the workload of workload.py, one JSON line a step.
+
+python bench/meal_step.py --model FOLDER --steps 3
+"""
+
+import hashlib
+import time
+
+import torch
+import transformers
+from workload import (
+    BETA,
+    LR,
+    MAX_GRAD_NORM,
+    NEW_TOKENS,
+    PROMPTS,
+    SAMPLES,
+    TEMPERATURE,
+    arguments,
+    report_end,
+    report_step,
+    reward,
+)
+
+import meal_fast
+from meal_fast import ops
+from meal_fast.batch import Prompt, Scored
+from meal_fast.config import GRPOConfig, PolicyConfig
+from meal_fast.learners import grpo
+from meal_fast.policy import Policy, load_policy
+from meal_fast.rollout import Request, rollout
+
+
+class Endless(Policy):
+    """A policy that no token stops: what min_new_tokens does on the other side."""
+
+    stop_ids = frozenset({-1})
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--micro-tokens", type=int, default=GRPOConfig().micro_tokens)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    policy = load_policy(PolicyConfig(path=args.model, tuning="full", device="cpu"), ("a", "b"))
+    policy.__class__ = Endless
+    config = GRPOConfig(
+        lr=LR, beta=BETA, reduce="grpo", max_grad_norm=MAX_GRAD_NORM, micro_tokens=args.micro_tokens
+    )
+    optimizer = torch.optim.AdamW(policy.trainable, lr=config.lr, weight_decay=0.0, fused=True)
+    requests = [
+        Request(Prompt(hashlib.sha256(text.encode()).hexdigest(), text), None, SAMPLES)
+        for text in PROMPTS
+    ]
+    for step in range(1, args.steps + 1):
+        begin = time.perf_counter()
+        rolled = rollout(
+            policy,
+            requests,
+            max_new_tokens=NEW_TOKENS,
+            temperature=TEMPERATURE,
+            seed=0,
+            stream=("bench", step),
+        )
+        reward_RK = torch.tensor([reward(rolled.texts)]).T
+        score, advantage = ops.group_advantages(
+            reward_RK,
+            torch.ones(1),
+            rolled.group_R,
+            utopia=torch.zeros(1),
+            scalarization="linear",
+        )
+        scored = Scored(reward_RK, reward_RK, score, advantage)
+        optimizer.zero_grad(set_to_none=True)
+        grpo(policy, rolled, scored, config, TEMPERATURE)
+        torch.nn.utils.clip_grad_norm_(policy.trainable, config.max_grad_norm)
+        optimizer.step()
+        seconds = time.perf_counter() - begin
+        tokens = int(rolled.mask_RT.sum())
+        if tokens != len(PROMPTS) * SAMPLES * NEW_TOKENS:
+            raise RuntimeError(f"{tokens} tokens sampled")
+        report_step("meal-fast", step, seconds, tokens)
+    report_end(
+        "meal-fast",
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        meal_fast=meal_fast.__version__,
+        micro_tokens=str(args.micro_tokens),
+    )
+
+
+if __name__ == "__main__":
+    main()
