@@ -96,7 +96,9 @@ def interval(e: dict[str, Any] | None) -> str:
         return number(e["value"])
     width = e["high"] - e["low"]
     digits = max(0, 1 - math.floor(math.log10(width))) if width > 0 else 3
-    value, low, high = (f"{e[k]:.{digits}f}".replace("-", "−") for k in ("value", "low", "high"))
+    # adding 0.0 makes a rounded minus zero a zero
+    rounded = (round(e[k], digits) + 0.0 for k in ("value", "low", "high"))
+    value, low, high = (f"{x:.{digits}f}".replace("-", "−") for x in rounded)
     return f"{value} ({low} to {high})"
 
 
@@ -358,9 +360,8 @@ figure svg{display:block;width:100%;height:auto}
 .w{margin:0 0 .4rem;font-weight:600;font-variant-numeric:tabular-nums}
 .who{margin:.5rem 0 .1rem;color:var(--s0);font-weight:600}
 .who span{color:var(--muted);font-weight:400;font-size:.82rem}
-.base .who{color:var(--muted)}
+.base .who,.base blockquote{color:var(--muted)}
 blockquote{margin:0;white-space:pre-wrap;overflow-wrap:anywhere}
-.base blockquote{color:var(--muted)}
 @media(max-width:42rem){table.key{font-size:.78rem}
  table.key td{white-space:normal}
  table.key th,table.key td{padding-right:.5rem}}

@@ -54,7 +54,7 @@ def test_neighbours_gaps_and_violations_of_a_line():
     pairs = measures.neighbours(LINE)
     assert pairs == [(0, 1), (1, 2), (2, 3), (3, 4)]
     np.testing.assert_allclose(measures.gaps(points, pairs), [3.0, 1.0, 4.0, 2**0.5])
-    # w_1 falls along the line: its reward rises once (4 to 5); w_2 rises and its reward never falls.
+    # w_1 falls along the line and its reward rises once (4 to 5); that of w_2 never falls.
     assert measures.violations(LINE, points, pairs) == [(1, 4), (0, 4)]
 
 
