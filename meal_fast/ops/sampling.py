@@ -12,6 +12,7 @@ from .checks import require
 from .philox import uniform
 
 _BLOCK = 256  # columns that are summed in float32; sums over blocks are float64
+_SHORT_LIST = 1024
 
 
 def sample(
@@ -63,10 +64,10 @@ def sample(
     checks.integer("position", position)
     checks.same_device("logits", logits, row=row, position=position)
     require(
-        math.isfinite(temperature) and temperature >= 0,
+        temperature == 0 or (math.isfinite(temperature) and temperature >= 1e-6),
         "temperature",
         temperature,
-        "must be 0 (greedy) or positive",
+        "must be 0 (greedy) or at least 1e-6",
     )
     require(top_k >= 0, "top_k", top_k, "must be 0 (no limit) or positive")
     require(0 < top_p <= 1, "top_p", top_p, "must be in (0, 1]")
@@ -157,26 +158,47 @@ def _first_past(running: Tensor, mark: Tensor) -> Tensor:
 
 
 def _survivors(p: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """(R, V) bool: what top-k, then top-p of what it left, then min-p keep.
-
-    Equal probabilities are taken in order of token id, so that top-k keeps exactly k and top-p no
-    more than its prefix.
-    """
-    v = p.shape[1]
+    """(R, V) bool: what top-k, then top-p of what it left, then min-p keep."""
     keep = torch.ones_like(p, dtype=torch.bool)
-    if 0 < top_k < v:
-        least = p.topk(top_k, 1).values[:, -1:]
-        above = p > least
-        tied = p == least
-        room = top_k - above.sum(1, keepdim=True)
-        keep = above | (tied & (tied.cumsum(1) <= room))
-    if top_p < 1:
-        ordered, order = torch.where(keep, p, 0).sort(dim=1, descending=True, stable=True)
+    if top_k or top_p < 1:
+        ordered, total = _likeliest(p, top_k, top_p)
         running = ordered.double().cumsum(1)
-        # Kept while the mass before it is short of top_p: the smallest prefix that reaches it.
-        prefix = running - ordered < top_p * running[:, -1:]
-        prefix[:, 0] = True
-        keep &= torch.zeros_like(keep).scatter_(1, order, prefix)
+        # Kept while the mass before it is short of top_p: the shortest prefix that reaches it.
+        prefix = (running - ordered < top_p * total) if top_p < 1 else torch.ones_like(ordered) > 0
+        count = prefix.sum(1, keepdim=True).clamp(min=1)
+        keep = _first_likeliest(p, count, ordered.gather(1, count - 1))
     if min_p > 0:
         keep &= p >= min_p * p.amax(1, keepdim=True)
     return keep
+
+
+def _likeliest(p: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """(values, total): enough of the largest values, descending, and the mass top-p is a share of.
+
+    A sort of the vocabulary costs ten times the rest of the op, so without top-k a short list is
+    tried first. Looking whether it was enough waits for the device: on the CPU only.
+    """
+    v = p.shape[1]
+    if 0 < top_k:
+        values = p.topk(min(top_k, v), 1).values
+        return values, values.sum(1, keepdim=True, dtype=torch.float64)
+    total = p.sum(1, keepdim=True, dtype=torch.float64)
+    if p.device.type == "cpu" and v > _SHORT_LIST:
+        values = p.topk(_SHORT_LIST, 1).values
+        if bool((values.sum(1, keepdim=True, dtype=torch.float64) >= top_p * total).all()):
+            return values, total
+    return p.sort(dim=1, descending=True).values, total
+
+
+def _first_likeliest(p: Tensor, count: Tensor, least: Tensor) -> Tensor:
+    """The `count` (R, 1) largest of each row, the last of which is `least` (R, 1).
+
+    Of the values equal to `least` the first in order of token id are taken, and no more than there
+    is room for.
+    """
+    keep = p >= least
+    if p.device.type == "cpu" and bool((keep.sum(1, keepdim=True) == count).all()):
+        return keep
+    above = p > least
+    tied = keep & ~above
+    return above | (tied & (tied.cumsum(1) <= count - above.sum(1, keepdim=True)))

@@ -255,7 +255,7 @@ def _one_block(
         if g_entropy is None:
             z.zero_()
         else:
-            u.sub_(mean_u[:, None]).mul_(-g_entropy[:, None])
+            u.sub_(mean_u[:, None]).masked_fill_(p == 0, 0).mul_(-g_entropy[:, None])
         if g_kl is not None and d is not None:
             z.add_(d.mul_(g_kl[:, None]))
         z.sub_(a[:, None]).mul_(p)
@@ -276,14 +276,18 @@ def _exact_kl(
     The textbook form Σ p (u - u_q) - log Σ e^u + log Σ e^u_q subtracts numbers near 1, and in
     float32 loses every KL below 1e-7. log1p Σ p·expm1(-d) is the same number without that loss;
     where it overflows (p tiny, q not) the KL is large and the textbook form is exact enough.
+    Columns with p = 0 drop out of every sum but this last one, where their share of q remains.
     """
+    absent = p == 0
     zq.sub_(zq.amax(1, keepdim=True))
     picked = _gather(zq, target)
-    log_total_q = zq.exp().sum(1).log()
-    d = torch.sub(u, zq, out=zq).masked_fill_(p == 0, 0)
+    exp_q = zq.exp()
+    log_total_q = exp_q.sum(1).log()
+    unshared = exp_q.masked_fill_(~absent, 0).sum(1)
+    d = torch.sub(u, zq, out=zq).masked_fill_(absent, 0)
     mean_d = torch.linalg.vecdot(p, d)
-    d.sub_(mean_d[:, None]).masked_fill_(p == 0, 0)
-    excess = torch.linalg.vecdot(p, (-d).expm1_())
+    d.sub_(mean_d[:, None]).masked_fill_(absent, 0)
+    excess = torch.linalg.vecdot(p, (-d).expm1_()) + unshared * (mean_d - log_total).exp()
     textbook = mean_d - log_total + log_total_q
     stable = excess.isfinite() & (textbook < 0.5)
     # The first argument of where() is NaN or infinite only where it is not taken.
