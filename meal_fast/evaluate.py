@@ -315,8 +315,14 @@ def run_evaluation(run: Path, config: Config, statistics: dict[str, Any], say: P
 
     policy = load_policy(config.policy, config.names, seed=config.seed, trained=policy_folder(run))
     objectives = load_objectives(config.objectives, policy.device)
-    source = config.prompts.evaluation or config.prompts.train
-    prompts = load_prompts(source, "evaluation")
+    # a set of its own is held out as a whole; of the training set, one split is
+    prompts = load_prompts(
+        config.prompts.evaluation or config.prompts.train,
+        "evaluation",
+        whole=bool(config.prompts.evaluation),
+        count_tokens=lambda text: len(policy.encode_prompt(text)),
+        max_tokens=config.prompts.max_tokens,
+    )
     return evaluate(
         policy,
         objectives,

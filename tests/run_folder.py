@@ -9,6 +9,7 @@ import torch
 from meal_fast.config import Config, from_dict, to_dict
 from meal_fast.objectives import Normalizer
 from meal_fast.policy import Policy, load_policy
+from meal_fast.worlds import world_prompts
 
 NAMES = ("first", "second")
 
@@ -17,7 +18,6 @@ def tiny_config(**changes: Any) -> Config:
     values = {
         "objectives": [f"{name}=meal_fast.worlds:{name}" for name in NAMES],
         "policy": {"path": "world:tiny", "lora_rank": 4, "device": "cpu"},
-        "prompts": {"train": "world:tiny"},
         "rollout": {"max_new_tokens": 6, "prompts": 2, "samples": 2},
         "evaluation": {"prompts": 3, "samples": 2, "grid": 5},
         "preference": {"grid": 3},
@@ -38,6 +38,9 @@ def tiny_policy(config: Config, *, scale: float = 0.1) -> Policy:
 def build_run(run: Path, config: Config, *, scale: float = 0.1) -> Policy:
     """Writes what meal_fast.train leaves behind, as far as evaluation, report and chat read it."""
     run.mkdir()
+    held_out = run / "prompts.txt"
+    held_out.write_text("\n".join(world_prompts("tiny", "evaluation")) + "\n")
+    config = from_dict({"prompts": {"evaluation": str(held_out)}}, config)
     policy = tiny_policy(config, scale=scale)
     policy.save(run / "policy")
     (run / "config.json").write_text(json.dumps(to_dict(config)))

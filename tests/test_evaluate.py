@@ -174,7 +174,7 @@ def test_three_objectives(policy):
 
 def test_prompts_that_are_all_too_long_are_refused(policy):
     with pytest.raises(ValueError, match="none of 5 prompts has at most 2 tokens"):
-        sweep(tiny_config(prompts={"train": "world:tiny", "max_tokens": 2}), policy)
+        sweep(tiny_config(prompts={"max_tokens": 2}), policy)
 
 
 # --- the command line --------------------------------------------------------------------------
@@ -199,8 +199,6 @@ def test_command_line_evaluates_a_saved_run(run, tmp_path, capsys):
 
 
 def test_saved_and_reloaded_policy_answers_as_in_memory(run, config, tmp_path):
-    from meal_fast.prompts import load_prompts
-
     ev.main([str(run), "--out", str(tmp_path)])
     reloaded = json.loads((tmp_path / "evaluation.json").read_text())
     statistics = json.loads((run / "statistics.json").read_text())
@@ -210,7 +208,7 @@ def test_saved_and_reloaded_policy_answers_as_in_memory(run, config, tmp_path):
         Normalizer.from_dict(statistics["normalizer"]),
         statistics["utopia"],
         statistics["mu_evaluation"],
-        load_prompts("world:tiny", "evaluation"),
+        [Prompt(p["id"], p["text"]) for p in reloaded["prompts"]],
         config,
     )
     assert reloaded["answers"] == in_memory["answers"]

@@ -32,7 +32,7 @@ def run(tmp_path_factory):
         Normalizer.fit(torch.eye(2), "max"),
         (1.1, 1.1),
         0.1,
-        load_prompts("world:tiny", "evaluation"),
+        load_prompts(str(folder / "prompts.txt"), "evaluation", whole=True),
         config,
     )
     result["prompts"][0]["text"] = NASTY
