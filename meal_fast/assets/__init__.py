@@ -1,6 +1,7 @@
 """Real input that needs no model hub: a small policy, two reward models, prompt sets.
 
-`python -m meal_fast.assets` (`make assets`) builds them once into a cache folder; `asset` finds them.
+`make assets` (`python -m meal_fast.assets`) builds them once into a cache folder; `asset` finds
+them there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m meal_fast.assets`: build everything that is not in the cache yet, in about five minutes.
+"""Build every packaged asset that is not in the cache yet: about five minutes the first time.
 
 Nothing is done twice: a finished part is recognised by its manifest.
 """

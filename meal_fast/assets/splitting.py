@@ -12,7 +12,7 @@ SPLITS = ("train", "validation", "evaluation")
 def normalize(text: str) -> str:
     """The form in which two texts count as the same: case, punctuation and spacing left out."""
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(re.findall(r"\w+", folded))
+    return " ".join(re.findall(r"\w+", folded)) or folded.strip()
 
 
 def text_hash(text: str) -> int:
