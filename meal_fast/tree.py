@@ -185,7 +185,7 @@ def _grouped(
     scores = torch.cat([unfold(to_prefix), q @ key.transpose(2, 3)], -1)
     prob = torch.softmax(scores.float(), -1).to(query.dtype)
     out = unfold(fold(prob[..., :p]) @ pv) + prob[..., p:] @ value
-    return out.view(r, hq, 1, d)
+    return out.reshape(r, hq, 1, d)
 
 
 AttentionInterface.register(ATTENTION, _attention)

@@ -1,0 +1,128 @@
+"""The learner against the loss written out with full logits, one row at a time."""
+
+import dataclasses
+
+import pytest
+import torch
+from tests.run_folder import tiny_config, tiny_policy
+
+from meal_fast.batch import Prompt, Scored
+from meal_fast.learners import grpo
+from meal_fast.learners.grpo import micro_batches
+from meal_fast.ops import policy_loss_from_logp
+from meal_fast.rollout import Request, rollout
+
+TEMPERATURE = 0.9
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def setting(request):
+    config = tiny_config(policy={"tuning": request.param})
+    policy = tiny_policy(config) if request.param == "lora" else full_policy(config)
+    prompts = [Prompt("a", "Write a short word."), Prompt("b", "Hi"), Prompt("c", "Say more.")]
+    rolled = rollout(
+        policy,
+        [Request(p, (0.7, 0.3), 4) for p in prompts],
+        max_new_tokens=7,
+        temperature=TEMPERATURE,
+        seed=0,
+    )
+    generator = torch.Generator().manual_seed(0)
+    old = rolled.logp_RT + 0.3 * torch.randn(rolled.logp_RT.shape, generator=generator)
+    uneven = rolled.mask_RT & (torch.arange(rolled.mask_RT.shape[1]) < 2 + torch.arange(12)[:, None] % 5)
+    rolled = dataclasses.replace(rolled, logp_RT=old * uneven, mask_RT=uneven)
+    advantage = torch.randn(12, generator=generator)
+    empty = torch.zeros(12, 2)
+    return policy, rolled, Scored(empty, empty, advantage, advantage)
+
+
+def full_policy(config):
+    """All parameters trained, and moved a little, so that policy and reference differ."""
+    policy = tiny_policy.__globals__["load_policy"](config.policy, config.names)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in policy.trainable:
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return policy
+
+
+def gradients(policy):
+    out = {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
+    policy.model.zero_grad()
+    return out
+
+
+def logp_of(network, rolled, row):
+    prefix = rolled.prefix[int(rolled.group_R[row])]
+    tokens = rolled.tokens_RT[row][rolled.mask_RT[row]]
+    ids = torch.tensor([[*prefix, *tokens.tolist()]])
+    hidden = network.body(input_ids=ids, use_cache=False).last_hidden_state[0, -len(tokens) - 1 : -1]
+    logits = hidden @ network.weight.T / TEMPERATURE
+    return torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("reduce", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_loss_and_gradient_equal_the_plain_computation(setting, reduce, beta):
+    policy, rolled, scored = setting
+    config = dataclasses.replace(tiny_config().grpo, beta=beta, reduce=reduce, micro_tokens=90)
+    assert len(list(micro_batches(rolled, 90))) > 2
+    metrics = grpo(policy, rolled, scored, config, TEMPERATURE)
+    got = gradients(policy)
+
+    shape = rolled.mask_RT.shape
+    logp, ref = torch.zeros(shape), torch.zeros(shape)
+    for row in range(shape[0]):
+        n = int(rolled.mask_RT[row].sum())
+        logp[row, :n] = logp_of(policy.network, rolled, row)
+        with policy.reference() as base, torch.no_grad():
+            ref[row, :n] = logp_of(base, rolled, row)
+    loss, _ = policy_loss_from_logp(
+        logp,
+        scored.advantage_R[:, None].expand(shape),
+        old_logp=rolled.logp_RT,
+        ref_logp=ref if beta else None,
+        mask=rolled.mask_RT,
+        beta=beta,
+        reduce=reduce,
+    )
+    loss.backward()
+    want = gradients(policy)
+    torch.testing.assert_close(metrics["loss"], loss.detach(), atol=1e-5, rtol=1e-4)
+    assert got.keys() == want.keys() and got
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, atol=2e-6, rtol=2e-3, msg=name)
+
+
+@pytest.mark.parametrize("budget", [1, 60, 150, 10**6])
+def test_micro_batches_cover_every_row_once_in_order(setting, budget):
+    _, rolled, _ = setting
+    runs = list(micro_batches(rolled, budget))
+    assert torch.cat(runs).tolist() == list(range(12))
+    for rows in runs:
+        groups = set(rolled.group_R[rows].tolist())
+        widest = int(rolled.mask_RT[rows].sum(1).max())
+        used = sum(len(rolled.prefix[g]) for g in groups) + widest * len(rows)
+        assert len(rows) == 1 or used <= budget
+
+
+def test_an_update_raises_the_log_probability_of_better_rows(setting):
+    policy, rolled, scored = setting
+    config = dataclasses.replace(tiny_config().grpo, beta=0.0)
+    before = [p.detach().clone() for p in policy.trainable]
+    grpo(policy, rolled, scored, config, TEMPERATURE)
+
+    def gain():
+        with torch.no_grad():
+            rows = [logp_of(policy.network, rolled, r).mean() for r in range(12)]
+        return float((torch.stack(rows) * scored.advantage_R).sum())
+
+    start = gain()
+    with torch.no_grad():
+        for parameter in policy.trainable:
+            parameter -= 1e-2 * parameter.grad
+    assert gain() > start
+    policy.model.zero_grad()
+    with torch.no_grad():
+        for parameter, value in zip(policy.trainable, before, strict=True):
+            parameter.copy_(value)
