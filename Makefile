@@ -7,7 +7,7 @@ RUN ?= runs/quickstart
 STEPS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help env train assets report test test-slow smoke golden lint wheel bench clean
+.PHONY: help env train assets report test test-slow smoke golden lint wheel bench bench-trl clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,7 +59,10 @@ wheel: env  ## build the wheel into dist/, and use it outside the repository
 	$(PY) -m build --wheel
 	$(PY) .ci/check_wheel.py dist/*.whl
 
-bench: $(VENV)/bench-installed assets  ## one GRPO step against TRL, alternating
+bench: env  ## the ops
+	$(PY) -m pytest bench --benchmark-only
+
+bench-trl: $(VENV)/bench-installed assets  ## one GRPO step against TRL, alternating
 	$(PY) bench/ab_trl.py --steps $(STEPS)
 
 clean:  ## remove what was built; runs and downloaded assets stay
