@@ -223,8 +223,8 @@ def _tokenizer() -> Any:
     """A byte-level BPE for which every word of the worlds' conversations is one token.
 
     `first=0.80` is one too (a preference off the 11-point grid falls into pieces): a model of this
-    size sees which tokens are there long before it learns to look where a number stands. A response's
-    letters stay single, and any text comes back whole.
+    size sees which tokens are there long before it learns to look where a number stands. The
+    letters of a response stay single, and any text comes back whole.
     """
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     core = Tokenizer(models.BPE())
