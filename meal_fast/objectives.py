@@ -277,15 +277,20 @@ class ClassifierScorer:
         self.spec, self.device = spec, device
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(spec.path)
-            self.model = AutoModelForSequenceClassification.from_pretrained(
-                spec.path, dtype=torch.float32
+            self.model, found = AutoModelForSequenceClassification.from_pretrained(
+                spec.path, dtype=torch.float32, output_loading_info=True
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
             raise ValueError(
                 f"objective {name!r}: {spec.path!r} cannot be loaded as a sequence-classification "
                 f"model ({reason})"
             ) from error
+        if found["missing_keys"]:  # transformers would fill them in at random, and go on
+            missing = sorted(found["missing_keys"])[0]
+            raise ValueError(
+                f"objective {name!r}: {spec.path!r} is no trained classifier, it lacks {missing}"
+            )
         self.model.to(device).eval().requires_grad_(False)
         labels = self.model.config.num_labels
         if spec.logit >= labels:
@@ -317,10 +322,12 @@ class ClassifierScorer:
             }
             template = spec.format.removeprefix("template:")
             texts = (_put(template, prompt=prompt, response=response, **special),)
-        encoded = dict(tokenizer(*texts, truncation=True, max_length=self.max_length))
-        if not encoded["input_ids"]:  # an empty response alone, and no special tokens
-            encoded = dict(tokenizer(tokenizer.eos_token))
-        return encoded
+        # As lists, because a bare empty string as the second text is taken for no second text.
+        lists = [[text] for text in texts]
+        encoded = tokenizer(*lists, truncation=True, max_length=self.max_length)
+        if not encoded["input_ids"][0]:  # an empty response alone, and no special tokens
+            encoded = tokenizer([tokenizer.eos_token])
+        return {key: rows[0] for key, rows in encoded.items()}
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:

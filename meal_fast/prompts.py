@@ -1,8 +1,8 @@
 """Prompt sets: packaged, local files, and the papers' hub data sets, as `Prompt` values.
 
 A source is `packaged:safety`, `packaged:benign` or `packaged:mixed`; a local `.jsonl` file (key
-`prompt`) or `.txt` file (one prompt a line); or a name in `HUB`, with `?path=FOLDER` when its files lie there
-(in the layout that `datasets` reads) instead of on the hub.
+`prompt`) or `.txt` file (one prompt a line); or a name in `HUB`, with `?path=FOLDER` when its files
+lie there (in the layout that `datasets` reads) instead of on the hub.
 
 Which split a packaged or local prompt falls in depends on its text alone: 75 % train, 10 %
 validation, 15 % evaluation. A hub set keeps its own test split for evaluation; of its train split

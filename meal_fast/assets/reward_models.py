@@ -46,7 +46,7 @@ class Settings:
     """How a reward model is trained [R]."""
 
     epochs: int = 3
-    batch: int = 16
+    batch: int = 8
     lr: float = 2e-4
     frozen_layers: int = 3  # of MiniLM's 6; the embeddings are frozen too
     max_length: int = 128  # tokens of a pair

@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct: GGUF (4-bit) to a standard transformers folder in fp32 safetensors.
 
-Read with the `gguf` library rather than through transformers' GGUF loader, which takes four times as
-long and leaves the wrong end-of-turn token on some versions. What is written here is the same bytes
-whatever version is installed.
+Read with the `gguf` library rather than through transformers' GGUF loader, which takes four times
+as long and leaves the wrong end-of-turn token on some versions. What is written here is the same
+bytes whatever version is installed.
 """
 
 from __future__ import annotations
