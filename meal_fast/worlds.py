@@ -154,8 +154,11 @@ def gap_of(points: Array) -> float:
     return float(np.linalg.norm(steps, axis=1).max()) if len(steps) else 0.0
 
 
-def world_prompts(name: str, split: Literal["train", "evaluation"]) -> tuple[str, ...]:
-    """The prompts of a world. `concave-front` has one, which is also what it is evaluated on."""
+def world_prompts(name: str, split: str) -> tuple[str, ...]:
+    """The prompts of a world to train on (split "train") or hold out (any other).
+
+    `concave-front` has a single prompt, for both. Raises ValueError for an unknown name.
+    """
     _known(name)
     return _PROMPTS[name][0 if split == "train" else 1]
 
