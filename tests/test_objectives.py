@@ -189,7 +189,7 @@ def functions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "def tensor(prompts, responses): return torch.arange(len(responses)).double()\n"
         "def short(prompts, responses): return [1.0] * (len(responses) - 1)\n"
         "def wide(prompts, responses): return torch.ones(len(responses), 2)\n"
-        "def nan(prompts, responses): return [0 if r != 'No.' else 1e999 - 1e999 for r in responses]\n"
+        "def nan(prompts, responses): return [1e999 * 0 if r == 'No.' else 0 for r in responses]\n"
         "def inf(prompts, responses): return [1e999 if 'wren' in r else 0 for r in responses]\n"
         "def fails(prompts, responses): return [1 / len(r) for r in responses]\n"
         "def text(prompts, responses): return 'good'\n"

@@ -39,7 +39,7 @@ def test_local_files_are_split_without_loss_or_overlap(tmp_path: Path) -> None:
     txt = write(tmp_path / "p.txt", lines)
     parts = {split: texts(jsonl, split) for split in SPLITS}
     assert all(parts.values())
-    assert sorted(sum(parts.values(), [])) == sorted(lines)
+    assert sorted(t for part in parts.values() for t in part) == sorted(lines)
     assert {split: texts(txt, split) for split in SPLITS} == parts
     for split, part in parts.items():
         assert part == [t for t in lines if split_of(t) == split]  # and in the file's order

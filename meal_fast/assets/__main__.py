@@ -6,6 +6,7 @@ Nothing is done twice: a finished part is recognised by its manifest.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -53,7 +54,7 @@ def build_all(cache: Path, seed: int = 0) -> None:
         for name in reward_models.NAMES:
             if name in missing:
                 build_part(
-                    cache / name, keys[name], lambda to, name=name: _train(sources, name, to, seed)
+                    cache / name, keys[name], functools.partial(_train, sources, name, seed=seed)
                 )
                 quality = json.loads((cache / name / "quality.json").read_text(encoding="utf-8"))
                 _say(start, f"{name}: {describe(quality)}")
@@ -82,9 +83,13 @@ def describe(report: dict[str, Any]) -> str:
     )
 
 
-def _train(sources: Path, name: str, to: Path, seed: int) -> None:
+def _train(sources: Path, name: str, to: Path, *, seed: int) -> None:
+    from transformers.utils import logging
+
     from meal_fast.assets import reward_models
 
+    logging.set_verbosity_error()  # that the base has no classifier yet is no news
+    logging.disable_progress_bar()
     reward_models.build(sources, name, to, seed)
 
 

