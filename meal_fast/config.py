@@ -3,8 +3,8 @@
 Importing this file imports no torch: `--help` and every check below answer at once. A check that
 fails raises `ValueError` naming the option, the value and the remedy.
 
-Tags: [P] stated in "Barriers to Pareto Steerability" (BPS) or "Meta-Aligner"; [R] our reading of what
-the papers leave open.
+Tags: [P] stated in "Barriers to Pareto Steerability" (BPS) or "Meta-Aligner"; [R] our reading of
+what the papers leave open.
 """
 
 from __future__ import annotations
@@ -18,11 +18,22 @@ from typing import Any, Literal, get_args
 
 RecipeName = Literal["weighted-meta-grpo", "weighted-grpo", "grid-meta-grpo", "grid-grpo"]
 Tuning = Literal["lora", "full"]
+Dtype = Literal["float32", "bfloat16"]
 Normalization = Literal["max", "standard", "tanh", "none"]
 KLEstimator = Literal["k1", "k2", "k3", "exact"]
 Reduce = Literal["grpo", "dapo", "dr_grpo"]
 AdamMode = Literal["persist_v", "reset", "per_preference"]
 Logger = Literal["none", "tensorboard", "wandb"]
+_CHOICES = {
+    "RecipeName": RecipeName,
+    "Tuning": Tuning,
+    "Dtype": Dtype,
+    "Normalization": Normalization,
+    "KLEstimator": KLEstimator,
+    "Reduce": Reduce,
+    "AdamMode": AdamMode,
+    "Logger": Logger,
+}
 
 
 def opt(default: Any, help: str) -> Any:
@@ -40,10 +51,8 @@ class PolicyConfig:
     path: str = opt("packaged:smollm2-135m", "packaged:NAME, a local folder or a hub name")
     tuning: Tuning = opt("lora", "train LoRA adapters, or every parameter")
     lora_rank: int = opt(16, "rank of the LoRA factors")
-    lora_alpha: float = opt(32.0, "LoRA scale: the update is alpha/rank * B A")
-    dtype: Literal["float32", "bfloat16"] = opt(
-        "float32", "of the frozen weights; what is trained is always float32"
-    )
+    lora_alpha: int = opt(32, "LoRA scale: the update is alpha/rank * B A")
+    dtype: Dtype = opt("float32", "of the frozen weights; what is trained is always float32")
     device: str = opt("auto", "cpu, cuda, cuda:0, or auto (cuda when there is one)")
 
     def __post_init__(self) -> None:
@@ -284,11 +293,8 @@ def _coerce(value: Any, annotation: Any, option: str) -> Any:
 
 
 def choices_of(annotation: str) -> tuple[str, ...]:
-    """The values that a `Literal` annotation (its text) allows; empty for anything else."""
-    literal = globals().get(annotation) or (
-        eval(annotation) if annotation.startswith("Literal[") else None
-    )
-    return get_args(literal) if literal is not None else ()
+    """The values that a field of this annotation allows; empty where it is no choice."""
+    return get_args(_CHOICES.get(annotation))
 
 
 def load_toml(path: str | Path, base: Config) -> Config:
@@ -297,6 +303,8 @@ def load_toml(path: str | Path, base: Config) -> Config:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"config={str(path)!r}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config={str(path)!r}: not UTF-8 text ({error.reason})") from error
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"config={str(path)!r}: not TOML ({error})") from error
     return from_dict(values, base)
@@ -308,7 +316,7 @@ def preset(name: str) -> Config:
     return PRESETS[name]
 
 
-# quickstart: what `make train` runs. Its budget is 15 minutes on 2 cores, so LoRA and a larger step.
+# quickstart: what `make train` runs, in 15 minutes on 2 cores: hence LoRA and a larger step.
 _QUICKSTART = Config(
     grpo=GRPOConfig(lr=5e-4, beta=0.02),
     meta=MetaConfig(steps=4, tasks=2, n_inner=2, epsilon=1.5),

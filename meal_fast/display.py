@@ -67,13 +67,14 @@ def clock(seconds: float) -> str:
 
 
 class Loggers:
-    """TensorBoard or Weights & Biases, when asked for. Raises ValueError if the package is missing."""
+    """TensorBoard or Weights & Biases, when asked for. Raises ValueError without its package."""
 
     def __init__(self, kind: str, out: Path, config: dict[str, Any]) -> None:
         package = {"tensorboard": "tensorboard", "wandb": "wandb"}.get(kind)
         if package and importlib.util.find_spec(package) is None:
             raise ValueError(f"logger={kind!r}: pip install {package}, or use logger none")
         self._kind = kind
+        self._writer: Any = None
         if kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 

@@ -27,7 +27,7 @@ class Joint:
     def __init__(
         self, parameters: Sequence[nn.Parameter], meta: MetaConfig, inner: GRPOConfig
     ) -> None:
-        self.parameters = list(parameters)
+        self.parameters: list[Tensor] = list(parameters)
         self.meta = meta
         betas = (0.0, 0.999) if self._momentum_free() else (0.9, 0.999)
         self.optimizer = torch.optim.AdamW(
@@ -114,7 +114,7 @@ class Reptile(Joint):
 
     @torch.no_grad()
     def end_task(self, w: tuple[float, ...]) -> None:
-        self._deltas.append(torch._foreach_sub(self.parameters, self._theta))
+        self._deltas.append(list(torch._foreach_sub(self.parameters, self._theta)))
         if self.meta.adam == "persist_v":
             self._ends.append(self._adam())
         elif self.meta.adam == "per_preference":

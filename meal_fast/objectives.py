@@ -34,6 +34,7 @@ from torch import Tensor
 
 from .assets import NAMES as ASSETS
 from .assets import asset
+from .quiet import quiet
 
 FORMATS = ("pair", "response", "response+prompt", "template:TEXT")
 BATCH = 32  # rows of a forward pass, of like length
@@ -111,6 +112,7 @@ class Objectives:
         return torch.stack(columns, dim=1)
 
 
+@quiet()
 def load_objectives(specs: Sequence[str], device: str | torch.device = "cpu") -> Objectives:
     """The objectives that `specs` name (the grammar is at the head of this file), on `device`.
 

@@ -26,6 +26,7 @@ from . import tree
 from .assets import asset
 from .config import PolicyConfig
 from .preference import preference_text
+from .quiet import quiet
 from .worlds import build_world
 
 _MARK = "\u241f"  # stands for the user's text while the chat template is cut in two
@@ -53,8 +54,8 @@ class Policy:
         self.model = model
         self.tokenizer = tokenizer
         self.names = tuple(names)
-        self._base = model.get_base_model() if isinstance(model, PeftModel) else model
-        self._frozen: nn.Module | None = None
+        self._base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._frozen: Any = None
         if model is self._base and any(p.requires_grad for p in model.parameters()):
             self._frozen = copy.deepcopy(model).requires_grad_(False).eval()
         self.trainable = [p for p in model.parameters() if p.requires_grad]
@@ -106,6 +107,7 @@ class Policy:
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
+    @quiet()
     def save(self, folder: Path) -> None:
         """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads, safetensors, whole.
 
@@ -118,7 +120,7 @@ class Policy:
         temporary.mkdir(parents=True)
         self._base.save_pretrained(temporary, state_dict=self._merged())
         if isinstance(self.model, PeftModel):
-            self.model.save_pretrained(temporary / "adapter")
+            self.model.save_pretrained(str(temporary / "adapter"))
         tokenizer = copy.deepcopy(self.tokenizer)
         tokenizer.chat_template = preference_template(self.tokenizer.chat_template)
         tokenizer.save_pretrained(temporary)
@@ -146,7 +148,7 @@ class Policy:
         return state
 
 
-def cut(model: nn.Module) -> Network:
+def cut(model: Any) -> Network:
     """A transformers causal LM as body and head."""
     head = model.get_output_embeddings()
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
@@ -171,6 +173,7 @@ def resolve(path: str) -> str:
     return path
 
 
+@quiet()
 def load_policy(
     config: PolicyConfig, names: Sequence[str], *, seed: int = 0, trained: Path | None = None
 ) -> Policy:
@@ -229,7 +232,9 @@ def _load(path: str, config: PolicyConfig) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except OSError as error:
         line = str(error).splitlines()[0]
-        raise ValueError(f"policy.path={config.path!r}: no model could be loaded ({line})") from None
+        raise ValueError(
+            f"policy.path={config.path!r}: no model could be loaded ({line})"
+        ) from None
     if tokenizer.chat_template is None:
         raise ValueError(f"policy.path={config.path!r}: its tokenizer has no chat template")
     return model, tokenizer
@@ -237,7 +242,7 @@ def _load(path: str, config: PolicyConfig) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def _check_head(policy: Policy) -> None:
-    """Some models scale or shift what leaves the head; then body and head apart are not the model."""
+    """Refuses a model that scales or shifts what leaves its head: cut apart it is another."""
     ids = torch.tensor([policy.encode_prompt("a")[-3:]], device=policy.device)
     whole = policy._base(input_ids=ids, use_cache=False).logits[0].float()
     network = policy.network

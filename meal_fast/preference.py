@@ -3,11 +3,13 @@
 The policy reads w as text at the end of the user's turn, so that the keys and values of the prompt
 before it are the same for every preference:
 
-    <|im_start|>user\nHow do tides work? [helpful=0.80 harmless=0.20]<|im_end|>\n<|im_start|>assistant\n
+    <|im_start|>user
+    How do tides work? [helpful=0.80 harmless=0.20]<|im_end|>
+    <|im_start|>assistant
 
-`preference_text` is the only place that writes it. The text starts with a space and a bracket, which
-the usual byte-level tokenizers never merge with the end of a stripped prompt: prompt and suffix are
-tokenised apart and give the same tokens as together.
+`preference_text` is the only place that writes it. The text starts with a space and a bracket,
+which the usual byte-level tokenizers never merge with the end of a stripped prompt: prompt and
+suffix are tokenised apart and give the same tokens as together.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python -m meal_fast.train hh-qwen2 --out runs/hh --recipe grid-grpo --grpo.beta 0.6
     python -m meal_fast.train --resume --out runs/hh
 
-Ctrl-C finishes the meta-step, saves and leaves (exit code 130); a second one leaves at once, and the
-last checkpoint stays good.
+Ctrl-C finishes the meta-step, saves and leaves (exit code 130); a second one leaves at once, and
+the last checkpoint stays good.
 """
 
 from __future__ import annotations

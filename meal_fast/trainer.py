@@ -1,4 +1,4 @@
-"""The loop: draw preferences, roll out, score, update; checkpoints, and resuming to the same bits."""
+"""The loop: draw preferences, roll out, score, update; checkpoints, and resuming bit for bit."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
 from . import __version__, ops, preference
 from .batch import Prompt, Rollout, Scored, key
-from .config import Config, from_dict, to_dict
+from .config import Config, to_dict
 from .objectives import Normalizer, Objectives, default_utopia, load_objectives
 from .policy import Policy, load_policy
 from .prompts import load_prompts
 from .recipes import RECIPES
 from .rollout import Request, rollout
+from .runs import read_config
 
 # What a resumed run may change: nothing that enters the mathematics of the steps.
 FREE_ON_RESUME = ("checkpoint_every", "logger", "evaluation.")
@@ -84,7 +85,7 @@ class Trainer:
         if self._checkpoint is None:
             write_atomic(out / "config.json", json.dumps(to_dict(config), indent=1).encode())
             self.scales = self._calibrate()
-            self._metrics = open(out / "metrics.jsonl", "wb")
+            self._metrics: BinaryIO = open(out / "metrics.jsonl", "wb")
         else:
             self.scales = Scales.load(out / "statistics.json")
             self.outer.load_state(self._checkpoint["outer"])
@@ -213,7 +214,7 @@ class Trainer:
         return Scored(reward, normalized, score, advantage.to(rolled.mask_RT.device))
 
     def _prompts_of(self, update: int) -> list[Prompt]:
-        """The next prompts, in a new order every time all have been seen; depends on (seed, update)."""
+        """The next prompts, reshuffled whenever all have been seen; depends on (seed, update)."""
         n, b = len(self.prompts), self.config.rollout.prompts
         chosen = []
         for position in range(update * b, (update + 1) * b):
@@ -300,7 +301,7 @@ def open_run(config: Config, out: Path, resume: bool) -> dict[str, Any] | None:
         return None
     if not held:
         raise ValueError(f"out={str(out)!r}: no run to resume; leave --resume out to start one")
-    old, new = flat(to_dict(load_config(out))), flat(to_dict(config))
+    old, new = flat(to_dict(read_config(out))), flat(to_dict(config))
     changed = [
         f"{name} ({old.get(name)!r} -> {new.get(name)!r})"
         for name in sorted(old.keys() | new.keys())
@@ -314,22 +315,14 @@ def open_run(config: Config, out: Path, resume: bool) -> dict[str, Any] | None:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def load_config(out: Path) -> Config:
-    """The configuration that a run folder was started with."""
-    path = out / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{str(out)!r}: not a run folder (it has no config.json)")
-    return from_dict(json.loads(path.read_text()))
-
-
 def fitting(policy: Policy, prompts: tuple[Prompt, ...], config: Config) -> tuple[Prompt, ...]:
-    """The prompts of at most `prompts.max_tokens` tokens. Raises ValueError when too few are left."""
+    """The prompts of at most `prompts.max_tokens` tokens. Raises ValueError for too few."""
     limit = config.prompts.max_tokens
     kept = tuple(p for p in prompts if len(policy.encode_prompt(p.text)) <= limit)
     if len(kept) < config.rollout.prompts:
         raise ValueError(
-            f"prompts.train={config.prompts.train!r}: {len(kept)} of {len(prompts)} prompts have at "
-            f"most {limit} tokens, but rollout.prompts={config.rollout.prompts}"
+            f"prompts.train={config.prompts.train!r}: {len(kept)} of {len(prompts)} prompts have "
+            f"at most {limit} tokens, but rollout.prompts={config.rollout.prompts}"
         )
     return kept
 
@@ -362,7 +355,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def _check_space(out: Path, policy: Policy) -> None:
-    """A checkpoint holds parameters and two moments; two of them stand side by side for a moment."""
+    """Room for two checkpoints (parameters, two moments): the old one goes last."""
     place = next(p for p in (out, *out.absolute().parents) if p.exists())
     trained = sum(p.numel() for p in policy.trainable)
     saved = sum(p.numel() * p.element_size() for p in policy.model.parameters())

@@ -1,8 +1,8 @@
 """One forward pass over prompts and the many rows that share them: no prefix is computed twice.
 
-A `Tree` holds the keys and values of B prefixes once, and of R rows behind them. The model is a plain
-transformers decoder; it is loaded with the attention function registered here, which looks at the
-tree handed to the forward pass:
+A `Tree` holds the keys and values of B prefixes once, `Rows` those of R rows behind them. The model
+is a plain transformers decoder; it is loaded with the attention function registered here, which
+looks at what is handed to the forward pass:
 
     prefix pass   tokens_BP: causal; keys and values are kept as prefixes, one copy a prompt
     row pass      tokens_RT: every row sees its own prefix and, causally, its own earlier tokens
@@ -58,23 +58,16 @@ class Slots:
 
 @dataclass
 class Tree:
-    """Keys and values, a list entry a layer. `keep`: row passes append to the tail (decoding)."""
+    """Keys and values of B prefixes, a list entry a layer."""
 
-    valid_BP: Tensor | None = None  # bool, true on the real tokens of the prefixes
-    group_R: Tensor | None = None  # int64, the prefix of every row; None: the prefix pass
-    keep: bool = False
-    capacity: int = 0  # tokens of tail to make room for, when kept
-    length: int = 0  # tokens of tail so far
-    slots: Slots | None = None  # how rows lie in groups
+    valid_BP: Tensor  # bool, true on the real tokens
     prefix: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (B, H, P, d)
-    tail: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (R, H, capacity, d)
 
-    def rows(self, group_R: Tensor, *, keep: bool = False, capacity: int = 0) -> Tree:
-        """A tree of rows over these prefixes (shared, not copied)."""
-        slots = Slots.of(group_R, self.valid_BP.shape[0])
-        return Tree(self.valid_BP, group_R, keep, capacity, 0, slots, self.prefix, [])
+    def rows(self, group_R: Tensor, *, keep: bool = False, capacity: int = 0) -> Rows:
+        """Rows behind these prefixes (shared, not copied). `capacity`: tokens to keep room for."""
+        return Rows(self, group_R, Slots.of(group_R, len(self.valid_BP)), keep, capacity)
 
-    def grown(self, rows: Tree, valid_RT: Tensor) -> Tree:
+    def grown(self, rows: Rows, valid_RT: Tensor) -> Tree:
         """Prefixes made longer: row r's prefix and kept tail become prefix r of a new tree."""
         g, t = rows.group_R, valid_RT.shape[1]
         same = rows.slots.row_BG is None and rows.slots.g == 1
@@ -83,19 +76,32 @@ class Tree:
             pk, pv = (pk, pv) if same else (pk[g], pv[g])
             prefix.append((torch.cat([pk, tk[:, :, :t]], 2), torch.cat([pv, tv[:, :, :t]], 2)))
         valid = torch.cat([self.valid_BP if same else self.valid_BP[g], valid_RT], 1)
-        return Tree(valid_BP=valid, prefix=prefix)
+        return Tree(valid, prefix)
 
     def reordered(self, order: Tensor) -> Tree:
         """The same prefixes in another order."""
         if torch.equal(order, torch.arange(len(order), device=order.device)):
             return self
         prefix = [(k[order], v[order]) for k, v in self.prefix]
-        return Tree(valid_BP=self.valid_BP[order], prefix=prefix)
+        return Tree(self.valid_BP[order], prefix)
+
+
+@dataclass
+class Rows:
+    """R rows, each behind one prefix. `keep`: what passes is kept in the tail (decoding)."""
+
+    tree: Tree
+    group_R: Tensor  # int64, the prefix of every row
+    slots: Slots  # how rows lie in groups
+    keep: bool = False
+    capacity: int = 0  # tokens of tail to make room for, when kept
+    length: int = 0  # tokens of tail so far
+    tail: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (R, H, capacity, d)
 
     def select(self, keep_R: Tensor) -> None:
         """Drops finished rows from the kept tail. keep_R: int64 indices, increasing."""
         self.group_R = self.group_R[keep_R]
-        self.slots = Slots.of(self.group_R, self.valid_BP.shape[0])
+        self.slots = Slots.of(self.group_R, len(self.tree.valid_BP))
         self.tail = [(k[keep_R], v[keep_R]) for k, v in self.tail]
 
 
@@ -113,16 +119,16 @@ def check_supported(config: Any) -> None:
 
 
 def _attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,  # (R, Hq, T, d)
     key: Tensor,  # (R, H, T, d)
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    tree: Tree | None = None,
+    tree: Tree | Rows | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    if tree is None or tree.group_R is None:
+    if not isinstance(tree, Rows):
         if tree is not None:
             tree.prefix.append((key, value))
         rep = query.shape[1] // key.shape[1]
@@ -130,20 +136,20 @@ def _attention(
             query, _repeat(key, rep), _repeat(value, rep), is_causal=True, scale=scaling
         )
         return out.transpose(1, 2), None
-    layer = module.layer_idx
-    if tree.keep:
-        if len(tree.tail) <= layer:
-            room = (key.shape[0], key.shape[1], tree.capacity, key.shape[3])
-            tree.tail.append((key.new_empty(room), key.new_empty(room)))
-        new = key.shape[2]
-        tail_k, tail_v = tree.tail[layer]
-        tail_k[:, :, tree.length : tree.length + new] = key
-        tail_v[:, :, tree.length : tree.length + new] = value
-        key, value = tail_k[:, :, : tree.length + new], tail_v[:, :, : tree.length + new]
+    rows, layer = tree, module.layer_idx
+    if rows.keep:
+        if len(rows.tail) <= layer:
+            room = (key.shape[0], key.shape[1], rows.capacity, key.shape[3])
+            rows.tail.append((key.new_empty(room), key.new_empty(room)))
+        tail_k, tail_v = rows.tail[layer]
+        start, end = rows.length, rows.length + key.shape[2]
+        tail_k[:, :, start:end] = key
+        tail_v[:, :, start:end] = value
+        key, value = tail_k[:, :, :end], tail_v[:, :, :end]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     attend = _grouped if query.shape[2] == 1 else _expanded
-    out = attend(query, key, value, tree, *tree.prefix[layer], scale)
-    return out.transpose(1, 2), None
+    pk, pv = rows.tree.prefix[layer]
+    return attend(query, key, value, rows, pk, pv, scale).transpose(1, 2), None
 
 
 def _repeat(x: Tensor, times: int) -> Tensor:
@@ -151,26 +157,26 @@ def _repeat(x: Tensor, times: int) -> Tensor:
 
 
 def _expanded(
-    query: Tensor, key: Tensor, value: Tensor, tree: Tree, pk: Tensor, pv: Tensor, scale: float
+    query: Tensor, key: Tensor, value: Tensor, rows: Rows, pk: Tensor, pv: Tensor, scale: float
 ) -> Tensor:
     """Each row's prefix is laid before its tail: for training, where T is long beside P."""
-    g, t, s = tree.group_R, query.shape[2], key.shape[2]
+    g, t, s = rows.group_R, query.shape[2], key.shape[2]
     rep = query.shape[1] // key.shape[1]
     k = _repeat(torch.cat([pk[g], key], 2), rep)
     v = _repeat(torch.cat([pv[g], value], 2), rep)
     causal = torch.ones(t, s, dtype=torch.bool, device=query.device).tril(s - t)
-    seen = tree.valid_BP[g][:, None, None, :].expand(-1, 1, t, -1)
+    seen = rows.tree.valid_BP[g][:, None, None, :].expand(-1, 1, t, -1)
     mask = torch.cat([seen, causal.expand(len(g), 1, t, s)], -1)
     return F.scaled_dot_product_attention(query, k, v, attn_mask=mask, scale=scale)
 
 
 def _grouped(
-    query: Tensor, key: Tensor, value: Tensor, tree: Tree, pk: Tensor, pv: Tensor, scale: float
+    query: Tensor, key: Tensor, value: Tensor, rows: Rows, pk: Tensor, pv: Tensor, scale: float
 ) -> Tensor:
     """One new token a row: the G rows of a prefix are one matrix product with its single copy."""
     r, hq, _, d = query.shape
     b, h, p, _ = pk.shape
-    rep, slots = hq // h, tree.slots
+    rep, slots = hq // h, rows.slots
     g = slots.g
 
     def fold(x: Tensor) -> Tensor:  # (R, H, rep, ·) -> (B, H, G rep, ·)
@@ -181,7 +187,7 @@ def _grouped(
 
     q = query.view(r, h, rep, d) * scale
     to_prefix = fold(q) @ pk.transpose(2, 3)
-    to_prefix = to_prefix.masked_fill(~tree.valid_BP[:, None, None, :], float("-inf"))
+    to_prefix = to_prefix.masked_fill(~rows.tree.valid_BP[:, None, None, :], float("-inf"))
     scores = torch.cat([unfold(to_prefix), q @ key.transpose(2, 3)], -1)
     prob = torch.softmax(scores.float(), -1).to(query.dtype)
     out = unfold(fold(prob[..., :p]) @ pv) + prob[..., p:] @ value
@@ -192,18 +198,18 @@ AttentionInterface.register(ATTENTION, _attention)
 
 
 def prefill(body: nn.Module, prefixes: Sequence[Sequence[int]]) -> tuple[Tree, Tensor]:
-    """Runs B prefixes through `body`; their tree, and the hidden state (B, D) of each last token."""
+    """Runs B prefixes through `body`; their tree, and each last token's hidden state (B, D)."""
     device = next(body.parameters()).device
     tokens_BP, valid_BP = pad(prefixes, device)
-    tree = Tree(valid_BP=valid_BP)
+    tree = Tree(valid_BP)
     hidden = body(input_ids=tokens_BP, use_cache=False, tree=tree).last_hidden_state
     last = valid_BP.sum(1) - 1
     return tree, hidden[torch.arange(len(last), device=device), last]
 
 
-def extend(body: nn.Module, rows: Tree, tokens_RT: Tensor) -> Tensor:
+def extend(body: nn.Module, rows: Rows, tokens_RT: Tensor) -> Tensor:
     """Runs T more tokens of every row: hidden states (R, T, D). Kept rows remember them."""
-    start = rows.valid_BP.sum(1)[rows.group_R] + rows.length
+    start = rows.tree.valid_BP.sum(1)[rows.group_R] + rows.length
     positions = start[:, None] + torch.arange(tokens_RT.shape[1], device=tokens_RT.device)
     hidden = body(
         input_ids=tokens_RT, position_ids=positions, use_cache=False, tree=rows

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tests.run_folder import tiny_config, tiny_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from meal_fast.batch import Prompt
 from meal_fast.preference import preference_text
 from meal_fast.rollout import Request, rollout
+from tests.run_folder import tiny_config, tiny_policy
 
 PROMPTS = [Prompt("a", "Write a short word."), Prompt("b", "Hi"), Prompt("c", "Write a list, now!")]
 W = (0.7, 0.3)
@@ -82,9 +82,8 @@ def test_greedy_is_what_plain_transformers_generates(policy, tmp_path):
 
 
 def test_rows_end_at_the_stop_token_and_are_masked_after_it(policy):
-    ids = torch.arange(97, 123)
-    stop = int(torch.bincount(sample(policy, [Request(PROMPTS[0], W, 32)]).tokens_RT.ravel()).argmax())
-    del ids
+    drawn = sample(policy, [Request(PROMPTS[0], W, 32)]).tokens_RT
+    stop = int(torch.bincount(drawn.ravel()).argmax())
     kind = type("Stopping", (type(policy),), {"stop_ids": frozenset({stop})})
     original, policy.__class__ = policy.__class__, kind
     rolled = sample(policy, [Request(p, W, 8) for p in PROMPTS])

@@ -1,4 +1,4 @@
-"""GRPO's loss and gradient for one rollout (BPS A.4 [P]; the formula is in `ops.linear_policy_loss`).
+"""GRPO's loss and gradient for one rollout (BPS A.4 [P]; formula: `ops.linear_policy_loss`).
 
 Prompts go through the model once for all their samples; only sampled tokens reach the head, packed
 without padding. Micro-batches bound the memory; their gradients add up to the whole step's, since
@@ -8,6 +8,7 @@ each is normalised by the step's own count.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,16 +25,20 @@ def grpo(
     """Adds the gradient of the step's loss to the policy's parameters; returns metrics (scalars).
 
     The rollout's own log-probabilities are the behaviour policy's (logp_old). With beta > 0 the
-    reference model sees the same tokens as the policy, and both share each sweep over the vocabulary.
+    reference model sees the policy's tokens, and both share each sweep over the vocabulary.
     """
     sequences = len(rollout.group_R)
     tokens = rollout.mask_RT.sum()
-    normalizer = {"grpo": sequences, "dapo": tokens, "dr_grpo": sequences * _width(rollout)}
+    normalizer: dict[str, float | Tensor] = {
+        "grpo": sequences,
+        "dapo": tokens,
+        "dr_grpo": sequences * _width(rollout),
+    }
     totals: dict[str, Tensor] = {}
     for rows in micro_batches(rollout, config.micro_tokens):
         hidden_ND, target_N = packed(policy.network, rollout, rows)
         mask = rollout.mask_RT[rows]
-        extra = {}
+        extra: dict[str, Any] = {}
         if config.beta > 0:
             with policy.reference() as reference, torch.no_grad():
                 ref_hidden, _ = packed(reference, rollout, rows)

@@ -1,9 +1,9 @@
 """Batched sampling behind shared prefixes.
 
-Three passes: every different prompt once; every (prompt, preference) suffix once, behind its prompt;
-then one token a step for all rows, each group behind the single copy of its prefix. Rows that have
-finished leave the batch. A token's randomness is keyed by (seed, row id, position), so a row's text
-does not depend on which other rows share the batch.
+Three passes: every different prompt once; every (prompt, preference) suffix once, behind its
+prompt; then one token a step for all rows, each group behind the single copy of its prefix. Rows
+that have finished leave the batch. A token's randomness is keyed by (seed, row id, position), so a
+row's text does not depend on which other rows share the batch.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def rollout(
     """Samples every request and returns the rows in the order of the requests.
 
     A row's id is key(*stream, prompt id, w, sample). Requests are worked off in batches of at most
-    `max_rows` rows; neighbours with the same prompt share its pass. Raises ValueError for an empty list, a request of no
-    samples, or a prompt that does not fit the model's context.
+    `max_rows` rows; neighbours with the same prompt share its pass. Raises ValueError for an empty
+    list, a request of no samples, or a prompt that does not fit the model's context.
     """
     if not requests:
         raise ValueError("requests=[]: nothing to sample")
@@ -62,7 +62,7 @@ def rollout(
     parts = []
     for low, high in _batches(requests, max_rows):
         part = requests[low:high]
-        ids = [key(*stream, q.prompt.id, q.w or (), s) for q in part for s in range(q.samples)]
+        ids = [key(*stream, q.prompt.id, str(q.w or ()), s) for q in part for s in range(q.samples)]
         parts.append(_sample(policy, network, part, ids, max_new_tokens, temperature, seed))
     tokens_RT = _stack([p[0] for p in parts], max_new_tokens)
     logp_RT = _stack([p[1] for p in parts], max_new_tokens)
@@ -162,8 +162,11 @@ def _prefixes(
 
 
 def _batches(requests: Sequence[Request], max_rows: int) -> list[tuple[int, int]]:
-    """Runs of requests of at most `max_rows` rows. Neighbours with one prompt stay together, so that
-    it is computed once; what is larger than `max_rows` by itself goes alone."""
+    """Runs of requests of at most `max_rows` rows.
+
+    Neighbours with one prompt stay together, so that it is computed once; what is larger than
+    `max_rows` by itself goes alone.
+    """
     runs, low, rows, start = [], 0, 0, 0
     for _, same in groupby(requests, key=lambda q: q.prompt.text):
         unit = list(same)
