@@ -116,6 +116,21 @@ def test_sequence_ratio_by_hand():
     torch.testing.assert_close(g, -t(first / 2, first / 2, second) / 2)
 
 
+def test_a_sequence_ratio_counts_its_tokens_without_advantage():
+    sequence = torch.tensor([0, 0, 1])
+    loss, m = loss_of(
+        t(0.1, 0.3, 0.7),
+        t(1.0, 0.0, 0.0),
+        old_logp=torch.zeros(3),
+        sequence=sequence,
+        level="sequence",
+        normalizer=1,
+        clip=(0.9, 9.0),
+    )
+    assert loss.item() == pytest.approx(-math.exp(0.2))
+    assert m["tokens"] == 2  # sequence 1 has no advantage anywhere
+
+
 def test_importance_weight_scales_the_policy_term_alone():
     options = {"ref_logp": t(-1.0, -2.0), "beta": 0.3}
     logp, a = t(-0.5, -1.5), t(1.0, 2.0)
