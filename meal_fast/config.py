@@ -318,8 +318,13 @@ def preset(name: str) -> Config:
 
 # quickstart: what `make train` runs, in 15 minutes on 2 cores: hence LoRA and a larger step.
 _QUICKSTART = Config(
-    grpo=GRPOConfig(lr=5e-4, beta=0.02),
+    prompts=PromptConfig(train="packaged:safety"),
+    rollout=RolloutConfig(prompts=4, samples=6, max_new_tokens=24),
+    score=ScoreConfig(calibration=32),
+    grpo=GRPOConfig(lr=1e-3, beta=0.05, micro_tokens=512),
     meta=MetaConfig(steps=4, tasks=2, n_inner=2, epsilon=1.5),
+    evaluation=EvaluationConfig(prompts=6),
+    checkpoint_every=1,
 )
 
 # BPS's own experiment [P]; n_inner, samples, utopia and the response length are not published [R].

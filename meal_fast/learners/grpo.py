@@ -67,9 +67,9 @@ def grpo(
             **extra,
         )
         loss.backward()
-        share = mask.sum() / tokens
-        for name, value in metrics.items():
-            totals[name] = totals.get(name, 0.0) + value * share
+        share = mask.sum() / tokens  # the op's metrics are means over its tokens, but for their count
+        for name in sorted(metrics.keys() - {"tokens"}):
+            totals[name] = totals.get(name, 0.0) + metrics[name] * share
         totals["loss"] = totals.get("loss", 0.0) + loss.detach()
     return totals
 
