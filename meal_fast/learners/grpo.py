@@ -67,7 +67,7 @@ def grpo(
             **extra,
         )
         loss.backward()
-        share = mask.sum() / tokens  # the op's metrics are means over its tokens, but for their count
+        share = mask.sum() / tokens  # metrics are means over tokens, but for their count
         for name in sorted(metrics.keys() - {"tokens"}):
             totals[name] = totals.get(name, 0.0) + metrics[name] * share
         totals["loss"] = totals.get("loss", 0.0) + loss.detach()
