@@ -18,6 +18,12 @@ from ..batch import Rollout, Scored
 from ..config import GRPOConfig
 from ..policy import Network, Policy
 
+SUMMED = {
+    "loss",
+    "policy_loss",
+    "tokens",
+}  # over micro-batches; other metrics are means over tokens
+
 
 def grpo(
     policy: Policy, rollout: Rollout, scored: Scored, config: GRPOConfig, temperature: float
@@ -67,10 +73,12 @@ def grpo(
             **extra,
         )
         loss.backward()
-        share = mask.sum() / tokens  # metrics are means over tokens, but for their count
-        for name in sorted(metrics.keys() - {"tokens"}):
-            totals[name] = totals.get(name, 0.0) + metrics[name] * share
-        totals["loss"] = totals.get("loss", 0.0) + loss.detach()
+        metrics["loss"] = loss.detach()
+        for name, value in metrics.items():
+            more = value if name in SUMMED else value * metrics["tokens"]
+            totals[name] = totals.get(name, 0.0) + more
+    for name in totals.keys() - SUMMED:
+        totals[name] = totals[name] / totals["tokens"].clamp(min=1)
     return totals
 
 
