@@ -18,7 +18,7 @@ from ..batch import Rollout, Scored
 from ..config import GRPOConfig
 from ..policy import Network, Policy
 
-SUMMED = {
+SUMMED = {"loss", "policy_loss", "tokens"}  # the other metrics are means over tokens
     "loss",
     "policy_loss",
     "tokens",
