@@ -18,11 +18,8 @@ from ..batch import Rollout, Scored
 from ..config import GRPOConfig
 from ..policy import Network, Policy
 
-SUMMED = {"loss", "policy_loss", "tokens"}  # the other metrics are means over tokens
-    "loss",
-    "policy_loss",
-    "tokens",
-}  # over micro-batches; other metrics are means over tokens
+# Over micro-batches; the other metrics are means over tokens.
+SUMMED = {"loss", "policy_loss", "tokens"}
 
 
 def grpo(
