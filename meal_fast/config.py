@@ -344,7 +344,38 @@ _HH_QWEN2 = Config(
     checkpoint_every=20,
 )
 
+_EXACT = ("first=meal_fast.worlds:first", "second=meal_fast.worlds:second")
+
+# tiny: a random model of two layers, for tests and for reading the code with a debugger.
+_TINY = Config(
+    objectives=_EXACT,
+    policy=PolicyConfig(path="world:tiny", lora_rank=4, lora_alpha=8, device="cpu"),
+    prompts=PromptConfig(train="world:tiny"),
+    rollout=RolloutConfig(prompts=2, samples=8, max_new_tokens=6, temperature=1.0),
+    score=ScoreConfig(normalization="none", utopia=(1.1, 1.1), calibration=16),
+    grpo=GRPOConfig(lr=5e-3, beta=0.02),
+    meta=MetaConfig(steps=4, tasks=2, n_inner=2, epsilon=1.5),
+    evaluation=EvaluationConfig(prompts=4, samples=2, grid=5),
+    checkpoint_every=2,
+)
+
+# concave-front: a known front, see meal_fast.worlds; trains in about a minute.
+_CONCAVE_FRONT = Config(
+    recipe="weighted-grpo",
+    objectives=_EXACT,
+    policy=PolicyConfig(path="world:concave-front", tuning="full", device="cpu"),
+    prompts=PromptConfig(train="world:concave-front"),
+    rollout=RolloutConfig(prompts=1, samples=32, max_new_tokens=6, temperature=1.0),
+    score=ScoreConfig(normalization="none", mu=0.02, utopia=(1.1, 1.1)),
+    grpo=GRPOConfig(lr=2e-3, beta=0.02),
+    meta=MetaConfig(steps=300, tasks=2, n_inner=2, epsilon=1.5),
+    evaluation=EvaluationConfig(prompts=1, samples=64, grid=11),
+    checkpoint_every=100,
+)
+
 PRESETS: dict[str, Config] = {
     "quickstart": _QUICKSTART,
+    "tiny": _TINY,
+    "concave-front": _CONCAVE_FRONT,
     "hh-qwen2": _HH_QWEN2,
 }
