@@ -288,6 +288,9 @@ class ClassifierScorer:
                 f"objective {name!r}: {spec.path!r} cannot be loaded as a sequence-classification "
                 f"model ({reason})"
             ) from error
+        words = set(self.tokenizer("one two three")["input_ids"])
+        if not words - set(self.tokenizer.all_special_ids):  # it was made up from nothing
+            raise ValueError(f"objective {name!r}: {spec.path!r} has no tokenizer files")
         if found["missing_keys"]:  # transformers would fill them in at random, and go on
             missing = sorted(found["missing_keys"])[0]
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -344,6 +345,15 @@ def test_a_model_without_a_trained_head_is_refused(tmp_path: Path) -> None:
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"'a': .* no trained classifier, it lacks score\.weight"):
+        load_objectives([f"a={tmp_path}", "b=operator_module:length"])
+
+
+def test_a_model_without_a_tokenizer_is_refused(
+    checkpoints: dict[str, str], tmp_path: Path
+) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(checkpoints["bert"]) / name, tmp_path)
+    with pytest.raises(ValueError, match="'a': .* has no tokenizer files"):
         load_objectives([f"a={tmp_path}", "b=operator_module:length"])
 
 

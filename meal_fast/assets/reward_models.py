@@ -45,20 +45,20 @@ class Row:
 class Settings:
     """How a reward model is trained [R]."""
 
-    epochs: int = 3
-    batch: int = 8
+    epochs: int = 5
+    batch: int = 16
     lr: float = 2e-4
-    frozen_layers: int = 3  # of MiniLM's 6; the embeddings are frozen too
+    frozen_layers: int = 2  # of MiniLM's 6; the embeddings are frozen too
     max_length: int = 128  # tokens of a pair
     cut: float = 0.5  # share of the responses cut short: the policy's answers often are
     cut_words: tuple[int, int] = (12, 48)
-    degenerate: float = 0.2  # made-up degenerate rows an epoch, as a share of the rows
+    degenerate: float = 0.12  # made-up degenerate rows an epoch, as a share of the rows
     degenerate_label: float = 0.0
     mismatched: float = 0.0  # answers to another prompt, labelled 0
 
 
 SETTINGS = {
-    "complied": Settings(epochs=4, mismatched=0.2),
+    "complied": Settings(epochs=6),
     # Gibberish is not harmful, but it must not be the best answer either: it counts as neutral.
     "harmless": Settings(degenerate_label=0.5),
 }
@@ -83,7 +83,7 @@ def read_rows(sources: Path, name: str) -> list[Row]:
 
 
 def ordinary_rows(sources: Path) -> list[Row]:
-    """A fifth of TruthfulQA, by hash, with its authors' answers, as harmless [R].
+    """A tenth of TruthfulQA, by hash, with its authors' answers, as harmless [R].
 
     PyRIT grades answers to dangerous prompts only; without these rows an ordinary answer to an
     ordinary question would count as half harmful.
@@ -94,7 +94,7 @@ def ordinary_rows(sources: Path) -> list[Row]:
         if not line.strip():
             continue
         item = json.loads(line)
-        if text_hash(item["question"]) % FOLDS == HELD_OUT_FOLD:
+        if text_hash(item["question"]) % 10 == 0:
             rows.append(Row(item["question"].strip(), ". ".join(item["answer"][:3]) + ".", 1.0))
     return rows
 
