@@ -353,7 +353,7 @@ def test_a_model_without_a_tokenizer_is_refused(
 ) -> None:
     for name in ("config.json", "model.safetensors"):
         shutil.copy(Path(checkpoints["bert"]) / name, tmp_path)
-    with pytest.raises(ValueError, match="'a': .* has no tokenizer files"):
+    with pytest.raises(ValueError, match="has no tokenizer files"):
         load_objectives([f"a={tmp_path}", "b=operator_module:length"])
 
 
