@@ -27,7 +27,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from .trainer import Clock, Trainer
 
     wall = Clock()
-    trainer = Trainer(config, args.out, resume=args.resume)
+    try:
+        trainer = Trainer(config, args.out, resume=args.resume)
+    except OSError as error:
+        fail(f"out={str(args.out)!r}: {error}; name a folder that can be written")
     loggers = Loggers(config.logger, args.out, to_dict(config))
     done = trainer.step * config.meta.tasks * config.meta.n_inner
     with Display(trainer.updates, done) as display:
@@ -45,14 +48,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             signal.signal(number, stop)
         trainer.on_update = show
         try:
-            finished = trainer.train()
+            trainer.train()
         except OSError as error:
             fail(
                 f"out={str(args.out)!r}: {error.strerror or error}; the last checkpoint is good: "
                 "make room, then add --resume"
             )
     loggers.close()
-    if not finished:
+    if trainer.stop_requested:
         print(
             f"meal-fast: stopped after meta-step {trainer.step} of {config.meta.steps}; go on with "
             f"python -m meal_fast.train --resume --out {args.out}",
@@ -67,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             signal.signal(number, signal.SIG_DFL)
         del trainer  # its memory; the evaluation loads what was saved, as a user's would
         evaluate([str(args.out)])
-    print(f"meal-fast: {clock(wall.lap())} for evaluation and report")
+        print(f"meal-fast: {clock(wall.lap())} for evaluation and report")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,8 @@ class Trainer:
         self.recipe = RECIPES[config.recipe]
         prompts = load_prompts(config.prompts.train, "train")
         self.objectives: Objectives = load_objectives(config.objectives)
-        self.objectives.score(["How are you?"], ["Fine, thank you."])  # a broken one fails here
+        # A broken one fails here; two rows, so that one number for all of them is noticed.
+        self.objectives.score(["How are you?", "Who are you?"], ["Fine, thank you.", "A model."])
         self.policy: Policy = load_policy(config.policy, config.names, seed=config.seed)
         self.prompts = fitting(self.policy, prompts, config)
         self.outer = self.recipe.outer(self.policy.trainable, config.meta, config.grpo)
@@ -254,7 +255,8 @@ class Trainer:
             "std": reward.std(0).tolist(),
             "min": reward.amin(0).tolist(),
             "max": reward.amax(0).tolist(),
-            "correlation": np.corrcoef(reward.numpy().T).tolist(),
+            # of a reward that never varies: undefined, written as 0 for JSON's sake
+            "correlation": torch.nan_to_num(torch.corrcoef(reward.T)).tolist(),
         }
         scales.save(self.out / "statistics.json", config.names, config.score.mu, sample)
         return scales
@@ -296,7 +298,8 @@ def open_run(config: Config, out: Path, resume: bool) -> dict[str, Any] | None:
         raise ValueError(f"out={str(out)!r}: is a file; name a folder")
     held = (out / "config.json").exists()
     if not resume:
-        if held or (out.exists() and any(out.iterdir())):
+        # A .tmp is what a process killed before its config was whole leaves: nothing to resume.
+        if held or (out.exists() and any(p.suffix != ".tmp" for p in out.iterdir())):
             raise ValueError(f"out={str(out)!r}: exists; add --resume, or name another folder")
         return None
     if not held:
@@ -339,11 +342,14 @@ def flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
 def replacing(path: Path) -> Iterator[Any]:
     """A file that takes `path`'s place when it is whole and on the disk, or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:  # of a failure: on a full disk its remains are in the way
+        temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
@@ -363,6 +369,6 @@ def _check_space(out: Path, policy: Policy) -> None:
     free = shutil.disk_usage(place).free
     if free < need:
         raise ValueError(
-            f"out={str(out)!r}: {free / 1e9:.1f} GB free, checkpoints and the policy need "
-            f"{need / 1e9:.1f} GB; name a folder with more space"
+            f"out={str(out)!r}: {free / 1e6:,.1f} MB free, checkpoints and the policy need "
+            f"{need / 1e6:,.1f} MB; name a folder with more space"
         )
