@@ -52,10 +52,16 @@ def resampled_means(by_prompt: Array, draw_BP: Array) -> Array:
     return np.einsum("bp,wpk->bwk", draw_BP, by_prompt)
 
 
+FEW = 5
+
+
 def estimate(value: float, sample_B: Array, *, prompts: int, level: float = 0.95) -> Estimate:
-    """`value` with the percentile interval of its resamples; undefined (NaN) ones are left out."""
+    """`value` with the percentile interval of its resamples; undefined (NaN) ones are left out.
+
+    No interval below FEW prompts: resamples of so few say next to nothing of other prompts.
+    """
     known = sample_B[np.isfinite(sample_B)]
-    if prompts < 2 or not np.isfinite(value) or not len(known):
+    if prompts < FEW or not np.isfinite(value) or not len(known):
         return Estimate(float(value))
     low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(float(value), float(low), float(high))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .cli import OneLineParser, one_line_errors
+from .measures import FEW
 from .runs import read_config, read_json, read_metrics
 
 Result = dict[str, Any]
@@ -64,9 +65,14 @@ def headline(result: Result) -> str:
 def scope(result: Result) -> str:
     """What a headline rests on."""
     prompts, weights = len(result["prompts"]), len(result["weights"])
+    intervals = (
+        "in parentheses 95 % bootstrap intervals over prompts."
+        if prompts >= FEW
+        else f"no intervals, for want of at least {FEW} prompts: differences may be chance."
+    )
     return (
         f"Sampled answers to {prompts} held-out prompt{'s' * (prompts != 1)} at {weights} weights; "
-        "in parentheses 95 % bootstrap intervals over prompts."
+        f"{intervals}"
     )
 
 

@@ -19,7 +19,7 @@ def tiny_config(**changes: Any) -> Config:
         "objectives": [f"{name}=meal_fast.worlds:{name}" for name in NAMES],
         "policy": {"path": "world:tiny", "lora_rank": 4, "device": "cpu"},
         "rollout": {"max_new_tokens": 6, "prompts": 2, "samples": 2},
-        "evaluation": {"prompts": 3, "samples": 2, "grid": 5},
+        "evaluation": {"prompts": 5, "samples": 2, "grid": 5},
         "preference": {"grid": 3},
     }
     return from_dict(changes, from_dict(values))

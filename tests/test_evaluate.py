@@ -46,13 +46,13 @@ def result(config, policy):
 
 def test_every_answer_is_there_and_prompts_are_computed_once_a_sweep(config, policy, result):
     chosen = [p["text"] for p in result["prompts"]]
-    assert len(chosen) == 3
+    assert len(chosen) == 5
     weights = lattice(2, 5)
     assert [tuple(w) for w in result["weights"]] == list(weights)
     suffixes = sum(len(policy.encode_suffix(w)) for w in weights)
     once = sum(len(policy.encode_prompt(text)) + suffixes for text in chosen)
     for model in ev.MODELS:
-        for mode, answers in (("greedy", 15), ("sampled", 30)):
+        for mode, answers in (("greedy", 25), ("sampled", 50)):
             entry = result["results"][model][mode]
             assert entry["answers"] == answers
             assert entry["prefill_tokens"] == once
