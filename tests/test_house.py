@@ -214,7 +214,11 @@ def test_no_machine_path_or_registry_host_in_tracked_files():
 def test_source_files_stay_readable_in_one_sitting():
     sources = [p for p in tracked() if p.suffix in {".py", ".cu", ".cuh", ".cpp"}]
     assert PACKAGE / "config.py" in sources
-    lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in sources}
+    lengths = {
+        str(p.relative_to(ROOT)): len(p.read_text().splitlines())
+        for p in sources
+        if p.parent.name != "tests"
+    }
     assert {name: n for name, n in lengths.items() if n >= 450} == {}
 
 
