@@ -24,6 +24,7 @@ from tests.processes import (
     ROOT,
     SMALL,
     assert_one_line,
+    one_thread,  # noqa: F401  (a fixture)
     refused,
     start,
     train_here,
@@ -31,15 +32,15 @@ from tests.processes import (
     wait_for_updates,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(autouse=True)
-def one_thread_and_no_handlers():
-    """The command installs signal handlers, and the bits of a sum depend on the threads."""
-    threads, signals = torch.get_num_threads(), (signal.SIGINT, signal.SIGTERM)
+def handlers_put_back():
+    """The train command installs signal handlers, and leaves them."""
+    signals = (signal.SIGINT, signal.SIGTERM)
     handlers = [signal.getsignal(number) for number in signals]
-    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
     for number, handler in zip(signals, handlers, strict=True):
         signal.signal(number, handler)
 
