@@ -99,7 +99,7 @@ def trained(folder, recipe, mu, seed=0):
 def test_smooth_tchebycheff_fills_the_front_as_enumeration_predicts(tmp_path, mu):
     _, regret, exact, gap, reward = trained(tmp_path / "run", "weighted-grpo", mu)
     assert TRUTH.distance(reward).max() < 1e-6  # every answer is on the true front
-    # At mu = 0.1 neighbouring answers score within a hundredth: the nearly best one is good enough.
+    # At mu = 0.1 the next best answers are 0.006 to 0.024 behind: one of those is near enough.
     assert regret.max() <= 0.03 and exact >= 8
     # One neighbouring point missed widens the gap by less than the linear score's empty middle.
     predicted = TRUTH.largest_gap("smooth-tchebycheff", mu)
