@@ -222,6 +222,8 @@ def _shape(field: dataclasses.Field[Any], value: Any) -> dict[str, Any]:
     kind = str(field.type)
     many = kind.startswith("tuple")
     choices = choices_of(kind)
+    if kind == "bool":
+        choices, value = ("true", "false"), str(value).lower()
     metavar = "{" + ",".join(choices) + "}" if choices else _unit(field).upper()
     default = " ".join(map(str, value)) if many else str(value)
     text = str(field.metadata["help"]) + f" (default: {default or 'empty'})"
@@ -237,6 +239,8 @@ def _unit(field: dataclasses.Field[Any]) -> str:
 def _typed(text: str, kind: str) -> Any:
     """`text` as a number where the option is one. What is not one stays text for config to refuse,
     so that a flag and a file are told the same thing."""
+    if kind == "bool":
+        return {"true": True, "false": False}.get(text.lower(), text)
     if kind not in ("int", "float"):
         return text
     try:

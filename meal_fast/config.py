@@ -144,6 +144,7 @@ class GRPOConfig:
     max_grad_norm: float = opt(1.0, "gradient clipping; 0: none")
     epochs: int = opt(1, "updates per rollout")
     micro_tokens: int = opt(1024, "tokens of a forward and backward pass; smaller: less memory")
+    recompute: bool = opt(False, "keep no activations but each layer's input: less memory still")
 
     def __post_init__(self) -> None:
         for name in ("lr",):
@@ -281,6 +282,9 @@ def _coerce(value: Any, annotation: Any, option: str) -> Any:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         _require(number and math.isfinite(value), option, value, "must be a finite number")
         return float(value)
+    if kind == "bool":
+        _require(isinstance(value, bool), option, value, "must be true or false")
+        return value
     if kind == "int":
         whole = isinstance(value, int) and not isinstance(value, bool)
         _require(whole, option, value, "must be a whole number")

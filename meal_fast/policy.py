@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import tree
 from .assets import asset
 from .config import PolicyConfig
+from .mapped import FrozenCopy
+from .ops.gemm import accelerate, linear, lora_linear
 from .preference import preference_text
 from .quiet import quiet
 from .worlds import build_world
@@ -43,21 +45,26 @@ class Network:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Full logits of a few hidden states (R, D) -> (R, V), float32: what a sampler needs."""
-        out = nn.functional.linear(hidden, self.weight, self.bias).float()
+        out = linear(hidden, self.weight, self.bias).float()
         return out if self.softcap is None else torch.tanh(out / self.softcap) * self.softcap
 
 
 class Policy:
     """A steerable policy: `network`, its frozen `reference()`, its tokenizer and its parameters."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        names: Sequence[str],
+        frozen: FrozenCopy | None = None,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.names = tuple(names)
-        self._base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        self._frozen: Any = None
-        if model is self._base and any(p.requires_grad for p in model.parameters()):
-            self._frozen = copy.deepcopy(model).requires_grad_(False).eval()
+        self.lora = hasattr(model, "peft_config")
+        self._base: Any = model.get_base_model() if self.lora else model
+        self._frozen = frozen
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self._before, self._after = split_template(tokenizer)
         self.encode_prompt = lru_cache(maxsize=4096)(self._encode_prompt)
@@ -74,11 +81,59 @@ class Policy:
     @contextmanager
     def reference(self) -> Iterator[Network]:
         """The frozen base model: adapters off, or the copy made before full-parameter training."""
-        if isinstance(self.model, PeftModel):
+        if self.lora:
             with self.model.disable_adapter():
                 yield cut(self._base)
+        elif self._frozen is None:
+            yield cut(self._base)
         else:
-            yield cut(self._frozen if self._frozen is not None else self._base)
+            try:
+                yield cut(self._frozen.model)
+            finally:
+                self._frozen.release()
+
+    @contextmanager
+    def merged(self) -> Iterator[Network]:
+        """The policy for passes without gradients: float32 LoRA with its factors multiplied out.
+
+        That costs a copy of the weights, and saves two thirds of the products of a small batch. In
+        bfloat16 the sum would be rounded: those factors stay apart.
+        """
+        layers = [m for m in self.model.modules() if hasattr(m, "get_delta_weight")]
+        if not layers or any(m.base_layer.weight.dtype != torch.float32 for m in layers):
+            yield self.network
+            return
+        kept = [m.base_layer.weight.data for m in layers]
+        try:
+            for m in layers:
+                m.base_layer.weight.data = m.base_layer.weight + m.get_delta_weight("default")
+            with self.model.disable_adapter():
+                yield self.network
+        finally:
+            for m, weight in zip(layers, kept, strict=True):
+                m.base_layer.weight.data = weight
+
+    @contextmanager
+    def recomputing(self, on: bool) -> Iterator[None]:
+        """Forward passes in it keep each layer's input alone, and make the rest again going back.
+
+        The layers are told that they train, which is what switches it on; what is in them is not,
+        so that no dropout comes on.
+        """
+        layers = [m for m in self._base.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if on and layers and not layers[0].gradient_checkpointing:
+            settings = {"use_reentrant": False, "preserve_rng_state": False}
+            if hasattr(self._base, "activation_checkpointing_enable"):  # its name since 5.20
+                self._base.activation_checkpointing_enable(settings)
+            else:
+                self._base.gradient_checkpointing_enable(settings)
+        for layer in layers:
+            layer.training = on
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
 
     @property
     def context(self) -> int:
@@ -119,7 +174,7 @@ class Policy:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         self._base.save_pretrained(temporary, state_dict=self._merged())
-        if isinstance(self.model, PeftModel):
+        if self.lora:
             self.model.save_pretrained(str(temporary / "adapter"))
         tokenizer = copy.deepcopy(self.tokenizer)
         tokenizer.chat_template = preference_template(self.tokenizer.chat_template)
@@ -185,32 +240,61 @@ def load_policy(
     path = resolve(config.path)
     device = torch.device(device_of(config.device))
     model, tokenizer = _load(path, config)
-    if config.tuning == "full" and trained is not None:
-        frozen, (model, _) = model, _load(str(trained), config)
-    else:
-        frozen = None
+    accelerate(model)
+    frozen = None
     if config.tuning == "lora":
-        model.requires_grad_(False)
+        model = _with_lora(model, config, seed, trained)
+    else:
+        frozen = FrozenCopy(model.to(device).eval(), path)
         if trained is not None:
-            model = PeftModel.from_pretrained(model, trained / "adapter", is_trainable=True)
-        else:
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                model = get_peft_model(
-                    model,
-                    LoraConfig(
-                        r=config.lora_rank,
-                        lora_alpha=config.lora_alpha,
-                        target_modules="all-linear",
-                        task_type="CAUSAL_LM",
-                    ),
-                )
-    model.to(device).eval()  # eval: no dropout anywhere, so that log-probabilities are comparable
-    policy = Policy(model, tokenizer, names)
-    if frozen is not None:
-        policy._frozen = frozen.to(device).requires_grad_(False).eval()
+            model, _ = _load(str(trained), config)
+    if (
+        config.tuning == "full"
+        and model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    ):
+        # The head makes a dense gradient of the same matrix: no second one for a few of its rows.
+        model.get_input_embeddings().sparse = True
+    # eval: no dropout anywhere, so that log-probabilities are comparable
+    accelerate(model).to(device).eval()
+    policy = Policy(model, tokenizer, names, frozen)
     _check_head(policy)
     return policy
+
+
+def _with_lora(model: Any, config: PolicyConfig, seed: int, trained: Path | None) -> Any:
+    # Here, not above: whoever trains all parameters needs none of its memory.
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft.tuners.lora import Linear
+
+    class Fused(Linear):
+        """PEFT's layer, computed by `lora_linear`."""
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self.disable_adapters:
+                return self.base_layer(x)
+            base: Any = self.base_layer
+            a: Any = self.lora_A["default"]
+            b: Any = self.lora_B["default"]
+            scale = self.scaling["default"]
+            return lora_linear(x, base.weight, base.bias, a.weight, b.weight, scale)
+
+    model.requires_grad_(False)
+    if trained is not None:
+        model = PeftModel.from_pretrained(model, trained / "adapter", is_trainable=True)
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            settings = LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=config.lora_alpha,
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+            )
+            model = get_peft_model(model, settings)
+    for module in model.modules():
+        if type(module) is Linear and type(module.base_layer) is nn.Linear:
+            module.__class__ = Fused
+    return model
 
 
 def device_of(name: str) -> str:

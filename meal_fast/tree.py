@@ -6,10 +6,10 @@ looks at what is handed to the forward pass:
 
     prefix pass   tokens_BP: causal; keys and values are kept as prefixes, one copy a prompt
     row pass      tokens_RT: every row sees its own prefix and, causally, its own earlier tokens
+    packed pass   tokens_1N: prefixes and rows laid end to end, for training: prompt tokens go
+                  through the model once for all their samples, and no padding goes at all
 
-With gradients on, the same two passes train: prompt tokens go through the model once for all their
-samples, and the gradient flows back through the kept keys and values. Padding is on the right, so
-positions are plain counts and a pad is never seen.
+Padding of the first two is on the right, so positions are plain counts and a pad is never seen.
 """
 
 from __future__ import annotations
@@ -105,6 +105,56 @@ class Rows:
         self.tail = [(k[keep_R], v[keep_R]) for k, v in self.tail]
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Prefixes and the rows behind them as one sequence of N tokens, without padding."""
+
+    tokens_1N: Tensor
+    positions_1N: Tensor
+    group_R: Tensor
+    prefix_BP: Tensor  # int64, places in the sequence; 0 where there is no token
+    valid_BP: Tensor
+    row_RT: Tensor  # the same of the rows
+    valid_RT: Tensor
+
+    @property
+    def before_RT(self) -> Tensor:
+        """The place whose hidden state predicts the row's token t; T is one more than row_RT's."""
+        ends_B = self.valid_BP.sum(1) - 1
+        last_B = self.prefix_BP.gather(1, ends_B[:, None])
+        return torch.cat([last_B[self.group_R], self.row_RT], 1)
+
+
+def pack(
+    prefixes: Sequence[Sequence[int]], group_R: Tensor, tokens_RT: Tensor, mask_RT: Tensor
+) -> Packed:
+    """Lays B prefixes end to end and, after them, R rows. A row's last token is left out: the
+    states that predict a row are its prefix's last one and those of its tokens before the last.
+
+    tokens_RT, mask_RT (R, T): the rows, padded on the right, at least one token each.
+    """
+    device = tokens_RT.device
+    tokens_BP, valid_BP = pad(prefixes, device)
+    tokens_RT, valid_RT = tokens_RT[:, :-1], mask_RT[:, 1:]
+    steps = torch.arange(tokens_RT.shape[1], device=device)
+    start_R = valid_BP.sum(1)[group_R]
+    places = torch.arange(tokens_BP.shape[1], device=device).expand_as(tokens_BP)
+    n = int(valid_BP.sum())
+
+    def number(valid: Tensor, first: int) -> Tensor:
+        return torch.where(valid, first - 1 + valid.flatten().cumsum(0).view_as(valid), 0)
+
+    return Packed(
+        tokens_1N=torch.cat([tokens_BP[valid_BP], tokens_RT[valid_RT]])[None],
+        positions_1N=torch.cat([places[valid_BP], (start_R[:, None] + steps)[valid_RT]])[None],
+        group_R=group_R,
+        prefix_BP=number(valid_BP, 0),
+        valid_BP=valid_BP,
+        row_RT=number(valid_RT, n),
+        valid_RT=valid_RT,
+    )
+
+
 def check_supported(config: Any) -> None:
     """Raises ValueError for a model whose attention is more than causal softmax attention."""
     text = config.get_text_config()
@@ -125,17 +175,16 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    tree: Tree | Rows | None = None,
+    tree: Tree | Rows | Packed | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if isinstance(tree, Packed):
+        return _packed(query, key, value, tree, scale), None
     if not isinstance(tree, Rows):
         if tree is not None:
             tree.prefix.append((key, value))
-        rep = query.shape[1] // key.shape[1]
-        out = F.scaled_dot_product_attention(
-            query, _repeat(key, rep), _repeat(value, rep), is_causal=True, scale=scaling
-        )
-        return out.transpose(1, 2), None
+        return _causal(query, key, value, scale).transpose(1, 2), None
     rows, layer = tree, module.layer_idx
     if rows.keep:
         if len(rows.tail) <= layer:
@@ -146,26 +195,56 @@ def _attention(
         tail_k[:, :, start:end] = key
         tail_v[:, :, start:end] = value
         key, value = tail_k[:, :, :end], tail_v[:, :, :end]
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    attend = _grouped if query.shape[2] == 1 else _expanded
     pk, pv = rows.tree.prefix[layer]
-    return attend(query, key, value, rows, pk, pv, scale).transpose(1, 2), None
+    if query.shape[2] == 1:
+        return _grouped(query, key, value, rows, pk, pv, scale).transpose(1, 2), None
+    out = _expanded(query, key, value, rows.group_R, rows.tree.valid_BP, pk, pv, scale)
+    return out.transpose(1, 2), None
 
 
 def _repeat(x: Tensor, times: int) -> Tensor:
     return x if times == 1 else x.repeat_interleave(times, 1)
 
 
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    rep = query.shape[1] // key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, _repeat(key, rep), _repeat(value, rep), is_causal=True, scale=scale
+    )
+
+
+def _packed(query: Tensor, key: Tensor, value: Tensor, packed: Packed, scale: float) -> Tensor:
+    """(1, H, N, d) each -> (1, N, H, d): prefixes causally, then every row behind its prefix."""
+
+    def at(x: Tensor, places: Tensor) -> Tensor:  # (1, H, N, d) -> (B, H, P, d)
+        return x[0].transpose(0, 1)[places].transpose(1, 2)
+
+    q, pk, pv = (at(x, packed.prefix_BP) for x in (query, key, value))
+    out = [_causal(q, pk, pv, scale).transpose(1, 2)[packed.valid_BP]]
+    if packed.valid_RT.any():
+        q, k, v = (at(x, packed.row_RT) for x in (query, key, value))
+        rows = _expanded(q, k, v, packed.group_R, packed.valid_BP, pk, pv, scale)
+        out.append(rows.transpose(1, 2)[packed.valid_RT])
+    return torch.cat(out)[None]
+
+
 def _expanded(
-    query: Tensor, key: Tensor, value: Tensor, rows: Rows, pk: Tensor, pv: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    group_R: Tensor,
+    valid_BP: Tensor,
+    pk: Tensor,
+    pv: Tensor,
+    scale: float,
 ) -> Tensor:
-    """Each row's prefix is laid before its tail: for training, where T is long beside P."""
-    g, t, s = rows.group_R, query.shape[2], key.shape[2]
+    """Each row's prefix is laid before its tail: where T is long beside P."""
+    g, t, s = group_R, query.shape[2], key.shape[2]
     rep = query.shape[1] // key.shape[1]
     k = _repeat(torch.cat([pk[g], key], 2), rep)
     v = _repeat(torch.cat([pv[g], value], 2), rep)
     causal = torch.ones(t, s, dtype=torch.bool, device=query.device).tril(s - t)
-    seen = rows.tree.valid_BP[g][:, None, None, :].expand(-1, 1, t, -1)
+    seen = valid_BP[g][:, None, None, :].expand(-1, 1, t, -1)
     mask = torch.cat([seen, causal.expand(len(g), 1, t, s)], -1)
     return F.scaled_dot_product_attention(query, k, v, attn_mask=mask, scale=scale)
 
@@ -217,6 +296,16 @@ def extend(body: nn.Module, rows: Rows, tokens_RT: Tensor) -> Tensor:
     if rows.keep:
         rows.length += tokens_RT.shape[1]
     return hidden
+
+
+def forward(body: nn.Module, packed: Packed) -> Tensor:
+    """Runs a packed batch: hidden states (N, D)."""
+    return body(
+        input_ids=packed.tokens_1N,
+        position_ids=packed.positions_1N,
+        use_cache=False,
+        tree=packed,
+    ).last_hidden_state[0]
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

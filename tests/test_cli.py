@@ -230,4 +230,6 @@ def test_every_field_has_help_and_a_type_the_command_line_knows():
     for section, field, _ in cli.options(Config()):
         where = f"{section}.{field.name}"
         assert field.metadata["help"], where
-        assert choices_of(str(field.type)) or cli._unit(field) in ("str", "int", "float"), where
+        assert choices_of(str(field.type)) or cli._unit(field) in ("str", "int", "float", "bool"), (
+            where
+        )

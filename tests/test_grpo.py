@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+from meal_fast import tree
 from meal_fast.batch import Prompt, Scored
 from meal_fast.learners import grpo
-from meal_fast.learners.grpo import micro_batches
+from meal_fast.learners.grpo import micro_batches, packed
 from meal_fast.ops import policy_loss_from_logp
 from meal_fast.policy import load_policy
 from meal_fast.rollout import Request, rollout
@@ -130,3 +131,44 @@ def test_an_update_raises_the_log_probability_of_better_rows(setting):
     with torch.no_grad():
         for parameter, value in zip(policy.trainable, before, strict=True):
             parameter.copy_(value)
+
+
+def test_recomputed_activations_give_the_same_gradient_and_keep_less(setting):
+    policy, rolled, scored = setting
+    config = dataclasses.replace(tiny_config().grpo, beta=0.3)
+    batch = packed(rolled, torch.arange(len(rolled.group_R)))
+    made, kept = {}, {}
+    for on in (False, True):
+        grpo(policy, rolled, scored, dataclasses.replace(config, recompute=on), TEMPERATURE)
+        made[on] = gradients(policy)
+        sizes = []
+
+        def hook(x, sizes=sizes):
+            sizes.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(hook, lambda x: x), policy.recomputing(on):
+            tree.forward(policy.network.body, batch)
+        kept[on] = sum(sizes)
+        assert not any(m.training for m in policy.model.modules())
+    assert kept[True] < kept[False] / 4
+    assert made[True].keys() == made[False].keys()
+    for name, gradient in made[True].items():
+        torch.testing.assert_close(gradient, made[False][name], atol=1e-6, rtol=1e-5)
+
+
+def test_a_tied_embedding_gets_the_gradient_of_both_its_uses():
+    policy = full_policy(tiny_config(policy={"tuning": "full"}))
+    embedding = policy.model.get_input_embeddings()
+    assert embedding.weight is policy.model.get_output_embeddings().weight
+    ids = torch.tensor([[5, 6, 5, 7]])
+
+    def gradient(sparse):
+        embedding.sparse = sparse
+        policy.model.zero_grad()
+        policy.model(input_ids=ids, use_cache=False).logits.square().mean().backward()
+        return embedding.weight.grad
+
+    got = gradient(True)
+    assert not got.is_sparse
+    torch.testing.assert_close(got, gradient(False))

@@ -20,7 +20,7 @@ LAYERS = (
     ("config",),
     ("runs", "cli", "batch"),
     ("ops",),
-    ("assets", "tree", "quiet"),
+    ("assets", "tree", "mapped", "quiet"),
     ("prompts", "objectives", "preference", "policy", "worlds", "measures"),
     ("rollout",),
     ("learners",),

@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from meal_fast import ops
+from meal_fast.ops import gemm
 
 F64 = torch.float64
 
@@ -27,9 +28,13 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+        aten = torch.ops.aten
+        if func.overloadpacket in (aten.mm, aten.addmm, aten.addmm_):
             self.count += 1
             self.rows.append(args[-2].shape[0])
+        elif func.overloadpacket is gemm._onednn:
+            self.count += 1
+            self.rows.append(args[0].shape[0])
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor):
                 self.largest = max(self.largest, x.untyped_storage().nbytes())

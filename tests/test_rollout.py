@@ -38,6 +38,29 @@ def test_log_probabilities_match_a_full_forward(policy):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
 
 
+def test_merged_factors_compute_the_same_and_leave_the_weights_as_they_were(policy):
+    layers = [m for m in policy.model.modules() if hasattr(m, "get_delta_weight")]
+    before = [m.base_layer.weight.clone() for m in layers]
+    ids = torch.tensor([policy.encode_prompt("Hi")])
+
+    def states():
+        with torch.no_grad():
+            return policy.network.body(input_ids=ids, use_cache=False).last_hidden_state
+
+    apart = states()
+    with policy.reference():
+        assert not torch.allclose(states(), apart), "the factors do something"
+    with policy.merged():
+        assert not any(
+            torch.equal(m.base_layer.weight, w) for m, w in zip(layers, before, strict=True)
+        )
+        torch.testing.assert_close(states(), apart, atol=1e-5, rtol=1e-4)
+    with pytest.raises(RuntimeError, match="mid-rollout"), policy.merged():
+        raise RuntimeError("mid-rollout")
+    assert all(torch.equal(m.base_layer.weight, w) for m, w in zip(layers, before, strict=True))
+    torch.testing.assert_close(states(), apart, rtol=0, atol=0)
+
+
 def test_a_row_does_not_depend_on_what_else_is_in_the_batch(policy):
     requests = [Request(p, w, 3) for p in PROMPTS for w in (W, (0.0, 1.0))]
     together = sample(policy, requests)

@@ -120,3 +120,41 @@ def test_gradients_flow_through_the_shared_prefix(body):
 def test_models_with_other_attention_are_refused_by_name(config):
     with pytest.raises(ValueError, match="not supported"):
         tree.check_supported(config)
+
+
+def uneven_rows():
+    group_R = torch.tensor([0, 0, 1, 2, 2])
+    tokens = torch.randint(0, 97, (5, 5))
+    mask = torch.arange(5) < torch.tensor([5, 2, 1, 4, 3])[:, None]
+    return group_R, tokens, mask
+
+
+def test_a_packed_pass_equals_plain_forwards_with_gradients(body):
+    """What predicts every token of uneven rows, one of them a single token long."""
+    group_R, tokens, mask = uneven_rows()
+    packed = tree.pack(PREFIXES, group_R, tokens, mask)
+    assert packed.tokens_1N.shape[1] == sum(map(len, PREFIXES)) + int(mask.sum()) - 5
+    hidden = tree.forward(body, packed)[packed.before_RT[mask]]
+    probe = torch.randn_like(hidden)
+    (hidden * probe).sum().backward()
+    got = {n: p.grad.clone() for n, p in body.named_parameters() if p.grad is not None}
+    body.zero_grad()
+    start = 0
+    for r, g in enumerate(group_R.tolist()):
+        n = int(mask[r].sum())
+        want = plain(body, PREFIXES[g] + tokens[r, :n].tolist())[-n - 1 : -1]
+        torch.testing.assert_close(hidden[start : start + n], want, atol=1e-5, rtol=1e-4)
+        (want * probe[start : start + n]).sum().backward()
+        start += n
+    assert got
+    for name, parameter in body.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(got[name], parameter.grad, atol=1e-4, rtol=1e-3)
+
+
+def test_a_packed_pass_of_single_tokens_is_its_prefixes_alone(body):
+    tokens, mask = torch.tensor([[4], [9]]), torch.ones(2, 1, dtype=torch.bool)
+    packed = tree.pack(PREFIXES[:2], torch.tensor([0, 1]), tokens, mask)
+    hidden = tree.forward(body, packed)[packed.before_RT[mask]]
+    for got, prefix in zip(hidden, PREFIXES, strict=False):
+        torch.testing.assert_close(got, plain(body, prefix)[-1], atol=1e-5, rtol=1e-4)

@@ -28,7 +28,7 @@ def grpo(
     """Adds the gradient of the step's loss to the policy's parameters; returns metrics (scalars).
 
     The rollout's own log-probabilities are the behaviour policy's (logp_old). With beta > 0 the
-    reference model sees the policy's tokens, and both share each sweep over the vocabulary.
+    reference model sees the same tokens first, before anything is kept for the gradient.
     """
     sequences = len(rollout.group_R)
     tokens = rollout.mask_RT.sum()
@@ -38,24 +38,26 @@ def grpo(
         "dr_grpo": sequences * _width(rollout),
     }
     totals: dict[str, Tensor] = {}
-    for rows in micro_batches(rollout, config.micro_tokens):
-        hidden_ND, target_N = packed(policy.network, rollout, rows)
+    batches = [
+        (rows, packed(rollout, rows)) for rows in micro_batches(rollout, config.micro_tokens)
+    ]
+    references: list[dict[str, Any]] = [{} for _ in batches]
+    if config.beta > 0:
+        with policy.reference() as reference, torch.no_grad():
+            references = [
+                _of_reference(reference, rollout, rows, batch, config.kl, temperature)
+                for rows, batch in batches
+            ]
+    for (rows, batch), extra in zip(batches, references, strict=True):
         mask = rollout.mask_RT[rows]
-        extra: dict[str, Any] = {}
-        if config.beta > 0:
-            with policy.reference() as reference, torch.no_grad():
-                ref_hidden, _ = packed(reference, rollout, rows)
-                extra = {
-                    "ref_hidden": ref_hidden,
-                    "ref_weight": reference.weight,
-                    "ref_bias": reference.bias,
-                }
         network = policy.network
+        with policy.recomputing(config.recompute):
+            hidden_ND = tree.forward(network.body, batch)[_predicts(batch, mask)]
         width = mask.shape[1]
         loss, metrics = ops.linear_policy_loss(
             hidden_ND,
             network.weight,
-            target_N,
+            rollout.tokens_RT[rows][mask],
             scored.advantage_R[rows, None].expand(-1, width)[mask],
             old_logp=rollout.logp_RT[rows][mask],
             sequence=rows[:, None].expand(-1, width)[mask],
@@ -79,21 +81,46 @@ def grpo(
     return totals
 
 
-def packed(network: Network, rollout: Rollout, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states (N, D) that predict the sampled tokens of `rows`, and those tokens (N,).
+def _of_reference(
+    network: Network,
+    rollout: Rollout,
+    rows: Tensor,
+    batch: tree.Packed,
+    kl: str,
+    temperature: float,
+) -> dict[str, Any]:
+    """What the loss needs of the reference: its log-probabilities; all of it for the exact KL."""
+    mask = rollout.mask_RT[rows]
+    hidden_ND = tree.forward(network.body, batch)[_predicts(batch, mask)]
+    if kl == "exact":
+        return {
+            "ref_hidden": hidden_ND,
+            "ref_weight": network.weight,
+            "ref_bias": network.bias,
+        }
+    logp_N, _ = ops.linear_logprob(
+        hidden_ND,
+        network.weight,
+        rollout.tokens_RT[rows][mask],
+        temperature=temperature,
+        bias=network.bias,
+        softcap=network.softcap,
+    )
+    return {"ref_logp": logp_N}
 
-    A row's first token is predicted by the last token of its prefix, the others by the row itself.
-    """
+
+def _predicts(batch: tree.Packed, mask_RT: Tensor) -> Tensor:
+    """Places (N,) of the hidden states that predict the sampled tokens, in the tokens' order."""
+    return batch.before_RT[mask_RT[:, : batch.before_RT.shape[1]]]
+
+
+def packed(rollout: Rollout, rows: Tensor) -> tree.Packed:
+    """The prefixes of `rows` and the rows, laid end to end."""
     groups, group_R = torch.unique_consecutive(rollout.group_R[rows], return_inverse=True)
-    prefixes, last_BD = tree.prefill(network.body, [rollout.prefix[g] for g in groups.tolist()])
     mask = rollout.mask_RT[rows]
     width = int(mask.sum(1).max())
-    tokens, mask = rollout.tokens_RT[rows, :width], mask[:, :width]
-    hidden_RTD = last_BD[group_R, None]
-    if width > 1:
-        later = tree.extend(network.body, prefixes.rows(group_R), tokens[:, :-1])
-        hidden_RTD = torch.cat([hidden_RTD, later], 1)
-    return hidden_RTD[mask], tokens[mask]
+    prefixes = [rollout.prefix[g] for g in groups.tolist()]
+    return tree.pack(prefixes, group_R, rollout.tokens_RT[rows, :width], mask[:, :width])
 
 
 def micro_batches(rollout: Rollout, budget: int) -> Iterator[Tensor]:

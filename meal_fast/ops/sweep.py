@@ -2,7 +2,7 @@
 
     N  tokens    D  hidden width    V  vocabulary    C  tokens of a chunk
 
-(N, V) never exists. A chunk of C tokens goes through the head into one reused tile (C, V); the tile
+(N, V) never exists. A chunk of C tokens goes through the head into a tile (C, V); the tile
 is then worked on in blocks of a few rows that stay in the processor's cache, so that the passes of
 a softmax cost next to nothing beside the products. Gradients are made in place of the logits while
 the tile is there.
@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DEFAULT_MAX_BYTES = 64 << 20  # of the tiles of a chunk
+from .gemm import matmul
+
+DEFAULT_MAX_BYTES = 32 << 20  # of the tiles of a chunk
 _BLOCK_BYTES = 2 << 20  # of a block of the tile: about a core's share of a last-level cache
 
 
@@ -29,7 +31,7 @@ class Readout:
 
     @property
     def raw_scale(self) -> float:
-        """What a source multiplies its raw logits by when it fills a tile."""
+        """What a source multiplies its raw logits by when it makes a tile."""
         return 1 / (self.temperature if self.softcap is None else self.softcap)
 
     def finish(self, tile: Tensor, slope: bool) -> Tensor | None:
@@ -42,12 +44,11 @@ class Readout:
         return derivative
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b with float32 sums and result; low precision multiplies as such only on a GPU."""
     if a.dtype in (torch.float32, torch.float64):
-        return torch.mm(a, b, out=out) if out is not None else torch.mm(a, b)
-    product = torch.mm(a, b, out_dtype=torch.float32)
-    return product if out is None else out.copy_(product)
+        return matmul(a, b)
+    return torch.mm(a, b, out_dtype=torch.float32)
 
 
 class LinearSource:
@@ -79,24 +80,20 @@ class LinearSource:
         self.grad_weight = zeros(*weight.shape) if needs[1] else None
         self.grad_bias = zeros(weight.shape[0]) if needs[2] else None
 
-    def fill(self, rows: slice, tile: Tensor) -> None:
+    def tile(self, rows: slice) -> Tensor:
+        """Scaled raw logits of these rows, the caller's to overwrite."""
         hidden = self.hidden[rows].to(self.factor_dtype)
         if self.factor_dtype == self.dtype:  # scaling the narrow factor is free
-            _product(hidden * self.readout.raw_scale, self.weight.t(), out=tile)
-        else:
-            _product(hidden, self.weight.t(), out=tile).mul_(self.readout.raw_scale)
-        if self.bias is not None:
-            tile.add_(self.bias)
+            return matmul(hidden * self.readout.raw_scale, self.weight.t(), self.bias)
+        tile = _product(hidden, self.weight.t()).mul_(self.readout.raw_scale)
+        return tile if self.bias is None else tile.add_(self.bias)
 
     def backward(self, rows: slice, grad: Tensor) -> None:
         """`grad` (C, V): of the logits before their division by the temperature."""
         per_logit = 1 / self.readout.temperature
         grad = grad.to(self.factor_dtype)
         if self.grad_hidden is not None:
-            if self.factor_dtype == self.dtype:
-                torch.mm(grad, self.weight, out=self.grad_hidden[rows])
-            else:
-                self.grad_hidden[rows] = _product(grad, self.weight)
+            self.grad_hidden[rows] = _product(grad, self.weight)
             self.grad_hidden[rows] *= per_logit
         if self.grad_weight is not None:
             hidden = self.hidden[rows].to(self.factor_dtype)
@@ -116,8 +113,9 @@ class LogitsSource:
         self.rows, self.vocabulary, self.device = *logits.shape, logits.device
         self.grad_logits = torch.zeros_like(self.logits) if needs else None
 
-    def fill(self, rows: slice, tile: Tensor) -> None:
-        tile.copy_(self.logits[rows]).mul_(self.readout.raw_scale)
+    def tile(self, rows: slice) -> Tensor:
+        """As `LinearSource.tile`."""
+        return self.logits[rows].to(self.dtype, copy=True).mul_(self.readout.raw_scale)
 
     def backward(self, rows: slice, grad: Tensor) -> None:
         if self.grad_logits is not None:
@@ -167,31 +165,26 @@ def sweep(
     tiles = 2 if exact_kl else 1
     chunk = max(1, min(n, max_bytes // (tiles * row_bytes)))
     block = chunk if device.type != "cpu" else max(1, min(chunk, _BLOCK_BYTES // row_bytes))
-    tile = torch.empty(chunk, v, dtype=dtype, device=device)
-    ref_tile = torch.empty_like(tile) if exact_kl else tile
     scratch = torch.empty(block, v, dtype=dtype, device=device)
 
     for start in range(0, n, chunk):
         rows = slice(start, min(start + chunk, n))
+        ref_tile = None
         if reference is not None:
-            _fill(reference, rows, ref_tile)
+            ref_tile = reference.tile(rows)
             if stats.ref_logp is not None and not exact_kl:
                 for at, z in _blocks(rows, ref_tile, block):
                     reference.readout.finish(z, slope=False)
                     stats.ref_logp[at] = _logp(z, target[at])
-        _fill(source, rows, tile)
+                ref_tile = None  # frees it before the next one is made
+        tile = source.tile(rows)
         for at, z in _blocks(rows, tile, block):
-            zq = None
-            if exact_kl:
-                zq = ref_tile[at.start - start : at.stop - start]
+            zq = None if ref_tile is None else ref_tile[at.start - start : at.stop - start]
             _one_block(source, reference, target, at, z, zq, scratch, stats, gradient)
         if gradient is not None:
-            source.backward(rows, tile[: rows.stop - start])
+            source.backward(rows, tile)
+        del tile  # z and zq are views: the memory is free before the next tile is made
     return stats
-
-
-def _fill(source: Source, rows: slice, tile: Tensor) -> None:
-    source.fill(rows, tile[: rows.stop - rows.start])
 
 
 def _blocks(rows: slice, tile: Tensor, block: int) -> list[tuple[slice, Tensor]]:

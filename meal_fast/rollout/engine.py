@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -54,16 +55,17 @@ def rollout(
         if request.samples < 1:
             raise ValueError(f"samples={request.samples}: must be at least 1")
     started = time.perf_counter()
-    network = network or policy.network
     prefixes = tuple(
         policy.encode_prompt(q.prompt.text) + policy.encode_suffix(q.w) for q in requests
     )
     _check_context(policy, requests, prefixes, max_new_tokens)
     parts = []
-    for low, high in _batches(requests, max_rows):
-        part = requests[low:high]
-        ids = [key(*stream, q.prompt.id, str(q.w or ()), s) for q in part for s in range(q.samples)]
-        parts.append(_sample(policy, network, part, ids, max_new_tokens, temperature, seed))
+    with policy.merged() if network is None else nullcontext(network) as sampled:
+        for low, high in _batches(requests, max_rows):
+            part = requests[low:high]
+            rows = [(q, s) for q in part for s in range(q.samples)]
+            ids = [key(*stream, q.prompt.id, str(q.w or ()), s) for q, s in rows]
+            parts.append(_sample(policy, sampled, part, ids, max_new_tokens, temperature, seed))
     tokens_RT = _stack([p[0] for p in parts], max_new_tokens)
     logp_RT = _stack([p[1] for p in parts], max_new_tokens)
     lengths_R = torch.cat([p[2] for p in parts])
@@ -73,7 +75,7 @@ def rollout(
     tokens_RT, logp_RT = tokens_RT[:, :width] * mask_RT, logp_RT[:, :width] * mask_RT
     group = [i for i, q in enumerate(requests) for _ in range(q.samples)]
     uniform = (1.0 / len(policy.names),) * len(policy.names)
-    rows = zip(tokens_RT.tolist(), lengths_R.tolist(), strict=True)
+    ended = zip(tokens_RT.tolist(), lengths_R.tolist(), strict=True)
     return Rollout(
         prompts=tuple(q.prompt for q in requests),
         prefix=prefixes,
@@ -83,7 +85,7 @@ def rollout(
         mask_RT=mask_RT,
         logp_RT=logp_RT,
         finish=tuple("stop" if stop else "length" for stop in stopped_R.tolist()),
-        texts=tuple(policy.decode(row[:n]) for row, n in rows),
+        texts=tuple(policy.decode(row[:n]) for row, n in ended),
         prefill_tokens=sum(p[4] for p in parts),
         seconds=time.perf_counter() - started,
     )

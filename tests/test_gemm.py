@@ -1,0 +1,101 @@
+"""The oneDNN products against torch's own, gradients too, and the models that use them."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from meal_fast.ops import gemm
+
+pytestmark = pytest.mark.skipif(gemm._onednn is None, reason="this torch has no oneDNN")
+SIZE = st.integers(1, 40)
+
+
+def leaf(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).requires_grad_()
+
+
+def double(x):
+    return None if x is None else x.detach().double().requires_grad_()
+
+
+@given(SIZE, SIZE, SIZE, st.booleans(), st.booleans(), st.booleans())
+def test_matmul_of_any_shape_and_stride(m, k, n, a_turned, b_turned, with_bias):
+    a = leaf(k, m).detach().t() if a_turned else leaf(m, k).detach()
+    b = leaf(n, k, seed=1).detach().t() if b_turned else leaf(k, n, seed=1).detach()
+    bias = leaf(n, seed=2).detach() if with_bias else None
+    want = a.double() @ b.double() + (0 if bias is None else bias.double())
+    torch.testing.assert_close(gemm.matmul(a, b, bias).double(), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (8, 8), (2, 20, 8), (0, 8), (9, 100)])
+@pytest.mark.parametrize("n", [5, 70])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear_and_its_gradients(shape, n, with_bias):
+    x, w = leaf(*shape), leaf(n, shape[-1], seed=1)
+    bias = leaf(n, seed=2) if with_bias else None
+    got, wide = gemm.linear(x, w, bias), [double(x), double(w), double(bias)]
+    want = F.linear(*wide)
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+    probe = torch.randn_like(got)
+    got.backward(probe)
+    want.backward(probe.double())
+    for mine, theirs in zip((x, w, bias), wide, strict=True):
+        if mine is not None:
+            torch.testing.assert_close(mine.grad.double(), theirs.grad, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 33])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("sizes", [(12, 70), (70, 12)])
+def test_lora_linear_and_its_gradients(rows, with_bias, sizes):
+    k, n = sizes
+    x, w = leaf(2, rows, k), leaf(n, k, seed=1).detach()
+    bias = leaf(n, seed=2).detach() if with_bias else None
+    a, b = leaf(4, k, seed=3), leaf(n, 4, seed=4)
+    got = gemm.lora_linear(x, w, bias, a, b, 0.5)
+    xd, ad, bd = double(x), double(a), double(b)
+    want = F.linear(xd, w.double(), None if bias is None else bias.double())
+    want = want + 0.5 * (xd @ ad.T) @ bd.T
+    torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=1e-5)
+    probe = torch.randn_like(got)
+    got.backward(probe)
+    want.backward(probe.double())
+    for mine, theirs in ((x, xd), (a, ad), (b, bd)):
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_lora_linear_in_bfloat16_keeps_the_factors_in_float32():
+    x, w = leaf(16, 12).detach().bfloat16(), leaf(20, 12, seed=1).detach().bfloat16()
+    a, b = leaf(4, 12, seed=3), leaf(20, 4, seed=4)
+    got = gemm.lora_linear(x, w, None, a, b, 0.5)
+    assert got.dtype == torch.bfloat16
+    got.float().sum().backward()
+    assert a.grad.dtype == b.grad.dtype == torch.float32
+    want = x.float() @ w.float().T + 0.5 * (x.float() @ a.T) @ b.T
+    torch.testing.assert_close(got.float(), want, atol=0.1, rtol=0.02)
+
+
+def test_accelerated_modules_compute_the_same_and_stay_linear():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 4, bias=False))
+    fast = gemm.accelerate(copy.deepcopy(plain))
+    assert isinstance(fast[0], nn.Linear) and type(fast[0]) is not nn.Linear
+    assert fast.state_dict().keys() == plain.state_dict().keys()
+    x = torch.randn(10, 6)
+    torch.testing.assert_close(fast(x), plain(x))
+    for model in (fast, plain):
+        model(x).square().sum().backward()
+    for mine, theirs in zip(fast.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-5)
+    assert fast(x.double()[:0].float()).shape == (0, 4)
+
+
+def test_float64_goes_through_torch():
+    x, w = leaf(9, 6).double(), leaf(4, 6).double()
+    torch.testing.assert_close(gemm.linear(x, w), F.linear(x, w), rtol=0, atol=0)
