@@ -39,13 +39,21 @@ class Endless(Policy):
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--micro-tokens", type=int, default=GRPOConfig().micro_tokens)
+    parser.add_argument("--micro-tokens", type=int, default=640)
+    parser.add_argument(
+        "--recompute", choices=("on", "off"), default="on", help="on: as TRL's default"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     policy = load_policy(PolicyConfig(path=args.model, tuning="full", device="cpu"), ("a", "b"))
     policy.__class__ = Endless
     config = GRPOConfig(
-        lr=LR, beta=BETA, reduce="grpo", max_grad_norm=MAX_GRAD_NORM, micro_tokens=args.micro_tokens
+        lr=LR,
+        beta=BETA,
+        reduce="grpo",
+        max_grad_norm=MAX_GRAD_NORM,
+        micro_tokens=args.micro_tokens,
+        recompute=args.recompute == "on",
     )
     optimizer = torch.optim.AdamW(policy.trainable, lr=config.lr, weight_decay=0.0, fused=True)
     requests = [
@@ -86,6 +94,7 @@ def main() -> None:
         transformers=transformers.__version__,
         meal_fast=meal_fast.__version__,
         micro_tokens=str(args.micro_tokens),
+        recompute=args.recompute,
     )
 
 

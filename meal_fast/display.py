@@ -66,13 +66,16 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{s:02}" if hours else f"{minutes}:{s:02}"
 
 
+def check_logger(kind: str) -> None:
+    """Raises ValueError where the logger's package, named like it, is missing."""
+    if kind != "none" and importlib.util.find_spec(kind) is None:
+        raise ValueError(f"logger={kind!r}: pip install {kind}, or use logger none")
+
+
 class Loggers:
-    """TensorBoard or Weights & Biases, when asked for. Raises ValueError without its package."""
+    """TensorBoard or Weights & Biases, when asked for."""
 
     def __init__(self, kind: str, out: Path, config: dict[str, Any]) -> None:
-        package = {"tensorboard": "tensorboard", "wandb": "wandb"}.get(kind)
-        if package and importlib.util.find_spec(package) is None:
-            raise ValueError(f"logger={kind!r}: pip install {package}, or use logger none")
         self._kind = kind
         self._writer: Any = None
         if kind == "tensorboard":

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from .assets import NAMES as ASSETS
 from .assets import asset
+from .ops.gemm import accelerate
 from .quiet import quiet
 
 FORMATS = ("pair", "response", "response+prompt", "template:TEXT")
@@ -296,7 +297,7 @@ class ClassifierScorer:
             raise ValueError(
                 f"objective {name!r}: {spec.path!r} is no trained classifier, it lacks {missing}"
             )
-        self.model.to(device).eval().requires_grad_(False)
+        accelerate(self.model).to(device).eval().requires_grad_(False)
         labels = self.model.config.num_labels
         if spec.logit >= labels:
             raise ValueError(f"objective {name!r}: logit={spec.logit}, but there are {labels}")

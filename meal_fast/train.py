@@ -23,10 +23,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, args = parse_train(argv)  # answers --help and wrong options before torch is imported
 
     from .config import to_dict
-    from .display import Display, Loggers, clock
+    from .display import Display, Loggers, check_logger, clock
     from .trainer import Clock, Trainer
 
     wall = Clock()
+    check_logger(config.logger)
     try:
         trainer = Trainer(config, args.out, resume=args.resume)
     except OSError as error:

@@ -250,6 +250,30 @@ def test_a_mistake_costs_one_line(tmp_path, capfd, argv, words):
     assert not run.exists()
 
 
+def test_a_logger_without_its_package_is_refused_first(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    run = tmp_path / "run"
+    refused(
+        capfd, ["tiny", "--logger", "wandb", "--out", str(run)], "logger='wandb'", "pip install"
+    )
+    assert not run.exists()
+
+
+def test_tensorboard_gets_every_update(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    argv = ["tiny", "--out", str(run), "--no-evaluate", "--logger", "tensorboard"]
+    assert train_here(*argv, "--meta.steps", "1") == 0
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    rows = updates(run)
+    logged = events.Scalars("kl")
+    assert [event.step for event in logged] == [row["update"] for row in rows]
+    assert [event.value for event in logged] == pytest.approx([row["kl"] for row in rows])
+    assert [e.value for e in events.Scalars("w0")] == pytest.approx([row["w"][0] for row in rows])
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
