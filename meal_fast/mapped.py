@@ -25,7 +25,8 @@ class FrozenCopy:
         self.model: Any = copy.deepcopy(model).requires_grad_(False).eval()
         self._ranges: list[tuple[int, int]] = []
         held = dict(self.model.named_parameters())
-        files = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
+        here = Path(folder).is_dir() and all(p.device.type == "cpu" for p in held.values())
+        files = sorted(Path(folder).glob("*.safetensors")) if here else []
         stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
         if not stored or not all(_same(p, stored.get(name)) for name, p in held.items()):
             return
@@ -52,7 +53,6 @@ class FrozenCopy:
 def _same(parameter: torch.Tensor, stored: torch.Tensor | None) -> bool:
     return (
         stored is not None
-        and parameter.device == stored.device
         and parameter.dtype == stored.dtype
         and torch.equal(parameter, stored)
     )
