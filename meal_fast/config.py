@@ -23,6 +23,7 @@ Normalization = Literal["max", "standard", "tanh", "none"]
 KLEstimator = Literal["k1", "k2", "k3", "exact"]
 Reduce = Literal["grpo", "dapo", "dr_grpo"]
 AdamMode = Literal["persist_v", "reset", "per_preference"]
+PreferenceText = Literal["bar", "numbers"]
 Logger = Literal["none", "tensorboard", "wandb"]
 _CHOICES = {
     "RecipeName": RecipeName,
@@ -32,6 +33,7 @@ _CHOICES = {
     "KLEstimator": KLEstimator,
     "Reduce": Reduce,
     "AdamMode": AdamMode,
+    "PreferenceText": PreferenceText,
     "Logger": Logger,
 }
 
@@ -53,6 +55,7 @@ class PolicyConfig:
     lora_rank: int = opt(16, "rank of the LoRA factors")
     lora_alpha: int = opt(32, "LoRA scale: the update is alpha/rank * B A")
     dtype: Dtype = opt("float32", "of the frozen weights; what is trained is always float32")
+    preference_text: PreferenceText = opt("bar", "how it reads w; see meal_fast.preference")
     device: str = opt("auto", "cpu, cuda, cuda:0, or auto (cuda when there is one)")
 
     def __post_init__(self) -> None:
@@ -85,6 +88,7 @@ class PromptConfig:
 class PreferenceConfig:
     alpha: float = opt(1.0, "concentration of Dir(alpha) that draws the training preferences [P]")
     grid: int = opt(11, "points a side of the simplex lattice [P]; 0: continuous preferences")
+    rotate: bool = opt(False, "a meta-step's tasks are rotations of one draw, (w, 1 - w) [R]")
 
     def __post_init__(self) -> None:
         _require(self.alpha > 0, "preference.alpha", self.alpha, "must be positive")
@@ -323,7 +327,7 @@ def preset(name: str) -> Config:
 # steering: long enough to steer real rewards; an hour or so on 2 cores, see the README's figures.
 _STEERING = Config(
     prompts=PromptConfig(train="packaged:safety"),
-    preference=PreferenceConfig(alpha=0.5),
+    preference=PreferenceConfig(alpha=0.5, rotate=True),
     rollout=RolloutConfig(prompts=4, samples=8, max_new_tokens=24),
     score=ScoreConfig(calibration=96),
     grpo=GRPOConfig(lr=1e-3, beta=0.05, micro_tokens=1024),
@@ -347,7 +351,7 @@ _HH_QWEN2 = Config(
         "helpful=Ray2333/gpt2-large-helpful-reward_model",
         "harmless=Ray2333/gpt2-large-harmless-reward_model",
     ),
-    policy=PolicyConfig(path="Qwen/Qwen2-0.5B-Instruct", tuning="full"),
+    policy=PolicyConfig(path="Qwen/Qwen2-0.5B-Instruct", tuning="full", preference_text="numbers"),
     prompts=PromptConfig(
         train="HuggingFaceH4/ultrafeedback_binarized", evaluation="PKU-Alignment/BeaverTails"
     ),
@@ -363,7 +367,9 @@ _EXACT = ("first=meal_fast.worlds:first", "second=meal_fast.worlds:second")
 # tiny: a random model of two layers, for tests and for reading the code with a debugger.
 _TINY = Config(
     objectives=_EXACT,
-    policy=PolicyConfig(path="world:tiny", lora_rank=4, lora_alpha=8, device="cpu"),
+    policy=PolicyConfig(
+        path="world:tiny", lora_rank=4, lora_alpha=8, preference_text="numbers", device="cpu"
+    ),
     prompts=PromptConfig(train="world:tiny"),
     rollout=RolloutConfig(prompts=2, samples=8, max_new_tokens=6, temperature=1.0),
     score=ScoreConfig(normalization="none", utopia=(1.1, 1.1), calibration=16),
@@ -377,7 +383,9 @@ _TINY = Config(
 _CONCAVE_FRONT = Config(
     recipe="weighted-grpo",
     objectives=_EXACT,
-    policy=PolicyConfig(path="world:concave-front", tuning="full", device="cpu"),
+    policy=PolicyConfig(
+        path="world:concave-front", tuning="full", preference_text="numbers", device="cpu"
+    ),
     prompts=PromptConfig(train="world:concave-front"),
     rollout=RolloutConfig(prompts=1, samples=32, max_new_tokens=6, temperature=1.0),
     score=ScoreConfig(normalization="none", mu=0.02, utopia=(1.1, 1.1)),

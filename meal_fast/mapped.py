@@ -51,11 +51,7 @@ class FrozenCopy:
 
 
 def _same(parameter: torch.Tensor, stored: torch.Tensor | None) -> bool:
-    return (
-        stored is not None
-        and parameter.dtype == stored.dtype
-        and torch.equal(parameter, stored)
-    )
+    return stored is not None and parameter.dtype == stored.dtype and torch.equal(parameter, stored)
 
 
 def _mappings(files: list[Path]) -> list[tuple[int, int]]:

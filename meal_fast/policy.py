@@ -58,10 +58,12 @@ class Policy:
         tokenizer: Any,
         names: Sequence[str],
         frozen: FrozenCopy | None = None,
+        style: str = "bar",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.names = tuple(names)
+        self.style = style
         self.lora = hasattr(model, "peft_config")
         self._base: Any = model.get_base_model() if self.lora else model
         self._frozen = frozen
@@ -156,7 +158,7 @@ class Policy:
 
     def _encode_suffix(self, w: tuple[float, ...] | None) -> tuple[int, ...]:
         """Tokens of the preference (none: no preference text) and of the assistant's header."""
-        said = "" if w is None else f" [{preference_text(w, self.names)}]"
+        said = "" if w is None else f" {preference_text(w, self.names, self.style)}"
         return tuple(self.tokenizer(said + self._after, add_special_tokens=False)["input_ids"])
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -167,8 +169,8 @@ class Policy:
         """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads, safetensors, whole.
 
         LoRA: the merged weights, and the factors in `adapter/`, PEFT's own format. The tokenizer's
-        chat template takes `preference="helpful=0.80 harmless=0.20"`. The folder appears at once,
-        complete, or not at all.
+        chat template takes `preference=preference_text(w, names, style)`. The folder appears at
+        once, complete, or not at all.
         """
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -179,7 +181,9 @@ class Policy:
         tokenizer = copy.deepcopy(self.tokenizer)
         tokenizer.chat_template = preference_template(self.tokenizer.chat_template)
         tokenizer.save_pretrained(temporary)
-        (temporary / "preference.json").write_text(json.dumps({"objectives": self.names}))
+        (temporary / "preference.json").write_text(
+            json.dumps({"objectives": self.names, "style": self.style})
+        )
         if folder.exists():
             stale = folder.with_name(folder.name + ".old")
             shutil.rmtree(stale, ignore_errors=True)
@@ -256,7 +260,7 @@ def load_policy(
         model.get_input_embeddings().sparse = True
     # eval: no dropout anywhere, so that log-probabilities are comparable
     accelerate(model).to(device).eval()
-    policy = Policy(model, tokenizer, names, frozen)
+    policy = Policy(model, tokenizer, names, frozen, config.preference_text)
     _check_head(policy)
     return policy
 
@@ -353,6 +357,6 @@ def preference_template(template: str) -> str:
     return (
         "{%- if preference is defined and preference -%}"
         "{%- set messages = messages[:-1] + [{'role': messages[-1]['role'], "
-        "'content': messages[-1]['content'] | trim + ' [' + preference + ']'}] -%}"
+        "'content': messages[-1]['content'] | trim + ' ' + preference}] -%}"
         "{%- endif -%}" + template
     )

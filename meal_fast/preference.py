@@ -4,12 +4,16 @@ The policy reads w as text at the end of the user's turn, so that the keys and v
 before it are the same for every preference:
 
     <|im_start|>user
-    How do tides work? [helpful=0.80 harmless=0.20]<|im_end|>
+    How do tides work? [helpful=0.80 harmless=0.20] ++++++++--<|im_end|>
     <|im_start|>assistant
 
-`preference_text` is the only place that writes it. The text starts with a space and a bracket,
-which the usual byte-level tokenizers never merge with the end of a stripped prompt: prompt and
-suffix are tokenised apart and give the same tokens as together.
+`preference_text` is the only place that writes it. The bar is for small models: between the two
+ends of the simplex the numbers alone move the last hidden states of SmolLM2-135M by 4 % of their
+spread over prompts, too little for a policy gradient to find.
+
+The text starts with a space and a bracket, which the usual byte-level tokenizers never merge with
+the end of a stripped prompt: prompt and suffix are tokenised apart and give the same tokens as
+together.
 """
 
 from __future__ import annotations
@@ -29,9 +33,26 @@ BPS_EVALUATION = (
 )
 
 
-def preference_text(w: Sequence[float], names: Sequence[str]) -> str:
-    """`helpful=0.80 harmless=0.20`: the form in which the policy reads a preference."""
-    return " ".join(f"{name}={value:.2f}" for name, value in zip(names, w, strict=True))
+_MARKS = "+-*#=~^%&@!?<>/|"  # of the bar, one an objective
+_BAR = 10
+
+
+def preference_text(w: Sequence[float], names: Sequence[str], style: str = "bar") -> str:
+    """The form in which the policy reads a preference.
+
+    `numbers`: `[helpful=0.80 harmless=0.20]`. `bar`: the same and ` ++++++++--`, ten marks shared
+    out by largest remainder, so that a difference of preferences is one of which tokens are there.
+    """
+    pairs = (f"{name}={value:.2f}" for name, value in zip(names, w, strict=True))
+    numbers = f"[{' '.join(pairs)}]"
+    if style == "numbers":
+        return numbers
+    counts = [int(value * _BAR + 1e-9) for value in w]
+    left = [value * _BAR - count for value, count in zip(w, counts, strict=True)]
+    for i in sorted(range(len(w)), key=lambda i: -round(left[i], 6))[: _BAR - sum(counts)]:
+        counts[i] += 1
+    marks = (_MARKS[i % len(_MARKS)] * count for i, count in enumerate(counts))
+    return f"{numbers} {''.join(marks)}"
 
 
 def lattice(k: int, points: int) -> tuple[Weights, ...]:
@@ -62,14 +83,29 @@ def evaluation_weights(k: int, points: int) -> tuple[Weights, ...]:
     return lattice(k, points)
 
 
-def draw(k: int, *, alpha: float, points: int, seed: int, step: int, count: int) -> list[Weights]:
+def draw(
+    k: int,
+    *,
+    alpha: float,
+    points: int,
+    seed: int,
+    step: int,
+    count: int,
+    rotate: bool = False,
+) -> list[Weights]:
     """`count` preferences w ~ Dir(alpha), mapped onto the nearest lattice point (points = 0: not).
 
     BPS A.3 [P]; nearest-point mapping is our reading of "over W_train" [R]. Depends on (seed, step)
     alone. Among equally near lattice points the first is taken.
+
+    rotate: a draw is followed by its k - 1 rotations, (0.9, 0.1) by (0.1, 0.9). Each is Dir(alpha)
+    as before, and what they pull the policy to in common cancels in the meta-step [R].
     """
     rng = np.random.Generator(np.random.Philox(key=key(seed, "preference", step)))
-    drawn = rng.dirichlet([alpha] * k, size=count)
+    drawn = rng.dirichlet([alpha] * k, size=-(-count // k) if rotate else count)
+    if rotate:
+        turns = [np.roll(drawn, shift, axis=1) for shift in range(k)]
+        drawn = np.stack(turns, 1).reshape(-1, k)[:count]
     if points:
         grid = np.asarray(lattice(k, points))
         nearest = ((drawn[:, None, :] - grid[None]) ** 2).sum(-1).argmin(-1)

@@ -130,6 +130,7 @@ class Trainer:
             seed=config.seed,
             step=step,
             count=config.meta.tasks,
+            rotate=config.preference.rotate,
         )
         self.outer.begin()
         for task, w in enumerate(weights):

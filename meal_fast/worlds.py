@@ -261,7 +261,7 @@ def _tokenizer() -> Any:
 
 def _conversations() -> list[str]:
     prompts = sorted({text for splits in _PROMPTS.values() for split in splits for text in split})
-    said = [f" [{preference_text(w, OBJECTIVES)}]" for w in lattice(2, 11)]
+    said = [f" {preference_text(w, OBJECTIVES, 'numbers')}" for w in lattice(2, 11)]
     return [
         _TURN.format(role="system", text="") + _TURN.format(role="user", text=prompt + preference)
         + "<|im_start|>assistant\n"

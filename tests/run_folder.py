@@ -17,7 +17,12 @@ NAMES = ("first", "second")
 def tiny_config(**changes: Any) -> Config:
     values = {
         "objectives": [f"{name}=meal_fast.worlds:{name}" for name in NAMES],
-        "policy": {"path": "world:tiny", "lora_rank": 4, "device": "cpu"},
+        "policy": {
+            "path": "world:tiny",
+            "lora_rank": 4,
+            "preference_text": "numbers",
+            "device": "cpu",
+        },
         "rollout": {"max_new_tokens": 6, "prompts": 2, "samples": 2},
         "evaluation": {"prompts": 5, "samples": 2, "grid": 5},
         "preference": {"grid": 3},

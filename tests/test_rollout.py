@@ -95,7 +95,7 @@ def test_greedy_is_what_plain_transformers_generates(policy, tmp_path):
         ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt.text}],
             add_generation_prompt=True,
-            preference=preference_text(W, policy.names),
+            preference=preference_text(W, policy.names, policy.style),
             return_tensors="pt",
             return_dict=True,
         )["input_ids"]

@@ -266,9 +266,10 @@ def test_tokens_of_a_conversation(tokenizer):
 def test_every_preference_and_prompt_splits_where_the_policy_splits_it(folder):
     """`Policy` tokenises the prompt and the rest apart: it must be the tokens of the whole."""
     for name in ("tiny", "concave-front"):
-        policy = load_policy(
-            PolicyConfig(path=str(folder), tuning="full", device="cpu"), worlds.OBJECTIVES
+        config = PolicyConfig(
+            path=str(folder), tuning="full", preference_text="numbers", device="cpu"
         )
+        policy = load_policy(config, worlds.OBJECTIVES)
         for text in worlds.world_prompts(name, "train"):
             for w in SWEEP:
                 apart = policy.encode_prompt(text) + policy.encode_suffix(w)
