@@ -25,7 +25,6 @@ from transformers import AutoTokenizer, BertForSequenceClassification
 
 from meal_fast.assets.quality import quality
 from meal_fast.assets.splitting import normalize, text_hash
-from meal_fast.ops.gemm import accelerate
 
 NAMES = ("complied", "harmless")
 FOLDS = 5
@@ -181,7 +180,6 @@ def train(rows: Sequence[Row], base: Path, settings: Settings, seed: int) -> tup
         model = BertForSequenceClassification.from_pretrained(
             base, num_labels=1, dtype=torch.float32
         )
-        accelerate(model)
         # The lower layers are left alone: no backward pass, no optimizer state, no forgetting.
         for module in (model.bert.embeddings, *model.bert.encoder.layer[: settings.frozen_layers]):
             module.requires_grad_(False)
