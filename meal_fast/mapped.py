@@ -19,6 +19,9 @@ class FrozenCopy:
     Where the safetensors files of `folder` hold exactly its weights (dtype and values, on a CPU),
     the copy's weights are mapped from there, and `release` gives their memory back; the next read
     finds them in the file again. Otherwise it is an ordinary copy, and `release` does nothing.
+
+    A mapped file must stay as it is while the copy is in use: written over in place, it would
+    change the copy.
     """
 
     def __init__(self, model: Any, folder: str) -> None:
@@ -44,10 +47,9 @@ class FrozenCopy:
 
     def release(self) -> None:
         """Gives back the memory of weights that are mapped from a file."""
-        libc = ctypes.CDLL(None)
-        for start, end in self._ranges:
+        for start, end in self._ranges:  # found on Linux alone
             size = ctypes.c_size_t(end - start)
-            libc.madvise(ctypes.c_void_p(start), size, _MADV_DONTNEED)
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), size, _MADV_DONTNEED)
 
 
 def _same(parameter: torch.Tensor, stored: torch.Tensor | None) -> bool:

@@ -145,16 +145,14 @@ def load_objectives(specs: Sequence[str], device: str | torch.device = "cpu") ->
 def _checked(
     name: str, scorer: Scorer, prompts: Sequence[str], responses: Sequence[str]
 ) -> Tensor:  # (R,) float32
-    try:
-        values = scorer(prompts, responses)
-        column = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
-    except ObjectiveError:
-        raise
-    except Exception as error:  # a user's function may raise anything: named, and passed on
+    column = _column(scorer, prompts, responses)
+    if isinstance(column, ObjectiveError):
+        raise column
+    if isinstance(column, Exception):
         row = _first_failing(scorer, prompts, responses)
         raise ObjectiveError(
-            f"objective {name!r} raised {type(error).__name__}: {error} ({row})"
-        ) from error
+            f"objective {name!r} raised {type(column).__name__}: {column} ({row})"
+        ) from column
     if column.shape != (len(responses),):
         raise ObjectiveError(
             f"objective {name!r} returned shape {tuple(column.shape)} for {len(responses)} "
@@ -169,12 +167,18 @@ def _checked(
     return column
 
 
+def _column(scorer: Scorer, prompts: Sequence[str], responses: Sequence[str]) -> Tensor | Exception:
+    """What the scorer says, float32 on the CPU; what it raised: a user's function, so anything."""
+    try:
+        return torch.as_tensor(scorer(prompts, responses), dtype=torch.float32).detach().cpu()
+    except Exception as error:
+        return error
+
+
 def _first_failing(scorer: Scorer, prompts: Sequence[str], responses: Sequence[str]) -> str:
     """Which row alone makes the scorer raise; only called when it has raised."""
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        try:
-            scorer([prompt], [response])
-        except Exception:  # the batch's own error is the one reported
+        if isinstance(_column(scorer, [prompt], [response]), Exception):
             return f"row {row}, the response {_short(response)}"
     return f"a batch of {len(responses)}, though no row of it alone"
 

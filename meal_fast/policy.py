@@ -98,7 +98,7 @@ class Policy:
     def merged(self) -> Iterator[Network]:
         """The policy for passes without gradients: float32 LoRA with its factors multiplied out.
 
-        That costs a copy of the weights, and saves two thirds of the products of a small batch. In
+        That costs a copy of the weights, and saves two of the three products of each layer. In
         bfloat16 the sum would be rounded: those factors stay apart.
         """
         layers = [m for m in self.model.modules() if hasattr(m, "get_delta_weight")]
@@ -125,7 +125,7 @@ class Policy:
         layers = [m for m in self._base.modules() if isinstance(m, GradientCheckpointingLayer)]
         if on and layers and not layers[0].gradient_checkpointing:
             settings = {"use_reentrant": False, "preserve_rng_state": False}
-            if hasattr(self._base, "activation_checkpointing_enable"):  # its name since 5.20
+            if hasattr(self._base, "activation_checkpointing_enable"):  # its newer name
                 self._base.activation_checkpointing_enable(settings)
             else:
                 self._base.gradient_checkpointing_enable(settings)
@@ -244,20 +244,16 @@ def load_policy(
     path = resolve(config.path)
     device = torch.device(device_of(config.device))
     model, tokenizer = _load(path, config)
-    accelerate(model)
     frozen = None
     if config.tuning == "lora":
         model = _with_lora(model, config, seed, trained)
     else:
-        frozen = FrozenCopy(model.to(device).eval(), path)
+        frozen = FrozenCopy(accelerate(model).to(device).eval(), path)
         if trained is not None:
             model, _ = _load(str(trained), config)
-    if (
-        config.tuning == "full"
-        and model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    ):
-        # The head makes a dense gradient of the same matrix: no second one for a few of its rows.
-        model.get_input_embeddings().sparse = True
+        embedding = model.get_input_embeddings()
+        # Tied to the head, it gets a dense gradient there: no second one for a few of its rows.
+        embedding.sparse = embedding.weight is model.get_output_embeddings().weight
     # eval: no dropout anywhere, so that log-probabilities are comparable
     accelerate(model).to(device).eval()
     policy = Policy(model, tokenizer, names, frozen, config.preference_text)

@@ -115,7 +115,8 @@ class Packed:
     prefix_BP: Tensor  # int64, places in the sequence; 0 where there is no token
     valid_BP: Tensor
     row_RT: Tensor  # the same of the rows
-    valid_RT: Tensor
+    prefix_at: Tensor  # int64, the real tokens' places in the flat (B, P); the rows' in (R, T).
+    row_at: Tensor  # Known once: a boolean mask would make a GPU wait in every layer
 
     @property
     def before_RT(self) -> Tensor:
@@ -139,19 +140,23 @@ def pack(
     steps = torch.arange(tokens_RT.shape[1], device=device)
     start_R = valid_BP.sum(1)[group_R]
     places = torch.arange(tokens_BP.shape[1], device=device).expand_as(tokens_BP)
-    n = int(valid_BP.sum())
+    prefix_at, row_at = (v.flatten().nonzero().squeeze(1) for v in (valid_BP, valid_RT))
 
     def number(valid: Tensor, first: int) -> Tensor:
         return torch.where(valid, first - 1 + valid.flatten().cumsum(0).view_as(valid), 0)
 
+    def joined(x_BP: Tensor, x_RT: Tensor) -> Tensor:
+        return torch.cat([x_BP.flatten()[prefix_at], x_RT.flatten()[row_at]])[None]
+
     return Packed(
-        tokens_1N=torch.cat([tokens_BP[valid_BP], tokens_RT[valid_RT]])[None],
-        positions_1N=torch.cat([places[valid_BP], (start_R[:, None] + steps)[valid_RT]])[None],
+        tokens_1N=joined(tokens_BP, tokens_RT),
+        positions_1N=joined(places, start_R[:, None] + steps),
         group_R=group_R,
         prefix_BP=number(valid_BP, 0),
         valid_BP=valid_BP,
-        row_RT=number(valid_RT, n),
-        valid_RT=valid_RT,
+        row_RT=number(valid_RT, len(prefix_at)),
+        prefix_at=prefix_at,
+        row_at=row_at,
     )
 
 
@@ -220,11 +225,11 @@ def _packed(query: Tensor, key: Tensor, value: Tensor, packed: Packed, scale: fl
         return x[0].transpose(0, 1)[places].transpose(1, 2)
 
     q, pk, pv = (at(x, packed.prefix_BP) for x in (query, key, value))
-    out = [_causal(q, pk, pv, scale).transpose(1, 2)[packed.valid_BP]]
-    if packed.valid_RT.any():
+    out = [_causal(q, pk, pv, scale).transpose(1, 2).flatten(0, 1)[packed.prefix_at]]
+    if len(packed.row_at):
         q, k, v = (at(x, packed.row_RT) for x in (query, key, value))
         rows = _expanded(q, k, v, packed.group_R, packed.valid_BP, pk, pv, scale)
-        out.append(rows.transpose(1, 2)[packed.valid_RT])
+        out.append(rows.transpose(1, 2).flatten(0, 1)[packed.row_at])
     return torch.cat(out)[None]
 
 

@@ -4,12 +4,14 @@ import dataclasses
 
 import pytest
 import torch
+from peft.tuners.lora import Linear
 
 from meal_fast import tree
 from meal_fast.batch import Prompt, Scored
 from meal_fast.learners import grpo
 from meal_fast.learners.grpo import micro_batches, packed
 from meal_fast.ops import policy_loss_from_logp
+from meal_fast.ops.gemm import lora_linear
 from meal_fast.policy import load_policy
 from meal_fast.rollout import Request, rollout
 from tests.run_folder import tiny_config, tiny_policy
@@ -155,6 +157,24 @@ def test_recomputed_activations_give_the_same_gradient_and_keep_less(setting):
     assert made[True].keys() == made[False].keys()
     for name, gradient in made[True].items():
         torch.testing.assert_close(gradient, made[False][name], atol=1e-6, rtol=1e-5)
+
+
+def test_lora_layers_are_computed_by_lora_linear_as_peft_would(monkeypatch):
+    policy = tiny_policy(tiny_config())
+    layers = [m for m in policy.model.modules() if hasattr(m, "get_delta_weight")]
+    ids, seen = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12, 13]]), []
+
+    def spy(x, weight, *others):
+        seen.append(weight.data_ptr())
+        return lora_linear(x, weight, *others)
+
+    monkeypatch.setattr("meal_fast.policy.lora_linear", spy)
+    got = policy.model(input_ids=ids, use_cache=False).logits
+    assert sorted(seen) == sorted(m.base_layer.weight.data_ptr() for m in layers)
+    for module in layers:
+        module.__class__ = Linear
+    torch.testing.assert_close(policy.model(input_ids=ids, use_cache=False).logits, got)
+    assert len(seen) == len(layers)
 
 
 def test_a_tied_embedding_gets_the_gradient_of_both_its_uses():

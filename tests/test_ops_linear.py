@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meal_fast import ops
-
-F64 = torch.float64
+from tests.heads import F64, head
 
 
 def distribution(hidden, weight, bias=None, softcap=None, temperature=1.0):
@@ -28,14 +27,6 @@ def entropy(log_p):
 
 def exact_kl(log_p, log_q):
     return (log_p.exp() * (log_p - log_q)).sum(1)
-
-
-def head(n=17, d=6, v=11, dtype=F64, seed=0):
-    torch.manual_seed(seed)
-    hidden = torch.randn(n, d, dtype=dtype, requires_grad=True)
-    weight = torch.randn(v, d, dtype=dtype, requires_grad=True)
-    bias = torch.randn(v, dtype=dtype, requires_grad=True)
-    return hidden, weight, bias, torch.randint(0, v, (n,))
 
 
 def assert_same(a, b, **tolerance):

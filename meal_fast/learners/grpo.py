@@ -131,15 +131,14 @@ def micro_batches(rollout: Rollout, budget: int) -> Iterator[Tensor]:
     lengths = rollout.mask_RT.sum(1).tolist()
     groups = rollout.group_R.tolist()
     run: list[int] = []
-    used, widest, held = 0, 0, -1
+    used, held = 0, -1
     for row, (length, group) in enumerate(zip(lengths, groups, strict=True)):
-        prefix = 0 if group == held else len(rollout.prefix[group])
-        wide = max(widest, length)  # rows of a run are padded to its widest
-        if run and used + prefix + wide * (len(run) + 1) > budget:
+        more = length + (0 if group == held else len(rollout.prefix[group]))
+        if run and used + more > budget:
             yield torch.tensor(run, device=rollout.group_R.device)
-            run, used, prefix, wide = [], 0, len(rollout.prefix[group]), length
+            run, used, more = [], 0, length + len(rollout.prefix[group])
         run.append(row)
-        used, widest, held = used + prefix, wide, group
+        used, held = used + more, group
     yield torch.tensor(run, device=rollout.group_R.device)
 
 
