@@ -28,6 +28,7 @@ LAYERS = (
     ("recipes",),
     ("trainer",),
     ("train", "evaluate", "chat", "report", "figures", "display"),
+    ("integrations",),  # for other trainers: no part of ours
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 
@@ -130,15 +131,19 @@ def test_the_checker_catches_a_planted_violation(tmp_path, path, source, complai
 def outside(folder: str) -> set[str]:
     """Top-level packages, neither ours nor Python's, that the sources at `folder` import."""
     paths = [PACKAGE / folder] if folder.endswith(".py") else list((PACKAGE / folder).rglob("*.py"))
-    names = {
-        n.partition(".")[0] for p in paths for n in imported(p.read_text(), "meal_fast.x", False)
-    }
+    module = "meal_fast.x" if folder.endswith(".py") else "meal_fast.x.y"
+    names = {n.partition(".")[0] for p in paths for n in imported(p.read_text(), module, False)}
     return names - sys.stdlib_module_names - {"meal_fast"}
 
 
 def test_ops_need_torch_alone_and_the_command_line_nothing():
     assert {"torch"} <= outside("ops") <= {"torch", "triton"}
     assert outside("config.py") == outside("runs.py") == outside("cli.py") == set()
+
+
+def test_integrations_know_the_ops_alone_and_no_framework_at_import_time():
+    assert house_imports(PACKAGE)["integrations"] == {"ops"}
+    assert outside("integrations") == {"torch"}
 
 
 def run_python(code: str, *flags: str, cwd: Path = ROOT) -> str:
@@ -150,7 +155,7 @@ def test_importing_ops_loads_no_model_library():
     code = "import sys, meal_fast.ops; print(*sys.modules)"
     loaded = set(run_python(code).split())
     assert "meal_fast.ops" in loaded
-    assert not {"transformers", "datasets", "accelerate", "peft"} & loaded
+    assert not {"transformers", "datasets", "accelerate", "peft", "triton"} & loaded
 
 
 def test_the_kernels_folder_does_not_shadow_huggingface_kernels():

@@ -185,7 +185,8 @@ def test_order_of_rows_does_not_matter_and_results_are_float32(seed, dtype):
         ({"scalarization": "max"}, "scalarization='max': choose from linear"),
         ({"scale": "var"}, "scale='var': choose from std, none"),
         ({"keep": torch.ones(2)}, "keep.dtype=torch.float32: must be bool"),
-        ({"impl": "triton"}, "impl='triton': group_advantages has none such here"),
+        ({"impl": "triton"}, "impl='triton': group_advantages in Triton computes in float32"),
+        ({"impl": "cuda"}, "impl='cuda': group_advantages has none such here"),
         ({"impl": "jax"}, "impl='jax': choose from torch, triton, cuda"),
     ],
 )

@@ -133,7 +133,7 @@ def test_no_tokens():
             r"ref_weight: shape \(6, 3\), expected \(5, 3\)",
         ),
         ({"advantage": torch.zeros(3)}, r"advantage: shape \(3,\), expected \(2,\)"),
-        ({"impl": "triton"}, "impl='triton': linear_policy_loss has none such here"),
+        ({"impl": "cuda"}, "impl='cuda': linear_policy_loss has none such here"),
     ],
 )
 def test_bad_input_is_named(change, message):

@@ -252,7 +252,7 @@ def test_float32_out_and_constants_stay_constants():
         ({"old_logp": torch.zeros(3)}, r"old_logp: shape \(3,\), expected \(4,\)"),
         ({"mask": torch.zeros(2, 2)}, r"mask: shape \(2, 2\)"),
         ({"sequence": torch.zeros(4)}, "sequence: dtype torch.float32"),
-        ({"impl": "triton"}, "impl='triton': policy_loss_from_logp has none such here"),
+        ({"impl": "cuda"}, "impl='cuda': policy_loss_from_logp has none such here"),
     ],
 )
 def test_bad_input_is_named(options, message):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import tiles
 from .reference import (
     LossOptions,
     Tokens,
@@ -29,8 +31,10 @@ class LinearPlan:
     target: Tensor
     readout: Readout
     dtype: torch.dtype
-    max_bytes: int
+    max_bytes: int | None
     reference: LinearSource | None
+    impl: str
+    fused: bool = False  # the product too, on the way forward
 
 
 class LinearLogprob(torch.autograd.Function):
@@ -45,41 +49,56 @@ class LinearLogprob(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         source = LinearSource(hidden, weight, bias, plan.readout, plan.dtype)
         exact = plan.reference is not None
-        s = sweep(source, plan.target, plan.reference, exact_kl=exact, max_bytes=plan.max_bytes)
+        run: Callable[..., Stats] = sweep if plan.impl == "torch" else tiles.sweep
+        if plan.fused:
+            s = _fused(hidden, weight, bias, plan)
+        else:
+            s = run(source, plan.target, plan.reference, exact_kl=exact, max_bytes=plan.max_bytes)
         none = s.logp.new_empty(0)
-        ref_logp = none if s.ref_logp is None else s.ref_logp
-        kl = none if s.kl is None else s.kl
-        ctx.save_for_backward(hidden, weight, bias)
+        logp, entropy, ref_logp, kl = (
+            # What is kept for the gradient must not change when a caller changes a result.
+            none if x is None else x if s.kept is None else x.clone()
+            for x in (s.logp, s.entropy, s.ref_logp, s.kl)
+        )
+        ctx.save_for_backward(hidden, weight, bias, s.kept)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(ref_logp)
-        return s.logp, s.entropy, ref_logp, kl
+        return logp, entropy, ref_logp, kl
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None, _: None, g_kl: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias = ctx.saved_tensors
+        hidden, weight, bias, kept = ctx.saved_tensors
         plan: LinearPlan = ctx.plan
         needs = ctx.needs_input_grad[:3]
         source = LinearSource(hidden, weight, bias, plan.readout, plan.dtype, needs)
         reference = None if g_kl is None else plan.reference
-        upstream = (g_logp, g_entropy, None if reference is None else g_kl)
-
-        def gradient(rows: slice, _: Stats) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-            a, b, c = (None if g is None else g[rows] for g in upstream)
-            return a, b, c
-
-        sweep(
-            source,
-            plan.target,
-            reference,
-            exact_kl=reference is not None,
-            gradient=gradient,
-            max_bytes=plan.max_bytes,
-        )
+        gradient = chosen((g_logp, g_entropy, None if reference is None else g_kl))
+        exact = reference is not None
+        options: dict[str, Any] = {"gradient": gradient, "max_bytes": plan.max_bytes}
+        if plan.impl == "torch":
+            sweep(source, plan.target, reference, exact_kl=exact, **options)
+        else:
+            known = None if kept is None else tiles.restore(kept, exact, exact)
+            tiles.sweep(source, plan.target, reference, exact_kl=exact, known=known, **options)
         return *_as_inputs(source, hidden, weight, bias), None
+
+
+def _fused(hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: LinearPlan) -> Stats:
+    from meal_fast.kernels.linear_logprob import linear_logprob_forward
+
+    logp, entropy = linear_logprob_forward(
+        hidden.detach(),
+        weight.detach(),
+        plan.target,
+        temperature=plan.readout.temperature,
+        softcap=plan.readout.softcap,
+        bias=bias,
+    )
+    return Stats(logp, entropy, None, None)
 
 
 def _as_inputs(
@@ -97,14 +116,40 @@ def _as_inputs(
     )
 
 
+Derivatives = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def derivatives(stats: Stats, tokens: Tokens, options: LossOptions) -> Derivatives:
+    """Of the loss, with respect to each token's logp, entropy and KL."""
+    with torch.enable_grad():
+        logp = stats.logp.detach().requires_grad_()
+        kl = None if stats.kl is None else stats.kl.detach().requires_grad_()
+        tokens = tokens.with_reference(stats.ref_logp)
+        loss = weighted_loss(loss_terms(logp, kl, tokens, options), tokens, options)
+    inputs = [logp] if kl is None else [logp, kl]
+    grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+    return grads[0], None, grads[1] if kl is not None else None
+
+
+def chosen(all_rows: Derivatives) -> Callable[[slice, Stats], Derivatives]:
+    """A `Gradient` that hands out derivatives known beforehand."""
+
+    def gradient(rows: slice, _: Stats) -> Derivatives:
+        a, b, c = (None if g is None else g[rows] for g in all_rows)
+        return a, b, c
+
+    return gradient
+
+
 def fused_loss(
     source: Source,
     reference: Source | None,
     target: Tensor,
     tokens: Tokens,
     options: LossOptions,
-    max_bytes: int,
+    max_bytes: int | None,
     backward: bool,
+    impl: str,
 ) -> tuple[Tensor, Metrics]:
     """The loss of the active rows of a source, which collects its gradients when `backward`.
 
@@ -112,35 +157,22 @@ def fused_loss(
     ratio of a sequence needs all of its tokens, so `level="sequence"` sweeps twice.
     """
     exact = options.kl == "exact" and reference is not None
+    run: Callable[..., Stats] = functools.partial(sweep, exact_kl=exact, max_bytes=max_bytes)
+    if impl == "triton":
+        run = functools.partial(
+            tiles.sweep, exact_kl=exact, max_bytes=max_bytes, active=tokens.active
+        )
 
-    def derivative(stats: Stats, t: Tokens) -> tuple[Tensor | None, None, Tensor | None]:
-        with torch.enable_grad():
-            logp = stats.logp.detach().requires_grad_()
-            kl = None if stats.kl is None else stats.kl.detach().requires_grad_()
-            t = t.with_reference(stats.ref_logp)
-            loss = weighted_loss(loss_terms(logp, kl, t, options), t, options)
-        inputs = [logp] if kl is None else [logp, kl]
-        grads = torch.autograd.grad(loss, inputs, allow_unused=True)
-        return grads[0], None, grads[1] if kl is not None else None
+    def in_sweep(rows: slice, stats: Stats) -> Derivatives:
+        return derivatives(stats, tokens.take(rows), options)
 
-    def in_sweep(rows: slice, stats: Stats) -> tuple[Tensor | None, None, Tensor | None]:
-        return derivative(stats, tokens.take(rows))
-
-    gradient: Callable[..., tuple[Tensor | None, None, Tensor | None]] | None
-    gradient = in_sweep if backward else None
+    gradient: Callable[[slice, Stats], Derivatives] | None = in_sweep if backward else None
     if backward and options.level == "sequence":
-        first = sweep(source, target, reference, exact_kl=exact, max_bytes=max_bytes)
-        g_logp, _, g_kl = derivative(first, tokens)
-
-        def known(rows: slice, _: Stats) -> tuple[Tensor | None, None, Tensor | None]:
-            return (
-                None if g_logp is None else g_logp[rows],
-                None,
-                None if g_kl is None else g_kl[rows],
-            )
-
-        gradient = known
-    stats = sweep(source, target, reference, exact_kl=exact, gradient=gradient, max_bytes=max_bytes)
+        first = run(source, target, reference)
+        gradient = chosen(derivatives(first, tokens, options))
+        if impl == "triton":
+            run = functools.partial(run, known=first)
+    stats = run(source, target, reference, gradient=gradient)
     tokens = tokens.with_reference(stats.ref_logp)
     return loss_and_metrics(stats.logp, stats.kl, stats.entropy, tokens, options)
 
@@ -154,8 +186,9 @@ class LossPlan:
     options: LossOptions
     readout: Readout
     dtype: torch.dtype
-    max_bytes: int
+    max_bytes: int | None
     differentiate: bool
+    impl: str
     ref_head: tuple[Tensor, Tensor, Tensor | None] | None = None  # hidden, weight, bias
     ref_logits: Tensor | None = None
 
@@ -186,7 +219,14 @@ class LinearPolicyLoss(torch.autograd.Function):
             reference = LinearSource(ref_chosen, ref_weight, ref_bias, plan.readout, plan.dtype)
         tokens = plan.tokens if rows is None else plan.tokens.take(rows)
         loss, made = fused_loss(
-            source, reference, target, tokens, plan.options, plan.max_bytes, a or b or c
+            source,
+            reference,
+            target,
+            tokens,
+            plan.options,
+            plan.max_bytes,
+            a or b or c,
+            plan.impl,
         )
         metrics.update(made)
         g_hidden, g_weight, g_bias = _as_inputs(source, hidden, weight, bias)
@@ -216,7 +256,7 @@ class LogitsPolicyLoss(torch.autograd.Function):
             reference = LogitsSource(ref_chosen, plan.readout, plan.dtype, False)
         tokens = plan.tokens if rows is None else plan.tokens.take(rows)
         loss, made = fused_loss(
-            source, reference, target, tokens, plan.options, plan.max_bytes, needs
+            source, reference, target, tokens, plan.options, plan.max_bytes, needs, "torch"
         )
         metrics.update(made)
         gradient = source.grad_logits
@@ -229,6 +269,58 @@ class LogitsPolicyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         return *scaled(ctx.saved_tensors, upstream), None, None
+
+
+class LogitsPolicyLossLater(torch.autograd.Function):
+    """logits → loss, in Triton: one read; the gradient, on the way back, is one read and one write.
+
+    So the upstream gradient scales N numbers, not (N, V); finding out on a GPU whether it is 1
+    would wait for the device.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, plan: LossPlan, metrics: Metrics) -> Tensor:
+        tokens, options = plan.tokens, plan.options
+        source, reference = _logits_sources(logits, plan.ref_logits, plan, False)
+        exact = options.kl == "exact" and reference is not None
+        stats = tiles.sweep(source, plan.target, reference, exact_kl=exact, active=tokens.active)
+        tokens = tokens.with_reference(stats.ref_logp)
+        loss, made = loss_and_metrics(stats.logp, stats.kl, stats.entropy, tokens, options)
+        metrics.update(made)
+        if ctx.needs_input_grad[0] and plan.differentiate:
+            g_logp, _, g_kl = derivatives(stats, tokens, options)
+            ref_logits = plan.ref_logits if exact else None
+            ctx.save_for_backward(logits, ref_logits, stats.kept, g_logp, g_kl)
+            ctx.plan = replace(plan, ref_logits=None)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        logits, ref_logits, kept, *coefficients = ctx.saved_tensors
+        plan: LossPlan = ctx.plan
+        source, reference = _logits_sources(logits, ref_logits, plan, True)
+        exact = reference is not None
+        g_logp, g_kl = (None if g is None else g * upstream for g in coefficients)
+        tiles.sweep(
+            source,
+            plan.target,
+            reference,
+            exact_kl=exact,
+            gradient=chosen((g_logp, None, g_kl)),
+            active=plan.tokens.active,
+            known=tiles.restore(kept, exact, exact),
+        )
+        return source.grad_logits, None, None
+
+
+def _logits_sources(
+    logits: Tensor, ref_logits: Tensor | None, plan: LossPlan, needs: bool
+) -> tuple[LogitsSource, LogitsSource | None]:
+    source = LogitsSource(logits, plan.readout, plan.dtype, needs)
+    if ref_logits is None:
+        return source, None
+    return source, LogitsSource(ref_logits, plan.readout, plan.dtype, False)
 
 
 def active_rows(tokens: Tokens) -> Tensor | None:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from . import autograd, checks, reference
 from .checks import require
-from .sweep import DEFAULT_MAX_BYTES, LinearSource, Readout
+from .dispatch import choose
+from .sweep import LinearSource, Readout
 
 
 def linear_logprob(
@@ -18,7 +19,7 @@ def linear_logprob(
     temperature: float = 1.0,
     bias: Tensor | None = None,
     softcap: float | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    max_bytes: int | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target, and entropy, from hidden states; logits are never whole.
@@ -29,8 +30,12 @@ def linear_logprob(
     Args:
         hidden: (N, D) or (B, T, D). weight: (V, D). target: (N,) or (B, T) int64. bias: (V,).
             A bias of -inf takes a column out of the vocabulary.
-        max_bytes: of the tile of logits that is reused; it decides how many tokens go through the
-            head at a time, not the result.
+        max_bytes: of the tile of logits that is reused (and, with low-precision factors on a GPU,
+            its gradient); it decides how many tokens go through the head at a time, not the
+            result. None: 32 MiB on a CPU, 1 GiB on a GPU.
+        impl: None, "torch" or "triton" go through the head in chunks; "fused" makes the product in
+            Triton too, so that no logits are stored on the way forward (bfloat16 or float16 on a
+            GPU; never run on one), and goes back in chunks.
 
     Returns:
         logp and entropy, shaped as `target`, float32; differentiable in hidden, weight and bias.
@@ -39,9 +44,12 @@ def linear_logprob(
     Raises:
         ValueError: bad shapes or options; on the CPU also a target outside [0, V).
     """
-    checks.implementation("linear_logprob", impl)
+    if torch.compiler.is_compiling():  # the body of the registered op is this function
+        return torch.ops.meal_fast.linear_logprob(
+            hidden, weight, bias, target, temperature, softcap, max_bytes, impl
+        )
     logp, entropy, _, _ = _linear_logprob(
-        hidden, weight, target, temperature, bias, softcap, max_bytes, None, None, None
+        hidden, weight, target, temperature, bias, softcap, max_bytes, None, None, None, impl
     )
     return logp, entropy
 
@@ -57,7 +65,7 @@ def linear_logprob_kl(
     temperature: float = 1.0,
     bias: Tensor | None = None,
     softcap: float | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    max_bytes: int | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`linear_logprob`, the reference's log-probability, and the exact KL to it, token by token.
@@ -72,7 +80,11 @@ def linear_logprob_kl(
     Returns:
         logp, entropy, ref_logp, kl, shaped as `target`; all but ref_logp are differentiable.
     """
-    checks.implementation("linear_logprob_kl", impl)
+    if torch.compiler.is_compiling():  # the body of the registered op is this function
+        return torch.ops.meal_fast.linear_logprob_kl(
+            hidden, weight, bias, ref_hidden, ref_weight, ref_bias, target, temperature, softcap,
+            max_bytes, impl,
+        )  # fmt: skip
     return _linear_logprob(
         hidden,
         weight,
@@ -84,6 +96,7 @@ def linear_logprob_kl(
         ref_hidden,
         ref_weight,
         ref_bias,
+        impl,
     )
 
 
@@ -94,22 +107,26 @@ def _linear_logprob(
     temperature: float,
     bias: Tensor | None,
     softcap: float | None,
-    max_bytes: int,
+    max_bytes: int | None,
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
+    impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    op = "linear_logprob" if ref_hidden is None else "linear_logprob_kl"
     read = readout(temperature, softcap, max_bytes)
     dtype = reference.compute_dtype(hidden, weight)
     check_head("", hidden, weight, bias, target)
     head = reference_head(hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias)
+    fused = impl == "fused" and head is None
+    chosen = choose(op, "triton" if fused else impl, hidden, weight)
     flat = target.reshape(-1)
     if flat.device.type == "cpu":
         checks.targets_in_range(flat, torch.ones_like(flat, dtype=torch.bool), weight.shape[0])
     source = None
     if head is not None:
         source = LinearSource(*head, read, dtype)
-    plan = autograd.LinearPlan(flat.long(), read, dtype, max_bytes, source)
+    plan = autograd.LinearPlan(flat.long(), read, dtype, max_bytes, source, chosen, fused)
     rows = hidden.reshape(-1, hidden.shape[-1])
     out = autograd.LinearLogprob.apply(rows, weight, bias, plan)
     logp, entropy, ref_logp, kl = (
@@ -118,11 +135,11 @@ def _linear_logprob(
     return logp, entropy, ref_logp, kl
 
 
-def readout(temperature: float, softcap: float | None, max_bytes: int) -> Readout:
+def readout(temperature: float, softcap: float | None, max_bytes: int | None) -> Readout:
     checks.positive("temperature", temperature)
     if softcap is not None:
         checks.positive("softcap", softcap)
-    require(max_bytes >= 1, "max_bytes", max_bytes, "must be positive")
+    require(max_bytes is None or max_bytes >= 1, "max_bytes", max_bytes, "must be positive")
     return Readout(temperature, softcap)
 
 

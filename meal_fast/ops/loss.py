@@ -1,4 +1,4 @@
-"""The policy loss: from log-probabilities (its definition), logits, and hidden states."""
+"""The policy loss of logits and of hidden states; the checks of every op with a loss."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from . import autograd, checks, reference
 from .checks import require
+from .dispatch import choose
 from .logprob import check_head, check_rows_and_target, readout, reference_head
-from .sweep import DEFAULT_MAX_BYTES
 
 Metrics = dict[str, Tensor]
 
@@ -39,7 +39,7 @@ def linear_policy_loss(
     softcap: float | None = None,
     ref_weight: Tensor | None = None,
     ref_bias: Tensor | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    max_bytes: int | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Metrics]:
     """The policy loss of hidden states, its gradients made in the forward pass.
@@ -62,13 +62,20 @@ def linear_policy_loss(
         loss, differentiable once in hidden, weight and bias (gradients of weight and bias are
         summed in float32), and metrics, with ``entropy``.
     """
-    checks.implementation("linear_policy_loss", impl)
+    if torch.compiler.is_compiling():  # the body of the registered op is this function
+        loss, tokens, figures, *_ = torch.ops.meal_fast.linear_policy_loss(
+            hidden, weight, bias, target, advantage, old_logp, ref_logp, ref_hidden, sequence,
+            importance_weight, mask, ref_weight, ref_bias, beta, kl, clip[0], clip[1], level,
+            reduce, *constant_or_count(normalizer), ignore_index, temperature, softcap, max_bytes,
+            impl, needs_gradient(hidden, weight, bias),
+        )  # fmt: skip
+        return loss, named(tokens, figures, ref_logp is not None or ref_hidden is not None, True)
     read = readout(temperature, softcap, max_bytes)
     dtype = reference.compute_dtype(hidden, weight)
     check_head("", hidden, weight, bias, target)
     head = reference_head(hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias)
     _one_reference(kl, beta, ref_logp, ref_hidden, "ref_hidden")
-    tokens, options = _tokens(
+    tokens, options = make_tokens(
         target, advantage, old_logp, ref_logp, sequence, beta, kl, clip, level, reduce,
         normalizer, importance_weight, mask, ignore_index, weight.shape[0], dtype,
     )  # fmt: skip
@@ -81,6 +88,7 @@ def linear_policy_loss(
         dtype,
         max_bytes,
         torch.is_grad_enabled(),
+        choose("linear_policy_loss", impl, hidden, weight),
         ref_head=head,
     )
     rows = hidden.reshape(-1, hidden.shape[-1])
@@ -108,15 +116,22 @@ def policy_loss(
     ignore_index: int = -100,
     temperature: float = 1.0,
     softcap: float | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    max_bytes: int | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Metrics]:
     """The policy loss of logits (N, V) or (B, T, V) that already exist, of any strides.
 
     As `linear_policy_loss`, with `ref_logits` in place of `ref_hidden`. The gradient is a new
-    tensor in the logits' dtype; the logits are left as they are.
+    tensor in the logits' dtype; the logits are left as they are. In Triton they are read where they
+    lie, once for the loss and once for the gradient, and `max_bytes` has nothing to bound.
     """
-    checks.implementation("policy_loss", impl)
+    if torch.compiler.is_compiling():  # the body of the registered op is this function
+        loss, tokens, figures, *_ = torch.ops.meal_fast.policy_loss(
+            logits, target, advantage, old_logp, ref_logp, ref_logits, sequence, importance_weight,
+            mask, beta, kl, clip[0], clip[1], level, reduce, *constant_or_count(normalizer),
+            ignore_index, temperature, softcap, max_bytes, impl, needs_gradient(logits),
+        )  # fmt: skip
+        return loss, named(tokens, figures, ref_logp is not None or ref_logits is not None, True)
     read = readout(temperature, softcap, max_bytes)
     checks.floating("logits", logits)
     v = check_rows_and_target("logits", logits, target)
@@ -125,8 +140,11 @@ def policy_loss(
         checks.shape("ref_logits", ref_logits, tuple(logits.shape))
     _one_reference(kl, beta, ref_logp, ref_logits, "ref_logits")
     checks.same_device("logits", logits, target=target, ref_logits=ref_logits)
+    chosen = choose("policy_loss", impl, logits, ref_logits)
+    if ref_logits is not None and chosen == "torch":
+        ref_logits = ref_logits.reshape(-1, v)
     dtype = reference.compute_dtype(logits)
-    tokens, options = _tokens(
+    tokens, options = make_tokens(
         target, advantage, old_logp, ref_logp, sequence, beta, kl, clip, level, reduce,
         normalizer, importance_weight, mask, ignore_index, v, dtype,
     )  # fmt: skip
@@ -139,88 +157,32 @@ def policy_loss(
         dtype,
         max_bytes,
         torch.is_grad_enabled(),
-        ref_logits=None if ref_logits is None else ref_logits.reshape(-1, v),
+        chosen,
+        ref_logits=ref_logits,
     )
-    loss = autograd.LogitsPolicyLoss.apply(logits.reshape(-1, v), plan, metrics)
-    return loss, metrics
+    if chosen == "triton":
+        return autograd.LogitsPolicyLossLater.apply(logits, plan, metrics), metrics
+    return autograd.LogitsPolicyLoss.apply(logits.reshape(-1, v), plan, metrics), metrics
 
 
-def policy_loss_from_logp(
-    logp: Tensor,
-    advantage: Tensor,
-    *,
-    old_logp: Tensor | None = None,
-    ref_logp: Tensor | None = None,
-    token_kl: Tensor | None = None,
-    entropy: Tensor | None = None,
-    sequence: Tensor | None = None,
-    mask: Tensor | None = None,
-    importance_weight: Tensor | None = None,
-    beta: float = 0.0,
-    kl: str = "k3",
-    clip: tuple[float, float] = (0.2, 0.2),
-    level: str = "token",
-    reduce: str = "dapo",
-    normalizer: float | Tensor | None = None,
-    impl: str | None = None,
-) -> tuple[Tensor, Metrics]:
-    """The clipped policy-gradient loss with a KL term: the single definition the others agree with.
+def needs_gradient(*tensors: Tensor | None) -> list[bool]:
+    enabled = torch.is_grad_enabled()
+    return [enabled and x is not None and x.requires_grad for x in tensors]
 
-    Per token, with ρ = exp(logp - old_logp):
 
-        policy = -min(ρ A, clip(ρ, 1 - clip[0], 1 + clip[1]) A) · importance_weight
-        loss   = Σ coefficient · (policy + beta · KL)                                        [P]
+def constant_or_count(normalizer: float | Tensor | None) -> tuple[float | None, Tensor | None]:
+    """A registered op takes a number and a tensor in places of their own."""
+    return (None, normalizer) if isinstance(normalizer, Tensor) else (normalizer, None)
 
-    - old_logp None: on-policy, ρ is 1 and carries the gradient of logp.
-    - level="sequence": log ρ is its mean over the sequence (GSPO).
-    - kl, with g = ref_logp - logp: ``k1`` = -g, ``k2`` = g²/2, ``k3`` = exp(g) - g - 1;
-      ``exact`` = token_kl. Log-ratios are clamped before exp (|log ρ| ≤ 20, g ≤ 20), where the
-      derivative becomes 0.
-    - reduce: ``dapo`` Σ over tokens / number of tokens; ``grpo`` mean over each sequence, then
-      over the sequences; ``dr_grpo`` Σ over tokens / a constant: B·T, or for packed tokens
-      `normalizer`. `normalizer` replaces the count of tokens (dapo), of sequences (grpo) or the
-      constant, so that micro-batches add up to the step's loss.
 
-    Args:
-        logp: (N,) packed, or (B, T). advantage: the same, or (B,). old_logp, ref_logp, token_kl,
-            entropy, importance_weight, mask: as logp. mask false: the token counts nowhere, and
-            its values may be NaN. entropy is reported, not optimised.
-        sequence: (N,) int64 ids of the sequences of packed tokens, any values in any order; needed
-            by level="sequence" and reduce="grpo". For (B, T) a row is a sequence.
-
-    Returns:
-        loss (a scalar), differentiable in logp and token_kl (everything else is a constant), and
-        metrics: detached scalars on the device, ``tokens`` (how many are active: unmasked, and with
-        beta 0 of nonzero advantage), ``policy_loss``, and means over the active tokens: ``ratio``,
-        ``clip_fraction``, ``kl`` (when there is a reference), ``entropy`` (when given).
-
-    Raises:
-        ValueError: bad shapes or options.
-    """
-    checks.implementation("policy_loss_from_logp", impl)
-    checks.floating("logp", logp)
-    require(logp.dim() in (1, 2), "logp.shape", tuple(logp.shape), "must be (N,) or (B, T)")
-    shape = tuple(logp.shape)
-    for name, tensor in (("token_kl", token_kl), ("entropy", entropy)):
-        if tensor is not None:
-            checks.shape(name, tensor, shape)
-    require(kl == "exact" or token_kl is None, "kl", kl, "token_kl is given: use kl='exact'")
-    if kl == "exact" and beta != 0:
-        require(token_kl is not None, "token_kl", None, "kl='exact' with beta needs it")
-    dtype = reference.compute_dtype(logp)
-    tokens, options = _tokens(
-        logp, advantage, old_logp, ref_logp, sequence, beta, kl, clip, level, reduce,
-        normalizer, importance_weight, mask, None, 0, dtype,
-    )  # fmt: skip
-    if beta != 0 and kl != "exact":
-        require(ref_logp is not None, "ref_logp", None, f"beta={beta} needs a reference")
-
-    def flat(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.reshape(-1).to(dtype)
-
-    return reference.loss_and_metrics(
-        logp.reshape(-1).to(dtype), flat(token_kl), flat(entropy), tokens, options
-    )
+def named(tokens: Tensor, figures: Tensor, has_kl: bool, has_entropy: bool) -> Metrics:
+    """The metrics of a fused form, which has them in one tensor: reference.FIGURES."""
+    metrics = {"tokens": tokens} | dict(zip(reference.FIGURES, figures.unbind(), strict=True))
+    if not has_kl:
+        del metrics["kl"]
+    if not has_entropy:
+        del metrics["entropy"]
+    return metrics
 
 
 def _one_reference(
@@ -234,7 +196,68 @@ def _one_reference(
         require(distribution is not None, "ref_logp", None, f"beta={beta} needs it, or {name}")
 
 
-def _tokens(
+def loss_options(
+    beta: float, kl: str, clip: tuple[float, float], level: str
+) -> reference.LossOptions:
+    checks.choice("kl", kl, ("k1", "k2", "k3", "exact"))
+    checks.choice("level", level, ("token", "sequence"))
+    require(math.isfinite(beta) and beta >= 0, "beta", beta, "must not be negative")
+    low, high = clip
+    require(0 <= low <= 1 and high >= 0, "clip", clip, "(low, high), low in [0, 1], high ≥ 0")
+    return reference.LossOptions(float(beta), kl, (float(low), float(high)), level)
+
+
+def check_tokens(
+    like: Tensor,
+    advantage: Tensor,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    sequence: Tensor | None,
+    level: str,
+    reduce: str,
+    normalizer: float | Tensor | None,
+    importance_weight: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor | None, float | Tensor | None]:
+    """Check what the loss knows of its tokens; the sequence ids, and the normalizer or None.
+
+    Ids of None: a row of (B, T) is a sequence, or nothing asks. A normalizer of None: the count.
+    """
+    checks.choice("reduce", reduce, ("grpo", "dapo", "dr_grpo"))
+    shape, padded = tuple(like.shape), like.dim() == 2
+    if padded and advantage.dim() == 1:
+        checks.shape("advantage", advantage, (shape[0],))
+    else:
+        checks.shape("advantage", advantage, shape)
+    given = {
+        "old_logp": old_logp,
+        "ref_logp": ref_logp,
+        "importance_weight": importance_weight,
+        "mask": mask,
+        "sequence": sequence,
+    }
+    for name, tensor in given.items():
+        if tensor is not None:
+            checks.shape(name, tensor, shape)
+    checks.same_device("logp or target", like, advantage=advantage, **given)
+    if sequence is not None:
+        checks.integer("sequence", sequence)
+    elif not padded and (level == "sequence" or reduce == "grpo"):
+        option = "level" if level == "sequence" else "reduce"
+        value = level if level == "sequence" else reduce
+        raise ValueError(f"{option}={value!r}: packed tokens need `sequence`, (N,) int64 ids")
+    if normalizer is None and reduce == "dr_grpo":
+        require(padded, "normalizer", None, "reduce='dr_grpo' over packed tokens needs a constant")
+        normalizer = max(1, like.numel())
+    if isinstance(normalizer, Tensor):
+        require(normalizer.dim() == 0, "normalizer.shape", tuple(normalizer.shape), "one number")
+        normalizer = normalizer.detach()
+    elif normalizer is not None:
+        checks.positive("normalizer", normalizer)
+    return sequence, normalizer
+
+
+def make_tokens(
     like: Tensor,  # (N,) or (B, T): the targets, or their log-probabilities
     advantage: Tensor,
     old_logp: Tensor | None,
@@ -253,45 +276,16 @@ def _tokens(
     dtype: torch.dtype,
 ) -> tuple[reference.Tokens, reference.LossOptions]:
     """The loss's options and per-token constants, checked and flat."""
-    checks.choice("kl", kl, ("k1", "k2", "k3", "exact"))
-    checks.choice("level", level, ("token", "sequence"))
-    checks.choice("reduce", reduce, ("grpo", "dapo", "dr_grpo"))
-    require(math.isfinite(beta) and beta >= 0, "beta", beta, "must not be negative")
-    low, high = clip
-    require(0 <= low <= 1 and high >= 0, "clip", clip, "(low, high), low in [0, 1], high ≥ 0")
-    shape, padded = tuple(like.shape), like.dim() == 2
-    if padded and advantage.dim() == 1:
-        checks.shape("advantage", advantage, (shape[0],))
+    shape = tuple(like.shape)
+    options = loss_options(beta, kl, clip, level)
+    sequence, normalizer = check_tokens(
+        like, advantage, old_logp, ref_logp, sequence, level, reduce, normalizer,
+        importance_weight, mask,
+    )  # fmt: skip
+    if advantage.dim() < like.dim():
         advantage = advantage[:, None].expand(shape)
-    checks.shape("advantage", advantage, shape)
-    given = {
-        "old_logp": old_logp,
-        "ref_logp": ref_logp,
-        "importance_weight": importance_weight,
-        "mask": mask,
-        "sequence": sequence,
-    }
-    for name, tensor in given.items():
-        if tensor is not None:
-            checks.shape(name, tensor, shape)
-    checks.same_device("logp or target", like, advantage=advantage, **given)
-
-    if sequence is None and padded:
+    if sequence is None and like.dim() == 2:
         sequence = torch.arange(shape[0], device=like.device)[:, None].expand(shape)
-    if sequence is not None:
-        checks.integer("sequence", sequence)
-    elif level == "sequence" or reduce == "grpo":
-        option = "level" if level == "sequence" else "reduce"
-        value = level if level == "sequence" else reduce
-        raise ValueError(f"{option}={value!r}: packed tokens need `sequence`, (N,) int64 ids")
-    if normalizer is None and reduce == "dr_grpo":
-        require(padded, "normalizer", None, "reduce='dr_grpo' over packed tokens needs a constant")
-        normalizer = max(1, like.numel())
-    if isinstance(normalizer, Tensor):
-        require(normalizer.dim() == 0, "normalizer.shape", tuple(normalizer.shape), "one number")
-        normalizer = normalizer.detach()
-    elif normalizer is not None:
-        checks.positive("normalizer", normalizer)
 
     live = torch.ones(shape, dtype=torch.bool, device=like.device) if mask is None else mask.bool()
     if ignore_index is not None:
@@ -302,7 +296,6 @@ def _tokens(
     def flat(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.reshape(-1)
 
-    options = reference.LossOptions(float(beta), kl, (float(low), float(high)), level)
     tokens = reference.make_tokens(
         live.reshape(-1),
         advantage.reshape(-1),

@@ -109,6 +109,10 @@ def group_advantages(
 # --- the loss ----------------------------------------------------------------------------------
 
 
+# The metrics besides the count of tokens, in the order in which the fused forms keep them.
+FIGURES = ("policy_loss", "ratio", "clip_fraction", "kl", "entropy")
+
+
 @dataclass(frozen=True)
 class LossOptions:
     """What the loss is; see `meal_fast.ops.policy_loss_from_logp`."""

@@ -10,6 +10,7 @@ the tile is there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,8 +19,12 @@ from torch import Tensor
 
 from .gemm import matmul
 
-DEFAULT_MAX_BYTES = 32 << 20  # of the tiles of a chunk
 _BLOCK_BYTES = 2 << 20  # of a block of the tile: about a core's share of a last-level cache
+
+
+def default_max_bytes(device: torch.device) -> int:
+    """Of the tiles of a chunk. A GPU needs about a thousand rows to be worth a read of the head."""
+    return (32 if device.type == "cpu" else 1024) << 20
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,15 @@ class LinearSource:
         tile = _product(hidden, self.weight.t()).mul_(self.readout.raw_scale)
         return tile if self.bias is None else tile.add_(self.bias)
 
+    def raw(self, rows: slice) -> Tensor:
+        """Raw logits without scale and bias, the caller's to overwrite."""
+        return _product(self.hidden[rows].to(self.factor_dtype), self.weight.t())
+
+    def gradient_of(self, tile: Tensor) -> Tensor:
+        """Where to write a raw tile's gradient: in its place, if the products have its dtype."""
+        same = self.factor_dtype == tile.dtype
+        return tile if same else torch.empty_like(tile, dtype=self.factor_dtype)
+
     def backward(self, rows: slice, grad: Tensor) -> None:
         """`grad` (C, V): of the logits before their division by the temperature."""
         per_logit = 1 / self.readout.temperature
@@ -99,19 +113,31 @@ class LinearSource:
             hidden = self.hidden[rows].to(self.factor_dtype)
             if self.factor_dtype == self.dtype:
                 self.grad_weight.addmm_(grad.t(), hidden, alpha=per_logit)
-            else:
-                self.grad_weight.add_(_product(grad.t(), hidden), alpha=per_logit)
+            else:  # summed within the product: a (V, D) of its own would not fit the budget
+                torch.addmm(
+                    self.grad_weight,
+                    grad.t(),
+                    hidden,
+                    out_dtype=self.dtype,
+                    alpha=per_logit,
+                    out=self.grad_weight,
+                )
         if self.grad_bias is not None:
             self.grad_bias.add_(grad.sum(0, dtype=self.dtype), alpha=per_logit)
 
 
 class LogitsSource:
-    """Raw logits that already exist: (N, V), any strides."""
+    """Raw logits that already exist: (N, V), any strides; for Triton (B, T, V) with B·T = N too."""
+
+    bias = None
 
     def __init__(self, logits: Tensor, readout: Readout, dtype: torch.dtype, needs: bool) -> None:
         self.logits, self.readout, self.dtype = logits.detach(), readout, dtype
-        self.rows, self.vocabulary, self.device = *logits.shape, logits.device
-        self.grad_logits = torch.zeros_like(self.logits) if needs else None
+        self.rows, self.vocabulary = math.prod(logits.shape[:-1]), logits.shape[-1]
+        self.device = logits.device
+        # Every row is written, and written contiguous, whatever the logits' strides.
+        empty = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        self.grad_logits = empty if needs else None
 
     def tile(self, rows: slice) -> Tensor:
         """As `LinearSource.tile`."""
@@ -124,12 +150,16 @@ class LogitsSource:
 
 @dataclass(frozen=True)
 class Stats:
-    """Per token, (N,). `ref_logp` where there is a reference, `kl` where it was asked for."""
+    """Per token, (N,). `ref_logp` where there is a reference, `kl` where it was asked for.
+
+    `kept` (…, N) is what the Triton kernels need to make the gradient later.
+    """
 
     logp: Tensor
     entropy: Tensor
     ref_logp: Tensor | None
     kl: Tensor | None
+    kept: Tensor | None = None
 
     def take(self, rows: slice) -> Stats:
         ref_logp = None if self.ref_logp is None else self.ref_logp[rows]
@@ -149,13 +179,15 @@ def sweep(
     *,
     exact_kl: bool = False,
     gradient: Gradient | None = None,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    max_bytes: int | None = None,
 ) -> Stats:
     """Stats of every token; with `gradient`, also `source.backward` on every chunk.
 
     `gradient` is called a block at a time, once the block's stats are known and before its
     gradients are made.
     """
+    if max_bytes is None:
+        max_bytes = default_max_bytes(source.device)
     n, v, dtype, device = source.rows, source.vocabulary, source.dtype, source.device
     names = ["logp", "entropy"] + ["ref_logp"] * (reference is not None) + ["kl"] * exact_kl
     made = {name: torch.empty(n, dtype=dtype, device=device) for name in names}

@@ -1,0 +1,149 @@
+"""The registered ops: what torch.library asks of them, and what torch.compile makes of them."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from meal_fast import ops
+from meal_fast.ops import dispatch, registration
+
+# What a select leaves out is computed all the same, and numpy says so.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+GROUP = torch.tensor([3, 1, 3, 1, 1])
+KEEP = torch.tensor([True, True, True, True, False])
+OLD = torch.tensor([-1.0, -2.0, -0.3, -0.7])
+ADVANTAGE = torch.tensor([1.0, -2.0, 0.5, 0.0])
+
+
+@pytest.fixture(params=["torch", "triton"])
+def impl(request):
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="triton has no build for this platform")
+        if not dispatch.interpreted():
+            pytest.skip("Triton compiles here")
+    return request.param
+
+
+def rewards_and_weights(requires_grad=True):
+    torch.manual_seed(0)
+    r, w = torch.randn(5, 2), torch.rand(5, 2).softmax(1)
+    return r.requires_grad_(requires_grad), w.requires_grad_(requires_grad)
+
+
+def logp_and_kl(requires_grad=True):
+    torch.manual_seed(1)
+    return tuple(x.requires_grad_(requires_grad) for x in (OLD + torch.randn(4) / 3, torch.rand(4)))
+
+
+def advantages_loss(r, w, impl=None):
+    score, advantage = ops.group_advantages(
+        r.sin(), w, GROUP, utopia=[2.0, 2.0], keep=KEEP, eps=0.1, impl=impl
+    )
+    return (advantage * torch.arange(5)).sum() + score.square().sum()
+
+
+def policy_loss(logp, token_kl, impl=None):
+    loss, metrics = ops.policy_loss_from_logp(
+        logp * 1.1, ADVANTAGE, old_logp=OLD, token_kl=token_kl, kl="exact", beta=0.3, impl=impl
+    )
+    return 2 * loss, metrics
+
+
+def group_arguments(r, w, impl):
+    z = torch.full((2,), 2.0)
+    return (r, w, GROUP, None, KEEP, z, None, None, 0.1, "linear", "std", 0.1, None, impl)
+
+
+def loss_arguments(logp, token_kl, impl, kl="exact"):
+    needs = [x is not None and x.requires_grad for x in (logp, token_kl)]
+    return (
+        logp, token_kl, ADVANTAGE, OLD, None if kl == "exact" else OLD - 0.1, None, None, None,
+        None, 0.3, kl, 0.2, 0.2, "token", "dapo", None, None, impl, needs,
+    )  # fmt: skip
+
+
+def test_opcheck_group_advantages(impl):
+    op = torch.ops.meal_fast.group_advantages.default
+    torch.library.opcheck(op, group_arguments(*rewards_and_weights(), impl))
+    r, w = rewards_and_weights(False)
+    torch.library.opcheck(op, group_arguments(r, w.requires_grad_(), impl))
+
+
+def test_opcheck_policy_loss(impl):
+    op = torch.ops.meal_fast.policy_loss_from_logp.default
+    logp, token_kl = logp_and_kl()
+    torch.library.opcheck(op, loss_arguments(logp, token_kl, impl))
+    torch.library.opcheck(op, loss_arguments(logp, None, impl, kl="k3"))
+
+
+def test_compiled_advantages_are_the_eager_ones(impl):
+    compiled = torch.compile(advantages_loss, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (advantages_loss, compiled):
+        leaves = rewards_and_weights()
+        loss = function(*leaves, impl)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    # Values are looked at when the compiled function runs.
+    r, w = rewards_and_weights(False)
+    r[0] = torch.inf
+    with pytest.raises(ValueError, match=r"weights: row 1 is"):
+        compiled(r.nan_to_num(posinf=0), torch.where(torch.arange(5)[:, None] == 1, 2, w), impl)
+
+
+def test_compiled_loss_is_the_eager_one(impl):
+    compiled = torch.compile(policy_loss, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (policy_loss, compiled):
+        leaves = logp_and_kl()
+        loss, metrics = function(*leaves, impl)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves), metrics))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not any(value.requires_grad for value in metrics.values())
+    with torch.no_grad():
+        quiet, _ = compiled(*logp_and_kl(), impl)
+    assert not quiet.requires_grad and torch.equal(quiet, loss)
+    # One input that needs a gradient, and one that does not.
+    logp, token_kl = logp_and_kl()
+    loss, _ = compiled(logp, token_kl.detach(), impl)
+    torch.testing.assert_close(torch.autograd.grad(loss, logp)[0], results[0][1])
+
+
+class Seen(TorchDispatchMode):
+    """The names of the ops that reach the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_by_hand_the_registered_ops_are_passed_by():
+    with Seen() as seen:
+        advantages_loss(*rewards_and_weights()).backward()
+        policy_loss(*logp_and_kl())[0].backward()
+    assert "aten::mul.Tensor" in seen.names
+    assert not any(name.startswith("meal_fast::") for name in seen.names)
+    with Seen() as seen:
+        torch.ops.meal_fast.group_advantages(*group_arguments(*rewards_and_weights(), "torch"))
+    assert "meal_fast::group_advantages" in seen.names
+
+
+def test_autograd_is_switched_back_off_behind_a_body():
+    logp, token_kl = logp_and_kl()
+    arguments = loss_arguments(logp, token_kl, "torch")
+    with torch.no_grad():
+        first = torch.ops.meal_fast.policy_loss_from_logp(*arguments)
+        assert not torch.is_grad_enabled()
+    second = torch.ops.meal_fast.policy_loss_from_logp(*arguments)
+    assert not first[0].requires_grad and second[0].requires_grad
+    assert not any(x.requires_grad for x in second[1:])
+    with pytest.raises(ValueError, match="kl='k9'"), registration.autograd_inside():
+        ops.policy_loss_from_logp(logp, ADVANTAGE, kl="k9")
+    torch.testing.assert_close(torch.autograd.grad(second[0], logp)[0], first[3])
