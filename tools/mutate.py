@@ -1,0 +1,315 @@
+"""Plant faults in copies of the kernels and see whether their tests notice: `make mutate`.
+
+    python -m tools.mutate [text ...]       only the faults whose line contains one of these
+
+Each fault is a text of a file and what takes its place. The sources are copied to a temporary
+folder, the fault is put in, and the kernel's own tests run there. "caught" is a failed test or a
+crash; exit status 1 when a fault is missed, or when the tests fail without any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("kernels", "csrc", "meal_fast", "tests", "tools", "pyproject.toml")
+PYTEST = ("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=unshrunk")
+SELECTED = ("-m", "not gpu and not slow")
+
+
+@dataclass(frozen=True)
+class Fault:
+    what: str
+    file: str
+    old: str  # stands in the file exactly once
+    new: str
+    tests: str
+
+    def planted(self, source: str) -> str:
+        if source.count(self.old) != 1:
+            raise ValueError(
+                f"{self.file}: {self.what}: {source.count(self.old)} places for {self.old!r}; "
+                "bring the table up to date"
+            )
+        return source.replace(self.old, self.new)
+
+
+def faults_of(file: str, tests: str, *table: tuple[str, str, str]) -> list[Fault]:
+    return [Fault(what, file, old, new, tests) for what, old, new in table]
+
+
+FAULTS = faults_of(
+    "kernels/linear_logprob.py",
+    "tests/test_kernels_linear.py",
+    ("mask of the last columns dropped", "if V % BLOCK_V != 0:", "if V % BLOCK_V < 0:"),
+    (
+        "a part walks past the vocabulary",
+        "tl.minimum(first_tile + tiles_per_part, tl.cdiv(V, BLOCK_V))",
+        "first_tile + tiles_per_part",
+    ),
+    (
+        "maximum of a part starts at 0",
+        '`top` is not.\n    top = tl.full((BLOCK_N,), -float("inf"), tl.float32)',
+        "`top` is not.\n    top = tl.full((BLOCK_N,), 0.0, tl.float32)",
+    ),
+    (
+        "maximum of the merge starts at 0",
+        'n_64 = n.to(tl.int64)\n\n    top = tl.full((BLOCK_N,), -float("inf"), tl.float32)',
+        "n_64 = n.to(tl.int64)\n\n    top = tl.full((BLOCK_N,), 0.0, tl.float32)",
+    ),
+    (
+        "-inf - -inf in a tile",
+        "d = tl.fma(z, scale, -shift[:, None])",
+        "d = z * scale - new_top[:, None]",
+    ),
+    ("-inf - -inf between tiles", "tl.where(empty, 0.0, top - new_top)", "top - new_top"),
+    ("0 * -inf in the moment", "p * tl.maximum(d, -200.0)", "p * d"),
+    (
+        "earlier tiles not rescaled",
+        "total = fade * total + tl.sum(p, 1)",
+        "total = total + tl.sum(p, 1)",
+    ),
+    (
+        "moment not moved to the new maximum",
+        "fade * (moment + total * drop) + tl.sum(p",
+        "fade * moment + tl.sum(p",
+    ),
+    ("parts not rescaled", "tl.sum(fades * totals, 0)", "tl.sum(totals, 0)"),
+    ("sign of the moment", "log_total - moment / total", "log_total + moment / total"),
+    ("sign of the softcap", "tl.where(z < 0.0, -bent, bent)", "bent"),
+    ("softcap without its slope", "* inverse_softcap * -2.0", "* inverse_softcap * -1.0"),
+    ("bias of another tile", "tl.load(bias + columns,", "tl.load(bias + tl.arange(0, BLOCK_V),"),
+    (
+        "target taken in every tile",
+        "(wanted - first_column)[:, None]",
+        "(wanted % BLOCK_V)[:, None]",
+    ),
+    ("target outside not refused", 'tl.where(inside, value, float("nan"))', "value"),
+    ("row mask of the outputs dropped", 'float("nan")), mask=live)', 'float("nan")))'),
+    (
+        "row mask of a part dropped",
+        "tl.store(out + PICKED * n_64, picked, mask=live)",
+        "tl.store(out + PICKED * n_64, picked)",
+    ),
+    (
+        "32-bit offset of a part",
+        "part.to(tl.int64) * part_stride + rows",
+        "part * part_stride + rows",
+    ),
+    (
+        "32-bit offset in the merge",
+        "part.to(tl.int64)[:, None] * part_stride",
+        "part[:, None] * part_stride",
+    ),
+    ("programs in another order", "part = within // height", "part = within // GROUP"),
+    ("rows of bytes that do not align", "row_bytes % 16 == 0 and", "row_bytes % 2 == 0 and"),
+    ("temperature multiplied", "/ (temperature * math.log(2))", "* temperature / math.log(2)"),
+)
+
+FAULTS += faults_of(
+    "kernels/vocabulary.py",
+    "tests/test_kernels_vocabulary.py",
+    (
+        "mask of the last columns dropped",
+        "inside = (columns >= 0) & (columns < V)",
+        "inside = columns >= 0",
+    ),
+    (
+        "maximum starts at 0",
+        'top = tl.full((), float("-inf"), tl.float32)\n    total =',
+        "top = tl.full((), 0.0, tl.float32)\n    total =",
+    ),
+    (
+        "maximum of the reference starts at 0",
+        'top_q = tl.full((), float("-inf"), tl.float32)',
+        "top_q = tl.full((), 0.0, tl.float32)",
+    ),
+    (
+        "-inf - -inf before the first block",
+        'tl.where(top == float("-inf"), 0.0, top - anchor)',
+        "top - anchor",
+    ),
+    ("sign of the entropy's gradient", "inner -= b * (u - mean_u)", "inner += b * (u - mean_u)"),
+    ("sign of the log-probability's gradient", "inner -= a", "inner += a"),
+    ("mean gap dropped from the KL's gradient", "c * (z - z_q - gap)", "c * (z - z_q)"),
+    (
+        "columns that only the reference has",
+        "rest * tl.exp(gap - top + top_q - log_total), 0.0)",
+        "0.0, 0.0)",
+    ),
+    ("sign of the softcap", "tl.where(x < 0, -y, y)", "y"),
+    ("slope of the softcap dropped", "dz * slope * scale", "dz * scale"),
+    (
+        "target outside not refused",
+        'tl.where(inside, z - top - log_total, float("nan"))',
+        "z - top - log_total",
+    ),
+    (
+        "mask of the gradient's store dropped",
+        "tl.store(grad + columns, dz, mask=columns < V)",
+        "tl.store(grad + columns, dz)",
+    ),
+    ("32-bit offset of a column", "columns.to(tl.int64) * stride", "columns * stride"),
+    (
+        "32-bit offset of a row",
+        "(row % inner) * inner_stride",
+        "((row % inner) * inner_stride).to(tl.int32)",
+    ),
+    (
+        "32-bit offset of a sequence",
+        "(row // inner) * outer_stride",
+        "((row // inner) * outer_stride).to(tl.int32)",
+    ),
+    ("-inf - -inf in a block", 'anchor = tl.where(new == float("-inf"), 0.0, new)', "anchor = new"),
+    (
+        "moment not moved to the new maximum",
+        "a NaN is left to `total`.\n        weighted = (weighted + total * moved) * factor",
+        "a NaN is left to `total`.\n        weighted = weighted * factor",
+    ),
+    (
+        "earlier blocks not rescaled",
+        "total = total * factor + e\n    s = tl.sum(total, 0)\n    log_total = tl.log(s)",
+        "total = total + e\n    s = tl.sum(total, 0)\n    log_total = tl.log(s)",
+    ),
+    (
+        "the reference's unshared mass left out",
+        "small = tl.sum(excess, 0) + rest",
+        "small = tl.sum(excess, 0)",
+    ),
+    ("textbook KL", "_log1p(small), large)", "large, large)"),
+    ("KL's terms not centred", "_excess(z - z_q - gap)", "_excess(z - z_q)"),
+    ("KL's derivative not centred", "inner += c * (z - z_q - gap)", "inner += c * (z - z_q)"),
+    ("0 * -inf in the gradient", "dz = tl.where(p == 0, 0.0, p * inner)", "dz = p * inner"),
+    (
+        "rows left out keep what was there",
+        "tl.store(grad + columns, zero, mask=columns < V)",
+        "tl.store(grad + columns, zero, mask=columns < 0)",
+    ),
+    ("a coefficient's stride assumed", "g.to(torch.float32).contiguous()", "g.to(torch.float32)"),
+)
+
+FAULTS += faults_of(
+    "kernels/group_advantages.py",
+    "tests/test_kernels_advantages.py",
+    ("sign of the score", "score = -top\n", "score = top\n"),
+    ("sign of the weights' gradient", "by_weight = -gap * share", "by_weight = gap * share"),
+    ("dropped rows counted", "count += kept.to(tl.int32)", "count += inside.to(tl.int32)"),
+    (
+        "variance divided by n",
+        "tl.sum(square, axis=0) / tl.maximum(n - 1, 1)",
+        "tl.sum(square, axis=0) / tl.maximum(n, 1)",
+    ),
+    (
+        "mask of the objectives dropped",
+        'tl.where((k < K)[None, :], w * gap, float("-inf"))',
+        "w * gap",
+    ),
+    (
+        "equal scores not told apart",
+        "tl.where(kept & (flat == 0), advantage, 0.0)",
+        "tl.where(kept, advantage, 0.0)",
+    ),
+    ("mean not in the gradient", "u - mean_u - slope", "u - slope"),
+    (
+        "a group past the rows",
+        "tl.minimum(tl.load(offsets_ptr + group + 1), rows)",
+        "tl.load(offsets_ptr + group + 1)",
+    ),
+)
+
+FAULTS += faults_of(
+    "kernels/policy_loss.py",
+    "tests/test_kernels_policy_loss.py",
+    (
+        "mask of the caller dropped",
+        "live = live & (tl.load(mask_ptr + i, mask=live, other=0) != 0)",
+        "live = live",
+    ),
+    ("mask of the last tokens dropped", "live = i < tokens\n", "live = i >= 0\n"),
+    ("sign of the policy's term", "policy = -tl.where(bound", "policy = tl.where(bound"),
+    (
+        "the clip takes the larger term",
+        "-tl.where(bound < free, bound, free)",
+        "-tl.where(bound > free, bound, free)",
+    ),
+    ("sign of k1", "kl = -gap\n            d_kl += 1", "kl = gap\n            d_kl += 1"),
+    ("sign of k3's gradient", "gap_moves, -slope, 0.0)", "gap_moves, slope, 0.0)"),
+    (
+        "clamp of the gap dropped",
+        "gap = tl.where(gap > LOG_RATIO_LIMIT, LOG_RATIO_LIMIT, gap)",
+        "gap = gap",
+    ),
+    (
+        "importance weight not in the gradient",
+        "d_policy *= importance_weight",
+        "d_policy *= 1.0",
+    ),
+    (
+        "inactive tokens in the mean ratio",
+        "tl.sum(tl.where(active, ratio, 0.0), axis=0)",
+        "tl.sum(ratio, axis=0)",
+    ),
+)
+
+
+def run(fault: Fault | None, tests: list[str]) -> tuple[int, str]:
+    """(pytest's exit status, its output) on a copy of the sources with this fault."""
+    with tempfile.TemporaryDirectory(prefix="meal-fast-mutate-") as folder:
+        for name in COPIED:
+            source, copy = ROOT / name, Path(folder) / name
+            if source.is_dir():
+                shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, copy)
+        if fault is not None:
+            path = Path(folder) / fault.file
+            path.write_text(fault.planted(path.read_text()))
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([folder, *sys.path[1:]])}
+        command = [sys.executable, *PYTEST, *SELECTED, *tests]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+
+def verdict(status: int) -> str:
+    """What pytest's exit status says: 1 is a failed test, below 0 a crash."""
+    if status == 0:
+        return "MISSED"
+    # Anything else (no tests, a usage error) shows that the fault was not tried.
+    return "caught" if status == 1 or status < 0 else "BROKEN"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.mutate", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("text", nargs="*")
+    wanted = parser.parse_args().text
+    faults = [
+        f for f in FAULTS if not wanted or any(text in f"{f.file} {f.what}" for text in wanted)
+    ]
+    if not faults:
+        parser.error(f"no fault's line contains {' or '.join(wanted)}")
+    status, output = run(None, sorted({fault.tests for fault in faults}))
+    if status:
+        print(output)
+        print("the tests fail without a fault")
+        return 1
+    seen: list[str] = []
+    for fault in faults:
+        begin = time.monotonic()
+        seen.append(verdict(run(fault, [fault.tests])[0]))
+        took = time.monotonic() - begin
+        print(f"{seen[-1]}  {took:5.1f} s  {fault.file}  {fault.what}", flush=True)
+    print(f"{seen.count('caught')} of {len(seen)} caught")
+    return int(seen.count("caught") < len(seen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
