@@ -7,7 +7,8 @@ RUN ?= runs/quickstart
 STEPS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help env train assets report test test-slow smoke golden lint wheel bench bench-trl clean
+.PHONY: help env train assets report test test-slow test-trl smoke golden lint wheel sass mutate \
+    bench bench-rows bench-table bench-trl clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,10 +36,20 @@ report: env  ## write the report of RUN again
 	$(PY) -m meal_fast.report $(RUN)
 
 test: env  ## the fast tests
-	$(PY) -m pytest -q -m "not slow and not gpu"
+	$(PY) -m pytest -q -m "not slow and not gpu and not trl"
 
 test-slow: assets  ## the tests that take minutes
-	$(PY) -m pytest -q -m "slow and not gpu" || { [ $$? -eq 5 ] && echo "there are no slow tests"; }
+	$(PY) -m pytest -q -m "slow and not gpu and not trl" || { [ $$? -eq 5 ] && echo "there are no slow tests"; }
+
+test-trl: $(VENV)/bench-installed $(VENV)/peers/fetched  ## the entries for TRL, verl and OpenRLHF
+	PEERS=$(VENV)/peers $(PY) -m pytest -q -m trl
+
+# Only the text of some functions is wanted of these: no dependencies, and any platform's file does.
+$(VENV)/peers/fetched: $(VENV)/installed
+	$(PY) -m pip --disable-pip-version-check download -q --no-deps --only-binary=:all: \
+	    --python-version 3.11 --platform manylinux1_x86_64 -d $(VENV)/peers \
+	    verl==0.9.1 openrlhf==0.11.2
+	@touch $@
 
 smoke: assets  ## two meta-steps on the real model, into a temporary folder
 	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
@@ -59,8 +70,20 @@ wheel: env  ## build the wheel into dist/, and use it outside the repository
 	$(PY) -m build --wheel
 	$(PY) .ci/check_wheel.py dist/*.whl
 
+sass: env  ## what the kernels compile to for Hopper, Ampere and Blackwell; needs no GPU
+	$(PY) -m tools.sass --arch 90 80 100
+
+mutate: env  ## plant faults in copies of the kernels; their tests must notice each
+	$(PY) -m tools.mutate
+
 bench: env  ## the ops
 	$(PY) -m pytest bench --benchmark-only
+
+bench-rows: $(VENV)/bench-installed  ## the ops beside TRL and liger-kernel, as rows of bench/results
+	$(PY) -m pytest bench --benchmark-only --rows
+
+bench-table: env  ## the README's tables, from bench/results
+	$(PY) bench/table.py
 
 bench-trl: $(VENV)/bench-installed assets  ## one GRPO step against TRL, alternating
 	$(PY) bench/ab_trl.py --steps $(STEPS)

@@ -7,10 +7,8 @@ first step of a process warms up and is left out. The row goes to bench/results/
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -18,13 +16,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import rows
+
 HERE = Path(__file__).resolve().parent
 SCRIPTS = {"meal-fast": HERE / "meal_step.py", "trl": HERE / "trl_step.py"}
 
-Rows = list[dict[str, Any]]
+Lines = list[dict[str, Any]]
 
 
-def one_process(python: str, script: Path, options: list[str], threads: int) -> Rows:
+def one_process(python: str, script: Path, options: list[str], threads: int) -> Lines:
     """The JSON lines that one side prints; its own stderr passes through when it fails."""
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE.parent), env.get("PYTHONPATH"))))
@@ -36,40 +36,18 @@ def one_process(python: str, script: Path, options: list[str], threads: int) -> 
     return [json.loads(line) for line in ran.stdout.splitlines() if line.startswith('{"framework"')]
 
 
-def summary(rounds: list[Rows]) -> dict[str, Any]:
+def summary(rounds: list[Lines]) -> dict[str, Any]:
     """Median seconds of a step after the first of its process, and the largest peak."""
-    steps = [[row for row in rows if "seconds" in row] for rows in rounds]
-    ends = [row for rows in rounds for row in rows if "peak_rss_bytes" in row]
-    warm = [row["seconds"] for rows in steps for row in rows if row["step"] > 1]
+    steps = [[line for line in lines if "seconds" in line] for lines in rounds]
+    ends = [line for lines in rounds for line in lines if "peak_rss_bytes" in line]
+    warm = [line["seconds"] for lines in steps for line in lines if line["step"] > 1]
     return {
         "median_step_seconds": round(statistics.median(warm), 3),
-        "step_seconds": [[row["seconds"] for row in rows] for rows in steps],
-        "tokens_per_step": sorted({row["tokens"] for rows in steps for row in rows}),
-        "peak_rss_bytes": max(row["peak_rss_bytes"] for row in ends),
+        "step_seconds": [[line["seconds"] for line in lines] for lines in steps],
+        "tokens_per_step": sorted({line["tokens"] for lines in steps for line in lines}),
+        "peak_rss_bytes": max(line["peak_rss_bytes"] for line in ends),
         "versions": ends[-1]["versions"],
     }
-
-
-def machine() -> dict[str, Any]:
-    """Name and number of the CPUs that this process may use, and how busy they are."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        model = next((s.partition(":")[2].strip() for s in lines if "model name" in s), model)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": model, "cores": cores, "load_before": round(os.getloadavg()[0], 2)}
-
-
-def commit() -> str:
-    """The commit measured, with `+` where tracked files were changed since."""
-
-    def git(*words: str) -> str:
-        ran = subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=True)
-        return ran.stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
 
 
 def main() -> None:
@@ -91,11 +69,11 @@ def main() -> None:
         from meal_fast.assets import asset
 
         args.model = str(asset("smollm2-135m"))
-    before = machine()
+    before = rows.machine()
     common = ["--model", args.model, "--steps", str(args.steps), "--threads", str(args.threads)]
     extra = {"meal-fast": args.meal_options, "trl": args.trl_options}
     python = {"meal-fast": sys.executable, "trl": args.trl_python}
-    rounds: dict[str, list[Rows]] = {side: [] for side in SCRIPTS}
+    rounds: dict[str, list[Lines]] = {side: [] for side in SCRIPTS}
     for number in range(args.rounds):
         for side, script in SCRIPTS.items():
             options = common + shlex.split(extra[side])
@@ -105,8 +83,8 @@ def main() -> None:
     ours, theirs = summary(rounds["meal-fast"]), summary(rounds["trl"])
     row = {
         "bench": "grpo-step",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "date": rows.now(),
+        "commit": rows.commit(),
         "command": shlex.join(
             ["python", "bench/ab_trl.py", "--steps", str(args.steps), "--rounds", str(args.rounds)]
             + ["--threads", str(args.threads)]
@@ -120,9 +98,7 @@ def main() -> None:
         "meal-fast": ours,
         "trl": theirs,
     }
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    with args.results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    rows.append(args.results, [row])
     print(f"{'':10}{'s/step':>9}{'peak GB':>9}")
     for side, values in (("meal-fast", ours), ("trl", theirs)):
         peak = values["peak_rss_bytes"] / 1e9

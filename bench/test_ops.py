@@ -1,150 +1,139 @@
-"""The ops beside eager torch, on the shapes of SmolLM2-135M: pytest bench/ --benchmark-only
+"""The ops beside what they replace, on the shapes of SmolLM2-135M: pytest bench/ --benchmark-only
 
-Each case times the op with pytest-benchmark and, alternating with it, the eager code that it
-replaces. `extra_info` has the eager time, the ratio of the two (below 1: the op is faster), the
-bare matrix products of the same work as a floor, and how far each raised the process's peak memory.
+Each case times the op with pytest-benchmark and, in turns with it, its rivals: eager torch, and for
+the loss also TRL and liger-kernel where they are installed. `extra_info` has the medians, how far
+each raised the process's peak memory, and the rate of the matrix products that the op must do.
+With `--rows` it is appended to bench/results/, from which `make bench-table` makes the README's.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
+import functools
 
 import pytest
+import rivals
 import torch
+from measure import Work, compare
+from rivals import Head
 from torch import Tensor
 
 from meal_fast import ops
 
-N, D, V = 1024, 576, 49152  # tokens of a micro-batch, width and vocabulary of SmolLM2-135M
-ROUNDS = 3
+D, V = 576, 49152  # width and vocabulary of SmolLM2-135M
 
 
-def seconds(f: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    f()
-    return time.perf_counter() - start
+def same_gradients(head: Head, given: dict[str, rivals.Rival]) -> None:
+    want = torch.autograd.grad(given["eager"](head), head.leaves())
+    for name, f in given.items():
+        got = torch.autograd.grad(f(head), head.leaves())
+        for g, w in zip(got, want, strict=True):
+            error = float((g - w).norm() / w.norm())
+            assert error < 1e-4, f"{name}: another gradient, by {error:.1e}"
 
 
-def status_mib(field: str) -> float:
-    with open("/proc/self/status", encoding="ascii") as file:
-        line = next(line for line in file if line.startswith(field))
-    return int(line.split()[1]) / 1024
+@pytest.mark.parametrize("head_is", ["frozen", "trained"])
+def test_grpo_loss_and_gradients(benchmark, head_is):
+    head = Head(16, 256, D, V, frozen=head_is == "frozen")
+    given = {"meal-fast": rivals.meal_fast} | rivals.installed(gpu=False)
+    same_gradients(head, given)
+
+    def both(f: rivals.Rival) -> None:
+        torch.autograd.grad(f(head), head.leaves())
+
+    works: dict[str, Work] = {key: functools.partial(both, f) for key, f in given.items()}
+    products = 2 if head_is == "frozen" else 3
+    case = f"loss and gradients, 4,096 tokens, {head_is} head"
+    flops = products * 2.0 * 4096 * D * V
+    compare(benchmark, "linear_policy_loss", case, works, flops=flops)
 
 
-def peak_mib(f: Callable[[], object]) -> float:
-    """How far `f` raises the resident set at its highest. Linux only."""
-    before = status_mib("VmRSS")
-    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")  # the high-water mark starts again from here
-    f()
-    return status_mib("VmHWM") - before
+@pytest.mark.parametrize("head_is", ["frozen", "trained"])
+@pytest.mark.parametrize("kl", ["k3", "exact"])
+def test_loss_with_a_reference(benchmark, head_is, kl):
+    head = Head(8, 128, D, V, frozen=head_is == "frozen")
+    ref_hidden = head.hidden.detach() + 0.05 * torch.randn_like(head.hidden)
 
-
-def compare(benchmark, op: Callable[[], object], eager: Callable[[], object], products: int):
-    """Time `op` and `eager` in turns, after one run of each for its peak memory."""
-    info = {"peak_mib": round(peak_mib(op)), "eager_peak_mib": round(peak_mib(eager))}
-    op_s, eager_s = [], []
-    benchmark.pedantic(
-        lambda: op_s.append(seconds(op)),
-        setup=lambda: eager_s.append(seconds(eager)),
-        rounds=ROUNDS,
-    )
-    info |= {
-        "eager_s": round(statistics.median(eager_s), 4),
-        "ratio": round(statistics.median(o / e for o, e in zip(op_s, eager_s, strict=True)), 3),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    if products:
-        a, w, out = torch.randn(N, D), torch.randn(V, D), torch.empty(N, V)
-        floor = min(seconds(lambda: torch.mm(a, w.t(), out=out)) for _ in range(ROUNDS))
-        info["products_s"] = round(products * floor, 4)
-    benchmark.extra_info |= info
-
-
-class Head:
-    """A head, hidden states of policy and reference, and what the loss needs of the tokens."""
-
-    def __init__(self, frozen: bool) -> None:
-        torch.manual_seed(0)
-        self.weight = (0.05 * torch.randn(V, D)).requires_grad_(not frozen)
-        self.hidden = torch.randn(N, D, requires_grad=True)
-        self.ref_hidden = self.hidden.detach() + 0.05 * torch.randn(N, D)
-        self.target = torch.randint(0, V, (N,))
-        self.advantage = torch.randn(N)
-
-    def log_p(self, hidden: Tensor) -> Tensor:
-        return (hidden @ self.weight.T).log_softmax(1)
-
-    def picked(self, log_p: Tensor) -> Tensor:
-        return log_p.gather(1, self.target[:, None]).squeeze(1)
-
-
-@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
-@pytest.mark.parametrize("kl", ["none", "k3", "exact"])
-def test_linear_policy_loss(benchmark, frozen, kl):
-    head = Head(frozen)
-    beta = 0.0 if kl == "none" else 0.1
-    name = "k3" if kl == "none" else kl
-    reference = {} if kl == "none" else {"ref_hidden": head.ref_hidden}
-
-    def op():
+    def ours():
         loss, _ = ops.linear_policy_loss(
-            head.hidden, head.weight, head.target, head.advantage, beta=beta, kl=name, **reference
+            head.hidden,
+            head.weight,
+            head.target,
+            head.advantage,
+            beta=0.1,
+            kl=kl,
+            ref_hidden=ref_hidden,
         )
-        loss.backward()
+        torch.autograd.grad(loss, head.leaves())
 
     def eager():
-        log_p = head.log_p(head.hidden)
-        given = {}
+        log_p = log_softmax(head.hidden, head.weight)
         with torch.no_grad():
             entropy = -(log_p.exp() * log_p).sum(1)
-            log_q = head.log_p(head.ref_hidden) if reference else None
-        if log_q is not None:
-            given["ref_logp"] = head.picked(log_q)
-            if kl == "exact":
-                given["token_kl"] = (log_p.exp() * (log_p - log_q)).sum(1)
+            log_q = log_softmax(ref_hidden, head.weight)
+        token_kl = (log_p.exp() * (log_p - log_q)).sum(1) if kl == "exact" else None
         loss, _ = ops.policy_loss_from_logp(
-            head.picked(log_p), head.advantage, entropy=entropy, beta=beta, kl=name, **given
+            picked(log_p, head.target),
+            head.advantage,
+            entropy=entropy,
+            beta=0.1,
+            kl=kl,
+            ref_logp=picked(log_q, head.target),
+            token_kl=token_kl,
         )
-        loss.backward()
+        torch.autograd.grad(loss, head.leaves())
 
-    compare(benchmark, op, eager, products=3 - frozen + (kl != "none"))
+    products = 3 if head_is == "frozen" else 4
+    case = f"{kl} KL to a reference, 1,024 tokens, {head_is} head"
+    given = {"meal-fast": ours, "eager": eager}
+    flops = products * 2.0 * 1024 * D * V
+    compare(benchmark, "linear_policy_loss", case, given, flops=flops)
+
+
+def log_softmax(hidden: Tensor, weight: Tensor) -> Tensor:
+    return (hidden @ weight.T).log_softmax(1)
+
+
+def picked(log_p: Tensor, target: Tensor) -> Tensor:
+    return log_p.gather(1, target[:, None]).squeeze(1)
 
 
 def test_linear_logprob(benchmark):
-    head = Head(frozen=True)
+    head = Head(8, 128, D, V, frozen=True)
 
-    def op():
+    def ours():
         logp, entropy = ops.linear_logprob(head.hidden, head.weight, head.target)
-        (logp + entropy).sum().backward()
+        torch.autograd.grad((logp + entropy).sum(), head.leaves())
 
     def eager():
-        log_p = head.log_p(head.hidden)
-        (head.picked(log_p) - (log_p.exp() * log_p).sum(1)).sum().backward()
+        log_p = log_softmax(head.hidden, head.weight)
+        entropy = -(log_p.exp() * log_p).sum(1)
+        torch.autograd.grad((picked(log_p, head.target) + entropy).sum(), head.leaves())
 
-    compare(benchmark, op, eager, products=3)  # the logits are made again on the way back
+    given = {"meal-fast": ours, "eager": eager}
+    case = "with its gradient, 1,024 tokens, frozen head"
+    # The logits are made again on the way back.
+    compare(benchmark, "linear_logprob", case, given, flops=3 * 2.0 * 1024 * D * V)
 
 
 def test_policy_loss(benchmark):
-    head = Head(frozen=True)
+    head = Head(8, 128, D, V)
     logits = (head.hidden @ head.weight.T).detach().requires_grad_()
 
-    def op():
-        ops.policy_loss(logits, head.target, head.advantage)[0].backward()
-        logits.grad = None
+    def ours():
+        loss, _ = ops.policy_loss(logits, head.target, head.advantage)
+        torch.autograd.grad(loss, logits)
 
     def eager():
         log_p = logits.log_softmax(1)
         with torch.no_grad():
             entropy = -(log_p.exp() * log_p).sum(1)
-        loss, _ = ops.policy_loss_from_logp(head.picked(log_p), head.advantage, entropy=entropy)
-        loss.backward()
-        logits.grad = None
+        loss, _ = ops.policy_loss_from_logp(
+            picked(log_p, head.target), head.advantage, entropy=entropy
+        )
+        torch.autograd.grad(loss, logits)
 
-    compare(benchmark, op, eager, products=0)
+    case = "loss and gradient from logits, 1,024 tokens"
+    compare(benchmark, "policy_loss", case, {"meal-fast": ours, "eager": eager})
 
 
 @pytest.mark.parametrize(
@@ -154,7 +143,7 @@ def test_sample(benchmark, truncation):
     torch.manual_seed(0)
     logits, row = 3 * torch.randn(64, V), torch.arange(64)
 
-    def op():
+    def ours():
         return ops.sample(logits, seed=0, row=row, position=0, **truncation)
 
     def eager():
@@ -171,7 +160,9 @@ def test_sample(benchmark, truncation):
         token = torch.multinomial(kept.softmax(1), 1)
         return token, log_p.gather(1, token)
 
-    compare(benchmark, op, eager, products=0)
+    options = ", ".join(f"{name} {value}" for name, value in truncation.items())
+    case = f"64 rows, {options or 'all tokens'}"
+    compare(benchmark, "sample", case, {"meal-fast": ours, "eager": eager})
 
 
 def test_group_advantages(benchmark):
@@ -179,7 +170,7 @@ def test_group_advantages(benchmark):
     rewards, weights = torch.randn(512, 2), torch.rand(512, 2).softmax(1)
     group, utopia = torch.arange(64).repeat_interleave(8), torch.tensor([4.0, 4.0])
 
-    def op():
+    def ours():
         return ops.group_advantages(rewards, weights, group, utopia=utopia)
 
     def eager():  # of even groups, unchecked
@@ -187,5 +178,6 @@ def test_group_advantages(benchmark):
         grid = score.view(64, 8)
         return (grid - grid.mean(1, keepdim=True)) / (grid.std(1, keepdim=True) + 1e-4)
 
-    torch.testing.assert_close(op()[1], eager().flatten(), rtol=1e-3, atol=1e-3)
-    compare(benchmark, op, eager, products=0)
+    torch.testing.assert_close(ours()[1], eager().flatten(), rtol=1e-3, atol=1e-3)
+    case = "64 groups of 8, 2 objectives; eager checks nothing"
+    compare(benchmark, "group_advantages", case, {"meal-fast": ours, "eager": eager})

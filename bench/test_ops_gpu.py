@@ -1,0 +1,134 @@
+"""The ops on a GPU beside what they replace: pytest bench/test_ops_gpu.py --benchmark-only --rows
+
+As bench/test_ops.py, at the shapes of larger models, and beside torch.compile, TRL, liger-kernel
+and Cut Cross-Entropy where they are installed. The floor is measured in the same process: a bare
+product of the same shape for what multiplies, a copy for what moves.
+
+Never run on a GPU so far.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import rivals
+import torch
+from measure import Meter, Work, compare
+from rivals import Head
+from torch import Tensor
+
+from meal_fast import ops
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+# (sequences, length, width, vocabulary): SmolLM2-135M, and the shape that other libraries publish.
+SHAPES = {"SmolLM2": (16, 512, 576, 49_152), "8B": (16, 512, 4096, 131_072)}
+
+
+def head_of(shape: str) -> tuple[Head, float]:
+    """The head, and the operations of one product with it."""
+    b, t, d, v = SHAPES[shape]
+    return Head(b, t, d, v, device="cuda", dtype=torch.bfloat16), 2.0 * b * t * d * v
+
+
+def product_s(head: Head, meter: Meter) -> float:
+    """The bare product, cut as a GPU likes it."""
+    parts = head.hidden.detach().split(2048)
+    return meter.median(lambda: [part @ head.weight.detach().T for part in parts])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear_logprob_forward(benchmark, shape):
+    from meal_fast.kernels.linear_logprob import linear_logprob_forward
+
+    head, flops = head_of(shape)
+    given = (head.hidden.detach(), head.weight.detach(), head.target)
+
+    def eager():
+        log_p = (given[0] @ given[1].T).float().log_softmax(1)
+        entropy = torch.special.entr(log_p.exp()).sum(1)
+        return log_p.gather(1, given[2][:, None]).squeeze(1), entropy
+
+    works: dict[str, Work] = {
+        "meal-fast": lambda: ops.linear_logprob(*given, impl="triton"),
+        "meal-fast, fused product": lambda: linear_logprob_forward(*given),
+        "meal-fast, plain torch": lambda: ops.linear_logprob(*given, impl="torch"),
+        "eager": eager,
+        "torch.compile": torch.compile(eager),
+    }
+    compare(
+        benchmark,
+        "linear_logprob",
+        f"forward, {shape}",
+        works,
+        device="cuda",
+        floor=functools.partial(product_s, head),
+        flops=flops,
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear_policy_loss(benchmark, shape):
+    head, flops = head_of(shape)
+
+    def both(f: rivals.Rival) -> None:
+        torch.autograd.grad(f(head), head.leaves())
+
+    found = {
+        "meal-fast": rivals.meal_fast,
+        "meal-fast, plain torch": functools.partial(rivals.meal_fast, impl="torch"),
+        **rivals.installed(gpu=True),
+    }
+    works: dict[str, Work] = {name: functools.partial(both, f) for name, f in found.items()}
+    compare(
+        benchmark,
+        "linear_policy_loss",
+        f"loss and gradients, {shape}",
+        works,
+        device="cuda",
+        floor=lambda meter: 3 * product_s(head, meter),
+        flops=3 * flops,
+    )
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
+def test_policy_loss_from_logits(benchmark, backward):
+    n, v = 8192, 151_936
+    torch.manual_seed(0)
+    logits = torch.randn(n, v, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    target, advantage = torch.randint(0, v, (n,), device="cuda"), torch.randn(n, device="cuda")
+
+    def eager() -> Tensor:
+        log_p = logits.float().log_softmax(1)
+        logp = log_p.gather(1, target[:, None]).squeeze(1)
+        entropy = torch.special.entr(log_p.detach().exp()).sum(1)
+        return ops.policy_loss_from_logp(logp, advantage, entropy=entropy)[0]
+
+    def ours(impl: str) -> Tensor:
+        return ops.policy_loss(logits, target, advantage, impl=impl)[0]
+
+    def run(f) -> None:
+        if backward:
+            torch.autograd.grad(f(), logits)
+        else:
+            f()
+
+    given = {
+        "meal-fast": functools.partial(ours, "triton"),
+        "meal-fast, plain torch": functools.partial(ours, "torch"),
+        "eager": eager,
+        "torch.compile": torch.compile(eager),
+    }
+    works: dict[str, Work] = {name: functools.partial(run, f) for name, f in given.items()}
+    reads_and_writes = 3 if backward else 1  # read; and read again, and the gradient written
+
+    def copy(meter: Meter) -> float:  # one read and one write
+        return meter.median(lambda: logits.detach().clone()) * reads_and_writes / 2
+
+    case = f"{'loss and gradient' if backward else 'loss'} from logits, Qwen2"
+    moved = 2.0 * n * v * reads_and_writes
+    compare(benchmark, "policy_loss", case, works, device="cuda", floor=copy, moved=moved)
