@@ -303,26 +303,27 @@ def launch(
     (r, k), groups = rewards.shape, plan.offsets.shape[0] - 1
     if r == 0 or groups == 0:
         return
-    kernel[(groups,)](
-        *out,
-        rewards,
-        weights,
-        plan.utopia,
-        plan.offset,
-        plan.divisor,
-        plan.offsets,
-        plan.order,
-        plan.keep,
-        r,
-        plan.mu,
-        plan.eps,
-        *rewards.stride(),
-        *weights.stride(),
-        K=k,
-        HOW=plan.scalarization,
-        WITH_STD=plan.scale == "std",
-        **configuration(r, k, groups),
-    )
+    with torch.cuda.device_of(rewards):  # Triton launches on the current device
+        kernel[(groups,)](
+            *out,
+            rewards,
+            weights,
+            plan.utopia,
+            plan.offset,
+            plan.divisor,
+            plan.offsets,
+            plan.order,
+            plan.keep,
+            r,
+            plan.mu,
+            plan.eps,
+            *rewards.stride(),
+            *weights.stride(),
+            K=k,
+            HOW=plan.scalarization,
+            WITH_STD=plan.scale == "std",
+            **configuration(r, k, groups),
+        )
 
 
 class GroupAdvantages(torch.autograd.Function):

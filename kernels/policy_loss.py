@@ -263,41 +263,42 @@ class PolicyLoss(torch.autograd.Function):
         g_kl = logp.new_empty(
             n if plan.differentiate and token_kl is not None else 0, dtype=torch.float32
         )
-        if n:
-            loss_kernel[(blocks,)](
-                sums,
-                g_logp if g_logp.numel() else None,
-                g_kl if g_kl.numel() else None,
-                logp,
-                plan.advantage,
-                plan.old_logp,
-                plan.ref_logp,
-                token_kl,
-                plan.entropy,
-                plan.importance_weight,
-                plan.mask,
-                plan.coefficient,
-                n,
-                plan.per_advantage,
-                plan.beta,
-                1 - plan.clip[0],
-                1 + plan.clip[1],
-                KL=plan.kl,
-                WITH_KL=plan.beta != 0,
-                BLOCK=BLOCK,
-            )
         given = plan.normalizer
-        total_kernel[(1,)](
-            loss,
-            figures,
-            tokens,
-            sums,
-            blocks,
-            given if isinstance(given, Tensor) else None,
-            None if isinstance(given, Tensor) else given,
-            WITH_ENTROPY=plan.entropy is not None,
-            WIDTH=1024,
-        )
+        with torch.cuda.device_of(logp):  # Triton launches on the current device
+            if n:
+                loss_kernel[(blocks,)](
+                    sums,
+                    g_logp if g_logp.numel() else None,
+                    g_kl if g_kl.numel() else None,
+                    logp,
+                    plan.advantage,
+                    plan.old_logp,
+                    plan.ref_logp,
+                    token_kl,
+                    plan.entropy,
+                    plan.importance_weight,
+                    plan.mask,
+                    plan.coefficient,
+                    n,
+                    plan.per_advantage,
+                    plan.beta,
+                    1 - plan.clip[0],
+                    1 + plan.clip[1],
+                    KL=plan.kl,
+                    WITH_KL=plan.beta != 0,
+                    BLOCK=BLOCK,
+                )
+            total_kernel[(1,)](
+                loss,
+                figures,
+                tokens,
+                sums,
+                blocks,
+                given if isinstance(given, Tensor) else None,
+                None if isinstance(given, Tensor) else given,
+                WITH_ENTROPY=plan.entropy is not None,
+                WIDTH=1024,
+            )
         return loss, tokens, figures, g_logp, g_kl
 
     @staticmethod

@@ -327,7 +327,7 @@ def preset(name: str) -> Config:
 # steering: the quickstart's longer form; half of it has steered one seed of two, see the README.
 _STEERING = Config(
     prompts=PromptConfig(train="packaged:safety"),
-    preference=PreferenceConfig(alpha=0.5, rotate=True),
+    preference=PreferenceConfig(alpha=0.2, rotate=True),
     rollout=RolloutConfig(prompts=4, samples=8, max_new_tokens=24),
     score=ScoreConfig(calibration=96),
     grpo=GRPOConfig(lr=1e-3, beta=0.05, micro_tokens=1024),

@@ -360,3 +360,18 @@ def test_logits_of_any_strides_are_left_alone():
     loss, _ = ops.policy_loss(logits, target, torch.randn(4), reduce="grpo", softcap=3.0)
     (g,) = torch.autograd.grad(loss, logits)
     assert torch.equal(big, before) and g.shape == logits.shape and g.any()
+
+
+def test_autocast_outside_changes_nothing():
+    """Under autocast a product of float32 would be made in bfloat16; an op keeps to its inputs."""
+    hidden, weight, _, target = (x.float() if x.is_floating_point() else x for x in head())
+    results = []
+    for on in (False, True):
+        leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            logp, entropy = ops.linear_logprob(*leaves, target)
+            loss, _ = ops.linear_policy_loss(*leaves, target, torch.ones(len(target)))
+            total = logp.sum() + 2 * entropy.sum() + 3 * loss
+            results.append((logp, entropy, loss, *torch.autograd.grad(total, leaves)))
+    for plain, under in zip(*results, strict=True):
+        assert torch.equal(plain, under)

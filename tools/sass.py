@@ -5,8 +5,8 @@
 For each case of each module's `compile_cases()`: registers a thread, bytes spilled, shared memory,
 tensor-core and bulk-copy instructions in the machine code, programs that fit a multiprocessor, and
 the floor of the running time on an H200, from bytes and operations. A floor is no measurement:
-nothing runs here. Exit status 1 when a kernel spills (before Hopper it may), misses its tensor cores
-or takes more shared memory than there is.
+nothing runs here. Exit status 1 when a kernel spills (before Hopper it may), misses its tensor
+cores or takes more shared memory than there is.
 """
 
 from __future__ import annotations

@@ -24,6 +24,20 @@ from .sweep import LinearSource, LogitsSource, Readout, Source, Stats, sweep
 Metrics = dict[str, Tensor]
 
 
+def in_own_dtype(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A pass outside autocast: the dtypes of the inputs decide, as documented."""
+
+    @functools.wraps(forward)
+    def run(ctx: Any, *arguments: Any) -> Any:
+        tensor = next((x for x in arguments if isinstance(x, Tensor)), None)
+        if tensor is None or not torch.is_autocast_enabled(tensor.device.type):
+            return forward(ctx, *arguments)
+        with torch.autocast(tensor.device.type, enabled=False):
+            return forward(ctx, *arguments)
+
+    return run
+
+
 @dataclass(frozen=True)
 class LinearPlan:
     """The constant arguments of a linear op."""
@@ -44,6 +58,7 @@ class LinearLogprob(torch.autograd.Function):
     """
 
     @staticmethod
+    @in_own_dtype
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: LinearPlan
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -68,6 +83,7 @@ class LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @in_own_dtype
     def backward(
         ctx: Any, g_logp: Tensor | None, g_entropy: Tensor | None, _: None, g_kl: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -200,6 +216,7 @@ class LinearPolicyLoss(torch.autograd.Function):
     """
 
     @staticmethod
+    @in_own_dtype
     def forward(
         ctx: Any,
         hidden: Tensor,
@@ -245,6 +262,7 @@ class LogitsPolicyLoss(torch.autograd.Function):
     """logits → loss, with their gradient made on the way, in a tensor of its own."""
 
     @staticmethod
+    @in_own_dtype
     def forward(ctx: Any, logits: Tensor, plan: LossPlan, metrics: Metrics) -> Tensor:
         needs = ctx.needs_input_grad[0] and plan.differentiate
         rows = active_rows(plan.tokens)
@@ -279,6 +297,7 @@ class LogitsPolicyLossLater(torch.autograd.Function):
     """
 
     @staticmethod
+    @in_own_dtype
     def forward(ctx: Any, logits: Tensor, plan: LossPlan, metrics: Metrics) -> Tensor:
         tokens, options = plan.tokens, plan.options
         source, reference = _logits_sources(logits, plan.ref_logits, plan, False)
