@@ -75,7 +75,7 @@ def test_the_judgement_and_the_line_of_the_table():
     assert large.problems() == ["shared memory over 227 KB"]
     assert sass.line(large).endswith("<- shared memory over 227 KB")
     assert dataclasses.replace(ROW, spilled=8).problems() == ["spills"]
-    assert dataclasses.replace(ROW, arch=80, spilled=8).problems() == []
+    assert dataclasses.replace(ROW, arch=100, spilled=8).problems() == []
     assert dataclasses.replace(ROW, arch=80, shared=164 * 1024).problems() == [
         "shared memory over 163 KB"
     ]
