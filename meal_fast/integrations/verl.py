@@ -136,7 +136,7 @@ def advantage_estimator(
             options |= {"utopia": utopia, "mu": mu, "scalarization": scalarization}
             options |= {"offset": offset, "divisor": divisor}
         with torch.no_grad():
-            _, advantage = group_advantages(rewards, weights, group, check=True, **options)
+            advantage = group_advantages(rewards, weights, group, check=True, **options)[1]
             advantages = torch.where(response_mask.bool(), advantage[:, None], 0)
         return advantages, advantages
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,9 +22,10 @@ from .reference import (
 from .sweep import LinearSource, LogitsSource, Readout, Source, Stats, sweep
 
 Metrics = dict[str, Tensor]
+Pass = TypeVar("Pass", bound=Callable[..., Any])
 
 
-def in_own_dtype(forward: Callable[..., Any]) -> Callable[..., Any]:
+def in_own_dtype(forward: Pass) -> Pass:
     """A pass outside autocast: the dtypes of the inputs decide, as documented."""
 
     @functools.wraps(forward)
@@ -35,7 +36,7 @@ def in_own_dtype(forward: Callable[..., Any]) -> Callable[..., Any]:
         with torch.autocast(tensor.device.type, enabled=False):
             return forward(ctx, *arguments)
 
-    return run
+    return cast(Pass, run)
 
 
 @dataclass(frozen=True)
