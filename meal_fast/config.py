@@ -324,7 +324,7 @@ def preset(name: str) -> Config:
     return PRESETS[name]
 
 
-# steering: the quickstart's longer form; half of it has steered one seed of two, see the README.
+# steering: the quickstart's longer form; it has steered two seeds of three, see the README.
 _STEERING = Config(
     prompts=PromptConfig(train="packaged:safety"),
     preference=PreferenceConfig(alpha=0.2, rotate=True),
