@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -45,6 +47,9 @@ class Meter:
             work()
             torch.cuda.synchronize()
             return (torch.cuda.max_memory_allocated() - before) / 2**20
+        # Garbage and freed heap would hide what the work takes.
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
         before = status_mib("VmRSS")
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")  # the high-water mark starts again from here
