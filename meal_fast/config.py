@@ -106,6 +106,9 @@ class RolloutConfig:
     samples: int = opt(8, "responses per prompt: the group G of GRPO")
     max_new_tokens: int = opt(48, "length limit of a response")
     temperature: float = opt(0.9, "of the sampler, and of every log-probability [P]")
+    max_cache_bytes: int = opt(
+        0, "of keys and values; 0: 2 GiB on a CPU, half of what is free on a GPU"
+    )
 
     def __post_init__(self) -> None:
         _require(self.prompts >= 1, "rollout.prompts", self.prompts, "must be at least 1")
@@ -117,6 +120,12 @@ class RolloutConfig:
         )
         _require(self.max_new_tokens >= 1, "rollout.max_new_tokens", self.max_new_tokens, "≥ 1")
         _require(self.temperature > 0, "rollout.temperature", self.temperature, "must be positive")
+        _require(
+            self.max_cache_bytes >= 0,
+            "rollout.max_cache_bytes",
+            self.max_cache_bytes,
+            "must be 0 (automatic) or positive",
+        )
 
 
 @dataclass(frozen=True)
