@@ -23,37 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from .ops import Groups, prefix_attention
+
 ATTENTION = "meal_fast_tree"
-
-
-@dataclass(frozen=True)
-class Slots:
-    """Rows of a batch as a rectangle (B, G), G the largest group's size, and back."""
-
-    b: int
-    g: int
-    row_BG: Tensor | None  # int64, the row in each slot (any row where none is); None: even groups
-    slot_R: Tensor | None  # int64, the slot of each row
-
-    @staticmethod
-    def of(group_R: Tensor, b: int) -> Slots:
-        counts = torch.bincount(group_R, minlength=b)
-        g, r = int(counts.max()), len(group_R)
-        if r == b * g:
-            return Slots(b, g, None, None)
-        first = counts.cumsum(0) - counts
-        slot_R = group_R * g + torch.arange(r, device=group_R.device) - first[group_R]
-        row_BG = torch.zeros(b * g, dtype=torch.int64, device=group_R.device)
-        row_BG[slot_R] = torch.arange(r, device=group_R.device)
-        return Slots(b, g, row_BG, slot_R)
-
-    def to_groups(self, x: Tensor) -> Tensor:  # (R, …) -> (B, G, …)
-        x = x if self.row_BG is None else x[self.row_BG]
-        return x.view(self.b, self.g, *x.shape[1:])
-
-    def to_rows(self, x: Tensor) -> Tensor:  # (B, G, …) -> (R, …)
-        x = x.reshape(self.b * self.g, *x.shape[2:])
-        return x if self.slot_R is None else x[self.slot_R]
 
 
 @dataclass
@@ -65,12 +37,12 @@ class Tree:
 
     def rows(self, group_R: Tensor, *, keep: bool = False, capacity: int = 0) -> Rows:
         """Rows behind these prefixes (shared, not copied). `capacity`: tokens to keep room for."""
-        return Rows(self, group_R, Slots.of(group_R, len(self.valid_BP)), keep, capacity)
+        return Rows(self, group_R, Groups.of(group_R, len(self.valid_BP)), keep, capacity)
 
     def grown(self, rows: Rows, valid_RT: Tensor) -> Tree:
         """Prefixes made longer: row r's prefix and kept tail become prefix r of a new tree."""
         g, t = rows.group_R, valid_RT.shape[1]
-        same = rows.slots.row_BG is None and rows.slots.g == 1
+        same = torch.equal(g, torch.arange(len(self.valid_BP), device=g.device))
         prefix = []
         for (pk, pv), (tk, tv) in zip(self.prefix, rows.tail, strict=True):
             pk, pv = (pk, pv) if same else (pk[g], pv[g])
@@ -92,7 +64,7 @@ class Rows:
 
     tree: Tree
     group_R: Tensor  # int64, the prefix of every row
-    slots: Slots  # how rows lie in groups
+    groups: Groups  # which rows lie behind which prefix
     keep: bool = False
     capacity: int = 0  # tokens of tail to make room for, when kept
     length: int = 0  # tokens of tail so far
@@ -101,7 +73,7 @@ class Rows:
     def select(self, keep_R: Tensor) -> None:
         """Drops finished rows from the kept tail. keep_R: int64 indices, increasing."""
         self.group_R = self.group_R[keep_R]
-        self.slots = Slots.of(self.group_R, len(self.tree.valid_BP))
+        self.groups = Groups.of(self.group_R, len(self.tree.valid_BP))
         self.tail = [(k[keep_R], v[keep_R]) for k, v in self.tail]
 
 
@@ -201,7 +173,7 @@ def _attention(
         tail_v[:, :, start:end] = value
         key, value = tail_k[:, :, :end], tail_v[:, :, :end]
     pk, pv = rows.tree.prefix[layer]
-    if query.shape[2] == 1:
+    if query.shape[2] == 1 and not (torch.is_grad_enabled() and query.requires_grad):
         return _grouped(query, key, value, rows, pk, pv, scale).transpose(1, 2), None
     out = _expanded(query, key, value, rows.group_R, rows.tree.valid_BP, pk, pv, scale)
     return out.transpose(1, 2), None
@@ -257,25 +229,13 @@ def _expanded(
 def _grouped(
     query: Tensor, key: Tensor, value: Tensor, rows: Rows, pk: Tensor, pv: Tensor, scale: float
 ) -> Tensor:
-    """One new token a row: the G rows of a prefix are one matrix product with its single copy."""
-    r, hq, _, d = query.shape
-    b, h, p, _ = pk.shape
-    rep, slots = hq // h, rows.slots
-    g = slots.g
-
-    def fold(x: Tensor) -> Tensor:  # (R, H, rep, ·) -> (B, H, G rep, ·)
-        return slots.to_groups(x).transpose(1, 2).reshape(b, h, g * rep, -1)
-
-    def unfold(x: Tensor) -> Tensor:
-        return slots.to_rows(x.view(b, h, g, rep, -1).transpose(1, 2))
-
-    q = query.view(r, h, rep, d) * scale
-    to_prefix = fold(q) @ pk.transpose(2, 3)
-    to_prefix = to_prefix.masked_fill(~rows.tree.valid_BP[:, None, None, :], float("-inf"))
-    scores = torch.cat([unfold(to_prefix), q @ key.transpose(2, 3)], -1)
-    prob = torch.softmax(scores.float(), -1).to(query.dtype)
-    out = unfold(fold(prob[..., :p]) @ pv) + prob[..., p:] @ value
-    return out.reshape(r, hq, 1, d)
+    """One new token a row: the rows of a prefix share its single copy."""
+    length_B = rows.tree.valid_BP.sum(1)
+    tail_R = torch.full_like(rows.group_R, key.shape[2])
+    out = prefix_attention(
+        query[:, :, 0], pk, pv, length_B, rows.groups, key, value, tail_R, scale=scale
+    )
+    return out[:, :, None]
 
 
 AttentionInterface.register(ATTENTION, _attention)
