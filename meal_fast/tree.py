@@ -32,7 +32,7 @@ ATTENTION = "meal_fast_tree"
 class Tree:
     """Keys and values of B prefixes, a list entry a layer."""
 
-    valid_BP: Tensor  # bool, true on the real tokens
+    valid_BP: Tensor  # bool, true on the real tokens, which come first
     prefix: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (B, H, P, d)
 
     def rows(self, group_R: Tensor, *, keep: bool = False, capacity: int = 0) -> Rows:
@@ -43,12 +43,20 @@ class Tree:
         """Prefixes made longer: row r's prefix and kept tail become prefix r of a new tree."""
         g, t = rows.group_R, valid_RT.shape[1]
         same = torch.equal(g, torch.arange(len(self.valid_BP), device=g.device))
-        prefix = []
-        for (pk, pv), (tk, tv) in zip(self.prefix, rows.tail, strict=True):
-            pk, pv = (pk, pv) if same else (pk[g], pv[g])
-            prefix.append((torch.cat([pk, tk[:, :, :t]], 2), torch.cat([pv, tv[:, :, :t]], 2)))
         valid = torch.cat([self.valid_BP if same else self.valid_BP[g], valid_RT], 1)
-        return Tree(valid, prefix)
+        # The prefix's padding would be in the middle: real tokens first, in their order.
+        length_R = valid.sum(1)
+        at_RP = torch.sort(valid, dim=1, descending=True, stable=True).indices[:, : int(length_R.max())]
+
+        def joined(x: Tensor, tail: Tensor) -> Tensor:
+            x = torch.cat([x if same else x[g], tail[:, :, :t]], 2)
+            return x.gather(2, at_RP[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+        prefix = [
+            (joined(pk, tk), joined(pv, tv))
+            for (pk, pv), (tk, tv) in zip(self.prefix, rows.tail, strict=True)
+        ]
+        return Tree(valid.gather(1, at_RP), prefix)
 
     def reordered(self, order: Tensor) -> Tree:
         """The same prefixes in another order."""
