@@ -46,7 +46,9 @@ class Tree:
         valid = torch.cat([self.valid_BP if same else self.valid_BP[g], valid_RT], 1)
         # The prefix's padding would be in the middle: real tokens first, in their order.
         length_R = valid.sum(1)
-        at_RP = torch.sort(valid, dim=1, descending=True, stable=True).indices[:, : int(length_R.max())]
+        at_RP = torch.sort(valid, dim=1, descending=True, stable=True).indices[
+            :, : int(length_R.max())
+        ]
 
         def joined(x: Tensor, tail: Tensor) -> Tensor:
             x = torch.cat([x if same else x[g], tail[:, :, :t]], 2)

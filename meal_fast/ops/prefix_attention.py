@@ -231,7 +231,7 @@ def _in_torch(
         x.to(dtype) for x in (prefix_key, tail_key[:, :, :t], tail_value[:, :, :t])
     )
     value = prefix_value.to(dtype)
-    q = (query.to(dtype) * scale).view(r, h, rep, d)
+    q = (query.to(dtype) * scale).contiguous().view(r, h, rep, d)
 
     # Pieces of one batched product each: (where its rows lie, its prefix, tokens of it).
     pieces: list[tuple[tuple[Any, ...], tuple[Any, ...], int]]
