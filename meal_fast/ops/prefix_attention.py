@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +57,7 @@ class Groups:
         starts = self.offset.tolist()
         inside = starts[0] == 0 and starts[-1] == len(self.group_R)
         require(inside, "group", "(R,)", f"some are outside [0, {self.b}); number them anew")
-        sizes = {end - start for start, end in zip(starts, starts[1:], strict=False)}
+        sizes = {end - start for start, end in pairwise(starts)}
         even = sizes.pop() if len(sizes) == 1 else 0
         places = torch.arange(len(self.order_R), device=self.order_R.device)
         if torch.equal(self.order_R, places):
@@ -230,17 +231,17 @@ def _in_torch(
         x.to(dtype) for x in (prefix_key, tail_key[:, :, :t], tail_value[:, :, :t])
     )
     value = prefix_value.to(dtype)
-    q = (query.to(dtype) * scale).view(r, h, rep, d)
+    q = (query.to(dtype) * scale).contiguous().view(r, h, rep, d)
 
     # Pieces of one batched product each: (where its rows lie, its prefix, tokens of it).
     pieces: list[tuple[tuple[Any, ...], tuple[Any, ...], int]]
     by_head = layout.even > 0 and h < b
     if by_head:  # a head, all prefixes
-        shape = (h, b, layout.even * rep)
+        shape: tuple[int, ...] = (h, b, layout.even * rep)
         pieces = [((i,), (slice(None), i), p) for i in range(h)]
     else:  # a prefix, all heads
         shape = (h, r * rep)
-        spans = zip(layout.starts, layout.starts[1:], strict=False)
+        spans = pairwise(layout.starts)
         pieces = [
             ((slice(None), slice(start * rep, end * rep)), (i,), prefixes[i])
             for i, (start, end) in enumerate(spans)
