@@ -25,6 +25,8 @@ Reduce = Literal["grpo", "dapo", "dr_grpo"]
 AdamMode = Literal["persist_v", "reset", "per_preference"]
 PreferenceText = Literal["bar", "numbers"]
 Logger = Literal["none", "tensorboard", "wandb"]
+RejectionRule = Literal["top-fraction", "threshold", "statistical", "trade-off", "combined"]
+Fallback = Literal["best", "none"]
 _CHOICES = {
     "RecipeName": RecipeName,
     "Tuning": Tuning,
@@ -35,6 +37,8 @@ _CHOICES = {
     "AdamMode": AdamMode,
     "PreferenceText": PreferenceText,
     "Logger": Logger,
+    "RejectionRule": RejectionRule,
+    "Fallback": Fallback,
 }
 
 
@@ -117,6 +121,42 @@ class RolloutConfig:
         )
         _require(self.max_new_tokens >= 1, "rollout.max_new_tokens", self.max_new_tokens, "≥ 1")
         _require(self.temperature > 0, "rollout.temperature", self.temperature, "must be positive")
+
+
+@dataclass(frozen=True)
+class RejectionConfig:
+    """Which sampled responses are kept; the rules are in meal_fast.rollout.rejection."""
+
+    rule: RejectionRule = opt("combined", "combined: top-fraction and trade-off [R]")
+    q: float = opt(0.5, "top-fraction: the share of a group's scores that passes [R]")
+    threshold: float = opt(0.0, "threshold: the lowest score that passes [R]")
+    tau_a: float = opt(0.2, "statistical: passes with probability exp((S - S_max)/tau_a) [R]")
+    tau: float = opt(0.5, "trade-off: temperature of the realised preference; 1, .5, .3 or .2 [P]")
+    delta: float = opt(0.5, "trade-off: the largest distance of realised and asked preference [R]")
+    keep: int = opt(0, "responses to keep a group; 0: all that pass")
+    rounds: int = opt(0, "redraw rounds of groups that have kept fewer [R]")
+    draws: int = opt(0, "responses drawn a group in all rounds; 0: the rounds alone limit it [R]")
+    fallback: Fallback = opt("best", "what a group keeps when nothing passes: its best score [R]")
+    segment: int = opt(0, "tokens of a segment, after each of which a row is scored; 0: not [R]")
+    slack: float = opt(0.1, "how far below the bar an unfinished response may score [R]")
+
+    def __post_init__(self) -> None:
+        for name in ("keep", "rounds", "draws", "segment", "slack"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"rejection.{name}", value, "must not be negative")
+        rules, enough = get_args(RejectionRule), self.draws == 0 or self.draws >= self.keep
+        for name, ok, remedy in (
+            ("q", 0 < self.q <= 1, "must be in (0, 1]"),
+            ("threshold", math.isfinite(self.threshold), "must be finite"),
+            ("tau_a", 0 < self.tau_a < math.inf, "must be positive and finite"),
+            ("tau", 0 < self.tau < math.inf, "must be positive and finite"),
+            ("delta", 0 <= self.delta <= 1, "must be a distance, in [0, 1]"),
+            ("rounds", self.rounds == 0 or self.keep > 0, "set rejection.keep: redraw until when?"),
+            ("draws", enough, f"must be 0 or reach rejection.keep={self.keep}"),
+            ("rule", self.rule in rules, f"choose from {', '.join(rules)}"),
+            ("fallback", self.fallback in get_args(Fallback), "choose from best, none"),
+        ):
+            _require(ok, f"rejection.{name}", getattr(self, name), remedy)
 
 
 @dataclass(frozen=True)
