@@ -27,6 +27,7 @@ PreferenceText = Literal["bar", "numbers"]
 Logger = Literal["none", "tensorboard", "wandb"]
 RejectionRule = Literal["top-fraction", "threshold", "statistical", "trade-off", "combined"]
 Fallback = Literal["best", "none"]
+Backend = Literal["engine", "generate", "vllm"]
 _CHOICES = {
     "RecipeName": RecipeName,
     "Tuning": Tuning,
@@ -39,6 +40,7 @@ _CHOICES = {
     "Logger": Logger,
     "RejectionRule": RejectionRule,
     "Fallback": Fallback,
+    "Backend": Backend,
 }
 
 
@@ -110,6 +112,7 @@ class RolloutConfig:
     samples: int = opt(8, "responses per prompt: the group G of GRPO")
     max_new_tokens: int = opt(48, "length limit of a response")
     temperature: float = opt(0.9, "of the sampler, and of every log-probability [P]")
+    backend: Backend = opt("engine", "what samples; see meal_fast.rollout.backends")
 
     def __post_init__(self) -> None:
         _require(self.prompts >= 1, "rollout.prompts", self.prompts, "must be at least 1")
