@@ -14,6 +14,7 @@ from meal_fast.rollout.backends import (
     from_vllm,
     generate_rollout,
     vllm_adapter,
+    vllm_options,
     vllm_requests,
     vllm_rollout,
 )
@@ -154,6 +155,26 @@ def test_vllm_takes_our_requests():
     assert again.seed == first.seed
     greedy = vllm_requests([(1,)], [1], frozenset(), **options | {"temperature": 0.0})[1][0]
     assert greedy.temperature == 0
+
+
+@with_vllm
+def test_vllm_takes_our_options(tmp_path):
+    import inspect
+    from typing import get_args
+
+    from vllm import LLM
+    from vllm.config.lora import MaxLoRARanks
+    from vllm.engine.arg_utils import EngineArgs
+
+    for rank in (0, 1, 16, 17, 64, 200):
+        made = EngineArgs(**vllm_options(str(tmp_path), "bfloat16", rank))
+        assert made.enable_lora == (rank > 0)
+        assert rank <= made.max_lora_rank and made.max_lora_rank in get_args(MaxLoRARanks)
+    assert made.logprobs_mode == "processed_logprobs" and made.model == str(tmp_path)
+    assert {"prompts", "lora_request", "use_tqdm"} <= set(
+        inspect.signature(LLM.generate).parameters
+    )
+    assert {"model", "dtype", "skip_tokenizer_init"} <= set(inspect.signature(LLM).parameters)
 
 
 @with_vllm

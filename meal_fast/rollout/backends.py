@@ -161,14 +161,14 @@ def vllm_rollout(
     max_rows: int = 64,
     max_cache_bytes: int = 0,
 ) -> Rollout:
-    """`rollout`, by vLLM. Never run: nothing here has had vLLM's engine and a GPU to run it on.
+    """`rollout`, by vLLM. Its engine has never been run here: that needs a GPU.
 
-    What is tested, where vLLM is installed, is that it takes these requests and that its outputs
-    are read rightly. One engine is kept on the base model's files; the adapter is written to a
-    folder at each call and handed over as a `LoRARequest`. A `network` is taken for the reference:
-    the base model without an adapter. A row's random numbers are vLLM's own, seeded by key(seed,
-    row id): reproducible there, but other tokens than the engine's. vLLM decides how many rows run
-    at once and what it keeps: `max_rows` and `max_cache_bytes` have no effect.
+    What is tested, where vLLM (0.33) is installed, is that it takes these requests and options, and
+    that its outputs are read rightly. One engine is kept on the base model's files; the adapter is
+    written to a folder at each call and handed over as a `LoRARequest`. A `network` is taken for
+    the reference: the base model without an adapter. A row's random numbers are vLLM's own, seeded
+    by key(seed, row id): other tokens than the engine's. vLLM decides how many rows run at once and
+    what it keeps: `max_rows` and `max_cache_bytes` have no effect.
 
     Raises ValueError as `rollout` does; where vLLM is missing; and for a policy that trains all its
     parameters: its weights lie in no file.
@@ -259,22 +259,26 @@ def from_vllm(output: Any) -> Drawn:
     return Drawn(tokens, logp, completion.finish_reason)
 
 
+def vllm_options(path: str, dtype: str, rank: int) -> dict[str, Any]:
+    """What vLLM's engine is made with. `rank`: of the adapters, 0 for none."""
+    options = {
+        "model": path,
+        "dtype": dtype,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # no sampling options that the model came with
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",  # at the sampler's temperature
+    }
+    if rank:  # vLLM has room for adapters of certain ranks: powers of two among them
+        options |= {"enable_lora": True, "max_lora_rank": max(8, 1 << (rank - 1).bit_length())}
+    return options
+
+
 @lru_cache(maxsize=1)
 def _llm(path: str, dtype: str, rank: int) -> Any:
     from vllm import LLM
 
-    lora: dict[str, Any] = {}
-    if rank:  # vLLM has room for adapters of certain ranks
-        lora = {"enable_lora": True, "max_lora_rank": max(8, 1 << (rank - 1).bit_length())}
-    return LLM(
-        path,
-        dtype=dtype,
-        skip_tokenizer_init=True,
-        generation_config="vllm",  # no sampling options that the model came with
-        enable_prefix_caching=True,
-        logprobs_mode="processed_logprobs",  # at the sampler's temperature
-        **lora,
-    )
+    return LLM(**vllm_options(path, dtype, rank))
 
 
 def _need_vllm() -> None:
