@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .config import PRESETS, Config, choices_of, from_dict, load_toml, preset
+from .config import Config, choices_of, from_dict, load_toml
+from .presets import PRESETS, preset
 from .runs import read_config
 
 DEFAULT_PRESET = "quickstart"

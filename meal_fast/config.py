@@ -1,4 +1,4 @@
-"""Every option of a run, as frozen dataclasses, and the presets made of them.
+"""Every option of a run, as frozen dataclasses.
 
 Importing this file imports no torch: `--help` and every check below answer at once. A check that
 fails raises `ValueError` naming the option, the value and the remedy.
@@ -25,6 +25,9 @@ Reduce = Literal["grpo", "dapo", "dr_grpo"]
 AdamMode = Literal["persist_v", "reset", "per_preference"]
 PreferenceText = Literal["bar", "numbers"]
 Logger = Literal["none", "tensorboard", "wandb"]
+RejectionRule = Literal["top-fraction", "threshold", "statistical", "trade-off", "combined"]
+Fallback = Literal["best", "none"]
+Backend = Literal["engine", "generate", "vllm"]
 _CHOICES = {
     "RecipeName": RecipeName,
     "Tuning": Tuning,
@@ -35,6 +38,9 @@ _CHOICES = {
     "AdamMode": AdamMode,
     "PreferenceText": PreferenceText,
     "Logger": Logger,
+    "RejectionRule": RejectionRule,
+    "Fallback": Fallback,
+    "Backend": Backend,
 }
 
 
@@ -109,6 +115,7 @@ class RolloutConfig:
     max_cache_bytes: int = opt(
         0, "of keys and values; 0: 2 GiB on a CPU, half of what is free on a GPU"
     )
+    backend: Backend = opt("engine", "what samples; see meal_fast.rollout.backends")
 
     def __post_init__(self) -> None:
         _require(self.prompts >= 1, "rollout.prompts", self.prompts, "must be at least 1")
@@ -126,6 +133,42 @@ class RolloutConfig:
             self.max_cache_bytes,
             "must be 0 (automatic) or positive",
         )
+
+
+@dataclass(frozen=True)
+class RejectionConfig:
+    """Which sampled responses are kept; the rules are in meal_fast.rollout.rejection."""
+
+    rule: RejectionRule = opt("combined", "combined: top-fraction and trade-off [R]")
+    q: float = opt(0.5, "top-fraction: the share of a group's scores that passes [R]")
+    threshold: float = opt(0.0, "threshold: the lowest score that passes [R]")
+    tau_a: float = opt(0.2, "statistical: passes with probability exp((S - S_max)/tau_a) [R]")
+    tau: float = opt(0.5, "trade-off: temperature of the realised preference; 1, .5, .3 or .2 [P]")
+    delta: float = opt(0.5, "trade-off: the largest distance of realised and asked preference [R]")
+    keep: int = opt(0, "responses to keep a group; 0: all that pass")
+    rounds: int = opt(0, "redraw rounds of groups that have kept fewer [R]")
+    draws: int = opt(0, "responses drawn a group in all rounds; 0: the rounds alone limit it [R]")
+    fallback: Fallback = opt("best", "what a group keeps when nothing passes: its best score [R]")
+    segment: int = opt(0, "tokens of a segment, after each of which a row is scored; 0: not [R]")
+    slack: float = opt(0.1, "how far below the bar an unfinished response may score [R]")
+
+    def __post_init__(self) -> None:
+        for name in ("keep", "rounds", "draws", "segment", "slack"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"rejection.{name}", value, "must not be negative")
+        rules, enough = get_args(RejectionRule), self.draws == 0 or self.draws >= self.keep
+        for name, ok, remedy in (
+            ("q", 0 < self.q <= 1, "must be in (0, 1]"),
+            ("threshold", math.isfinite(self.threshold), "must be finite"),
+            ("tau_a", 0 < self.tau_a < math.inf, "must be positive and finite"),
+            ("tau", 0 < self.tau < math.inf, "must be positive and finite"),
+            ("delta", 0 <= self.delta <= 1, "must be a distance, in [0, 1]"),
+            ("rounds", self.rounds == 0 or self.keep > 0, "set rejection.keep: redraw until when?"),
+            ("draws", enough, f"must be 0 or reach rejection.keep={self.keep}"),
+            ("rule", self.rule in rules, f"choose from {', '.join(rules)}"),
+            ("fallback", self.fallback in get_args(Fallback), "choose from best, none"),
+        ):
+            _require(ok, f"rejection.{name}", getattr(self, name), remedy)
 
 
 @dataclass(frozen=True)
@@ -325,89 +368,3 @@ def load_toml(path: str | Path, base: Config) -> Config:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"config={str(path)!r}: not TOML ({error})") from error
     return from_dict(values, base)
-
-
-def preset(name: str) -> Config:
-    """The preset called `name`: see `PRESETS`."""
-    _require(name in PRESETS, "preset", name, f"unknown; choose from {', '.join(PRESETS)}")
-    return PRESETS[name]
-
-
-# steering: the quickstart's longer form; it has steered two seeds of three, see the README.
-_STEERING = Config(
-    prompts=PromptConfig(train="packaged:safety"),
-    preference=PreferenceConfig(alpha=0.2, rotate=True),
-    rollout=RolloutConfig(prompts=4, samples=8, max_new_tokens=24),
-    score=ScoreConfig(calibration=96),
-    grpo=GRPOConfig(lr=1e-3, beta=0.05, micro_tokens=1024),
-    meta=MetaConfig(steps=60, tasks=2, n_inner=2, epsilon=1.5),
-    evaluation=EvaluationConfig(prompts=48, samples=2),
-    checkpoint_every=5,
-)
-
-# quickstart: what `make train` runs: the start of that.
-_QUICKSTART = dataclasses.replace(
-    _STEERING,
-    score=ScoreConfig(calibration=32),
-    meta=MetaConfig(steps=9, tasks=2, n_inner=2, epsilon=1.5),
-    evaluation=EvaluationConfig(prompts=8),
-    checkpoint_every=1,
-)
-
-# BPS's own experiment [P]; n_inner, samples, utopia and the response length are not published [R].
-_HH_QWEN2 = Config(
-    objectives=(
-        "helpful=Ray2333/gpt2-large-helpful-reward_model",
-        "harmless=Ray2333/gpt2-large-harmless-reward_model",
-    ),
-    policy=PolicyConfig(path="Qwen/Qwen2-0.5B-Instruct", tuning="full", preference_text="numbers"),
-    prompts=PromptConfig(
-        train="HuggingFaceH4/ultrafeedback_binarized", evaluation="PKU-Alignment/BeaverTails"
-    ),
-    rollout=RolloutConfig(prompts=2, samples=8, max_new_tokens=128, temperature=0.9),
-    grpo=GRPOConfig(lr=1e-6, beta=0.1, micro_tokens=8192),
-    meta=MetaConfig(steps=400, tasks=2, n_inner=2, epsilon=1.5),
-    evaluation=EvaluationConfig(prompts=64, grid=28),
-    checkpoint_every=20,
-)
-
-_EXACT = ("first=meal_fast.worlds:first", "second=meal_fast.worlds:second")
-
-# tiny: a random model of two layers, for tests and for reading the code with a debugger.
-_TINY = Config(
-    objectives=_EXACT,
-    policy=PolicyConfig(
-        path="world:tiny", lora_rank=4, lora_alpha=8, preference_text="numbers", device="cpu"
-    ),
-    prompts=PromptConfig(train="world:tiny"),
-    rollout=RolloutConfig(prompts=2, samples=8, max_new_tokens=6, temperature=1.0),
-    score=ScoreConfig(normalization="none", utopia=(1.1, 1.1), calibration=16),
-    grpo=GRPOConfig(lr=5e-3, beta=0.02),
-    meta=MetaConfig(steps=4, tasks=2, n_inner=2, epsilon=1.5),
-    evaluation=EvaluationConfig(prompts=4, samples=2, grid=5),
-    checkpoint_every=2,
-)
-
-# concave-front: a known front, see meal_fast.worlds; trains in about a minute.
-_CONCAVE_FRONT = Config(
-    recipe="weighted-grpo",
-    objectives=_EXACT,
-    policy=PolicyConfig(
-        path="world:concave-front", tuning="full", preference_text="numbers", device="cpu"
-    ),
-    prompts=PromptConfig(train="world:concave-front"),
-    rollout=RolloutConfig(prompts=1, samples=32, max_new_tokens=6, temperature=1.0),
-    score=ScoreConfig(normalization="none", mu=0.02, utopia=(1.1, 1.1)),
-    grpo=GRPOConfig(lr=2e-3, beta=0.02),
-    meta=MetaConfig(steps=300, tasks=2, n_inner=2, epsilon=1.5),
-    evaluation=EvaluationConfig(prompts=1, samples=64, grid=11),
-    checkpoint_every=100,
-)
-
-PRESETS: dict[str, Config] = {
-    "quickstart": _QUICKSTART,
-    "steering": _STEERING,
-    "tiny": _TINY,
-    "concave-front": _CONCAVE_FRONT,
-    "hh-qwen2": _HH_QWEN2,
-}

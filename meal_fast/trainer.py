@@ -23,7 +23,7 @@ from .objectives import Normalizer, Objectives, default_utopia, load_objectives
 from .policy import Policy, load_policy
 from .prompts import load_prompts
 from .recipes import RECIPES
-from .rollout import Request, rollout
+from .rollout import Request, backend
 from .runs import read_config
 
 # What a resumed run may change: nothing that enters the mathematics of the steps.
@@ -151,7 +151,7 @@ class Trainer:
         requests = [
             Request(prompt, w, config.rollout.samples) for prompt in self._prompts_of(update)
         ]
-        rolled = rollout(
+        rolled = backend(config.rollout.backend)(
             self.policy,
             requests,
             max_new_tokens=config.rollout.max_new_tokens,
@@ -236,7 +236,7 @@ class Trainer:
             for i, prompt in enumerate(self.prompts[:count])
         ]
         with self.policy.reference() as base:
-            rolled = rollout(
+            rolled = backend(config.rollout.backend)(
                 self.policy,
                 requests,
                 max_new_tokens=config.rollout.max_new_tokens,

@@ -49,6 +49,7 @@ class NumberPolicy:
     def __init__(self, name: str, *, stop: frozenset[int] = frozenset(), context: int = 64) -> None:
         self.network: Network = cut(small_model(name))
         self.stop_ids, self.context = stop, context
+        self.device = self.network.weight.device
 
     def encode_prompt(self, text: str) -> tuple[int, ...]:
         return tuple(map(int, text.split()))

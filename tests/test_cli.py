@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from meal_fast import cli
-from meal_fast.config import PRESETS, Config, choices_of, from_dict, preset, to_dict
+from meal_fast.config import Config, choices_of, from_dict, to_dict
+from meal_fast.presets import PRESETS, preset
 
 ROOT = Path(__file__).resolve().parent.parent
 

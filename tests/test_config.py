@@ -6,7 +6,8 @@ import json
 import pytest
 
 from meal_fast import config as c
-from meal_fast.config import Config, from_dict, load_toml, preset, to_dict
+from meal_fast.config import Config, from_dict, load_toml, to_dict
+from meal_fast.presets import PRESETS, preset
 
 # (section, option, a value that is refused)
 REFUSED = [
@@ -173,7 +174,7 @@ def test_an_unknown_preset_is_refused():
         preset("quick")
 
 
-@pytest.mark.parametrize("name", c.PRESETS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_valid_and_survive_json(name):
     config = preset(name)
     rebuilt = from_dict(json.loads(json.dumps(to_dict(config))))

@@ -60,7 +60,7 @@ def test_log_probabilities_are_those_of_a_full_forward(name):
     weights = [(0.0, 1.0), (0.5, 0.5), None]
     requests = requests_of([1, 9, 4], weights) + requests_of([2, 6], weights[:1])
     sampler = engine(policy, max_rows=3)
-    rows = sampler.rows(requests)
+    rows = sampler.rows(requests, 6)
     list(sampler.draw(deque(rows), sampling()))
     assert {bool(row.suffix) for row in rows} == {True, False}
     for row in rows:
@@ -86,7 +86,7 @@ def test_every_history_of_a_slot_gives_the_model_s_own_log_probabilities(history
     token = engine(policy).shape.token_bytes
     least = (-(-(max(lengths) + 3) // 16) * 16 + 16 + 16) * token
     sampler = engine(policy, max_rows=slots, max_cache_bytes=least + 16 * spare * token)
-    rows = sampler.rows(requests)
+    rows = sampler.rows(requests, 6)
     again = {i: (which, keep) for i, which, keep in cuts}
     steps = 0
     for step, _ in enumerate(sampler.draw(deque(rows), sampling())):
@@ -96,7 +96,7 @@ def test_every_history_of_a_slot_gives_the_model_s_own_log_probabilities(history
             which, keep = again[step]
             row = grown[which % len(grown)]
             if row in sampler.live:
-                row.cut(min(keep, len(row.tokens)))
+                row.cut(min(keep, len(row.tokens) - 1))
     assert steps >= 1
     for row in rows:
         check(policy, row)
@@ -112,7 +112,7 @@ def test_a_row_s_text_depends_on_nothing_but_itself():
     texts = {}
     for options in ({}, {"max_rows": 1}, {"max_rows": 5}, {"max_cache_bytes": 60_000}):
         sampler = engine(LLAMA, **options)
-        rows = sampler.rows(requests)
+        rows = sampler.rows(requests, 6)
         list(sampler.draw(deque(rows), sampling()))
         for row in rows:
             texts.setdefault((row.index, row.sample), set()).add(tuple(row.tokens))
@@ -152,7 +152,7 @@ def test_a_sweep_prefills_each_prompt_once_whatever_the_weights():
 def test_slots_stay_full():
     """A slot whose row has ended goes to the next one in the same step."""
     sampler = engine(LLAMA, max_rows=4)
-    rows = sampler.rows(requests_of([3, 4, 5, 6], [(0.5, 0.5)], samples=8))
+    rows = sampler.rows(requests_of([3, 4, 5, 6], [(0.5, 0.5)], samples=8), 8)
     waiting = deque(rows)
     full = []
     for _ in sampler.draw(waiting, sampling(max_new_tokens=8)):
@@ -165,7 +165,7 @@ def test_slots_stay_full():
 
 def test_a_cut_row_draws_something_else_and_keeps_what_it_kept():
     sampler = engine(LLAMA)
-    (row,) = sampler.rows([Request(prompt([11, 12, 13]), None)])
+    (row,) = sampler.rows([Request(prompt([11, 12, 13]), None)], 12)
     policy_stops = LLAMA.stop_ids
     LLAMA.stop_ids = frozenset()
     drawn = []
@@ -181,7 +181,7 @@ def test_a_cut_row_draws_something_else_and_keeps_what_it_kept():
 
 def test_a_cancelled_row_leaves_its_slot():
     sampler = engine(LLAMA, max_rows=2)
-    rows = sampler.rows(requests_of([3, 5], [(0.5, 0.5)], samples=3))
+    rows = sampler.rows(requests_of([3, 5], [(0.5, 0.5)], samples=3), 6)
     for step, _ in enumerate(sampler.draw(deque(rows), sampling())):
         if step == 0:
             rows[0].finish = rows[5].finish = "cancelled"
@@ -193,7 +193,7 @@ def test_a_cancelled_row_leaves_its_slot():
 def test_an_abandoned_drawing_leaves_the_engine_usable():
     sampler = engine(LLAMA, max_rows=2)
     requests = requests_of([3, 5, 4], [(0.5, 0.5)], samples=3)
-    for _ in sampler.draw(deque(sampler.rows(requests)), sampling()):
+    for _ in sampler.draw(deque(sampler.rows(requests, 6)), sampling()):
         break
     again, new = sampler.sample(requests, sampling()), engine(LLAMA).sample(requests, sampling())
     assert again.texts == new.texts
@@ -211,7 +211,7 @@ def test_a_failing_pass_is_not_taken_for_cached():
     with pytest.raises(MemoryError):
         sampler.sample(requests, sampling())
     hook.remove()
-    rows = sampler.rows(requests)
+    rows = sampler.rows(requests, 6)
     list(sampler.draw(deque(rows), sampling()))
     for row in rows:
         check(LLAMA, row)
@@ -230,7 +230,7 @@ def test_stop_strings_end_a_row_and_stay_in_it():
 
 def test_a_prompt_at_the_context_s_limit_fits_and_one_token_more_does_not():
     fits = [Request(prompt(range(11, 11 + 57)), None)]  # with suffix and 6 new tokens: 64
-    rows = engine(LLAMA).rows(fits)
+    rows = engine(LLAMA).rows(fits, 6)
     assert len(rows[0].prompt) == 58
     list(engine(LLAMA).draw(deque(rows), sampling()))
     check(LLAMA, rows[0])
@@ -268,6 +268,6 @@ def test_bad_input():
         engine(LLAMA, max_rows=0)
     with pytest.raises(ValueError, match="max_cache_bytes=-1"):
         engine(LLAMA, max_cache_bytes=-1)
-    (row,) = sampler.rows([one])
+    (row,) = sampler.rows([one], 6)
     with pytest.raises(ValueError, match="keep=1: the row has 0 tokens"):
         row.cut(1)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from meal_fast.config import Config, preset
+from meal_fast.config import Config
+from meal_fast.presets import preset
 from meal_fast.trainer import Trainer
 from tests.processes import one_thread, updates  # noqa: F401  (a fixture)
 

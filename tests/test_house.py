@@ -18,7 +18,8 @@ PACKAGE = ROOT / "meal_fast"
 # A module imports from its own row (without cycles) and the rows above; a package counts as one.
 LAYERS = (
     ("config",),
-    ("runs", "cli", "batch"),
+    ("presets", "batch"),
+    ("runs", "cli"),
     ("ops",),
     ("assets", "tree", "mapped", "quiet"),
     ("prompts", "objectives", "preference", "policy", "worlds", "measures"),

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from meal_fast import chat, evaluate
-from meal_fast.config import preset
+from meal_fast.presets import preset
 from meal_fast.runs import read_config
 from meal_fast.trainer import Trainer
 from meal_fast.worlds import build_world

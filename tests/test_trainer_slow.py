@@ -9,10 +9,11 @@ import torch
 
 from meal_fast import worlds
 from meal_fast.batch import Prompt
-from meal_fast.config import from_dict, preset
+from meal_fast.config import from_dict
 from meal_fast.objectives import load_objectives
 from meal_fast.policy import load_policy
 from meal_fast.preference import lattice
+from meal_fast.presets import preset
 from meal_fast.rollout import Request, rollout
 from meal_fast.trainer import Trainer
 from tests.processes import (

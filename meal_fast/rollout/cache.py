@@ -26,8 +26,7 @@ from .. import ops
 from ..ops import Groups
 from ..policy import Network
 from ..tree import behind, causal, pad
-
-Tokens = tuple[int, ...]
+from .requests import Tokens
 
 
 @dataclass(frozen=True)

@@ -19,49 +19,14 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..batch import Prompt, Rollout, key
+from ..batch import Rollout
 from ..ops import Groups
 from ..policy import Network, Policy
-from ..tree import pad
-from .cache import Pool, Shape, Tails, TokenPass, Tokens, fill_prompts, fill_suffixes
+from .cache import Pool, Shape, Tails, TokenPass, fill_prompts, fill_suffixes
+from .requests import Drawn, Request, Sampling, Tokens, encode, gathered, row_id
 
 _PASS_TOKENS = 4096  # padded tokens of a pass over prompts or suffixes
 _ROUND = 16  # sizes of the caches are multiples of it
-
-
-@dataclass(frozen=True)
-class Request:
-    """`samples` responses to one prompt under one preference (None: no preference text)."""
-
-    prompt: Prompt
-    w: tuple[float, ...] | None
-    samples: int = 1
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How rows are sampled. Truncation is for evaluation and serving: no learner takes it."""
-
-    max_new_tokens: int
-    temperature: float  # 0: greedy; log-probabilities are then those at temperature 1
-    seed: int
-    stream: tuple[int | str, ...] = ()  # what else a row's id is made of: step, task, …
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    stop: tuple[str, ...] = ()  # strings that end a response; it keeps them
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature={self.temperature}: must be 0 (greedy) or positive")
-        if any(not s for s in self.stop):
-            raise ValueError(f"stop={self.stop}: holds an empty string, which ends every response")
-
-    @property
-    def truncates(self) -> bool:
-        return bool(self.top_k or self.top_p < 1 or self.min_p > 0)
 
 
 @dataclass(eq=False)
@@ -79,17 +44,13 @@ class Row:
     finish: str = ""  # "stop", "length" or "cancelled"; "" while it waits or grows
     place: int = -1
 
-    def id(self, stream: tuple[int | str, ...]) -> int:
-        again = (self.attempt,) if self.attempt else ()
-        return key(*stream, self.request.prompt.id, str(self.request.w or ()), self.sample, *again)
-
     def cut(self, keep: int) -> None:
         """Drops all but the first `keep` tokens; what follows them is drawn anew.
 
         Its attempt counts up: under the same id the same text would be drawn for ever.
         """
-        if not 0 <= keep <= len(self.tokens):
-            raise ValueError(f"keep={keep}: the row has {len(self.tokens)} tokens")
+        if not 0 <= keep < len(self.tokens):
+            raise ValueError(f"keep={keep}: the row has {len(self.tokens)} tokens; keep fewer")
         del self.tokens[keep:], self.logp[keep:]
         self.attempt += 1
         self.finish = ""
@@ -128,16 +89,12 @@ class Engine:
         self.live: list[Row] = []  # the row in each slot
         self._stop = torch.tensor(sorted(policy.stop_ids), device=self.shape.device)
 
-    def rows(self, requests: Sequence[Request]) -> list[Row]:
-        """The rows of the requests, in their order. A prompt with one preference is one with it."""
-        if not requests:
-            raise ValueError("requests=[]: nothing to sample")
-        for request in requests:
-            if request.samples < 1:
-                raise ValueError(f"samples={request.samples}: must be at least 1")
-            if not request.prompt.text.strip():
-                raise ValueError(f"prompt {request.prompt.id}: is empty")
-        parts = [self._encode(q) for q in requests]
+    def rows(self, requests: Sequence[Request], max_new_tokens: int) -> list[Row]:
+        """The rows of the requests, in their order. A prompt with one preference is one with it.
+
+        Raises ValueError for no request, one of no samples, and a prompt that is empty or too long.
+        """
+        parts = encode(self.policy, requests, max_new_tokens)
         preferences = Counter(prompt for prompt, _ in dict.fromkeys(parts))
         rows = []
         for index, (request, (prompt, suffix)) in enumerate(zip(requests, parts, strict=True)):
@@ -145,10 +102,6 @@ class Engine:
                 prompt, suffix = prompt + suffix, ()
             rows += [Row(request, index, s, prompt, suffix) for s in range(request.samples)]
         return rows
-
-    def _encode(self, request: Request) -> tuple[Tokens, Tokens]:
-        policy = self.policy
-        return policy.encode_prompt(request.prompt.text), policy.encode_suffix(request.w)
 
     def sample(
         self,
@@ -158,44 +111,21 @@ class Engine:
     ) -> Rollout:
         """Samples every request; the rows in the order of the requests."""
         started, before = time.perf_counter(), replace(self.counts)
-        rows = self.rows(requests)
+        rows = self.rows(requests, sampling.max_new_tokens)
         done = 0
         for finished in self.draw(deque(rows), sampling):
             done += len(finished)
             if ended and finished:
                 ended(done)
-        return self.gather(requests, rows, sampling, before, started)
-
-    def gather(
-        self,
-        requests: Sequence[Request],
-        rows: Sequence[Row],
-        sampling: Sampling,
-        before: Counts,
-        started: float,
-    ) -> Rollout:
-        """Finished rows, by request, as a `Rollout`."""
-        device = self.shape.device
-        policy = self.policy
-        tokens_RT, mask_RT = pad([row.tokens for row in rows], device)
-        logp_RT = torch.zeros(mask_RT.shape, device=device)
-        logp_RT[mask_RT] = torch.tensor([x for row in rows for x in row.logp], device=device)
-        uniform = (1.0 / len(policy.names),) * len(policy.names)
         used = self.counts
-        return Rollout(
-            prompts=tuple(q.prompt for q in requests),
-            prefix=tuple(sum(self._encode(q), ()) for q in requests),
-            group_R=torch.tensor([row.index for row in rows], device=device),
-            w_RK=torch.tensor([row.request.w or uniform for row in rows], device=device),
-            tokens_RT=tokens_RT,
-            mask_RT=mask_RT,
-            logp_RT=logp_RT,
-            finish=tuple(row.finish for row in rows),
-            texts=tuple(policy.decode(row.tokens) for row in rows),
-            on_policy=not (sampling.truncates or any(row.attempt for row in rows)),
+        return gathered(
+            self.policy,
+            requests,
+            [Drawn(row.tokens, row.logp, row.finish) for row in rows],
+            started=started,
             prefill_tokens=used.prompt + used.suffix - before.prompt - before.suffix,
             reused_tokens=used.reused - before.reused,
-            seconds=time.perf_counter() - started,
+            on_policy=not sampling.truncates,
         )
 
     @torch.no_grad()
@@ -221,10 +151,11 @@ class Engine:
 
     def _sample(self, live: list[Row], hidden: Tensor, sampling: Sampling) -> None:
         device = self.shape.device
+        ids = [row_id(sampling.stream, r.request, r.sample, r.attempt) for r in live]
         token, logp, _ = ops.sample(
             self.network.logits(hidden),
             seed=sampling.seed,
-            row=torch.tensor([row.id(sampling.stream) for row in live], device=device),
+            row=torch.tensor(ids, device=device),
             position=torch.tensor([len(row.tokens) for row in live], device=device),
             temperature=sampling.temperature,
             top_k=sampling.top_k,
@@ -361,15 +292,6 @@ class Engine:
 
     def _fit(self, rows: Sequence[Row], new: int) -> None:
         """Memory for these rows: what they would like to have, or what the budget allows."""
-        limit = self.policy.context
-        for row in rows:
-            length = len(row.prompt) + len(row.suffix)
-            if length + new > limit:
-                raise ValueError(
-                    f"prompt {row.request.prompt.id}: {length} tokens and {new} new ones exceed "
-                    f"the model's context of {limit}; lower prompts.max_tokens or "
-                    "rollout.max_new_tokens"
-                )
         suffix = max(len(row.suffix) for row in rows)
         room = max(_up(max(len(row.prompt) for row in rows)), self.prompts.room)
         suffix_room = max(_up(suffix), self.suffixes.room)
