@@ -17,7 +17,6 @@ Compiled ahead of time and run in Triton's interpreter; never run on a GPU.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -224,7 +223,6 @@ def _tail_kernel(
     tl.store(out_at, result, mask=inside)
 
 
-@functools.lru_cache(maxsize=1024)
 def blocks_per_part(slots: int, heads: int, p: int, multiprocessors: int) -> int:
     """How many blocks of a prefix one program walks: enough programs to keep a GPU's memory busy.
 
