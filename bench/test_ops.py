@@ -13,6 +13,7 @@ import functools
 import pytest
 import rivals
 import torch
+from caches import Step
 from measure import Work, compare
 from rivals import Head
 from torch import Tensor
@@ -181,3 +182,30 @@ def test_group_advantages(benchmark):
     torch.testing.assert_close(ours()[1], eager().flatten(), rtol=1e-3, atol=1e-3)
     case = "64 groups of 8, 2 objectives; eager checks nothing"
     compare(benchmark, "group_advantages", case, {"meal-fast": ours, "eager": eager})
+
+
+LAYERS = 8  # each with caches of its own: no processor cache holds them all
+# Which prompt each of 64 rows is behind.
+GROUPS = {
+    "8 prompts of 8 rows": torch.arange(8).repeat_interleave(8),
+    "8 prompts of 1 to 15 rows": torch.arange(8).repeat_interleave(torch.arange(1, 17, 2)),
+    "64 prompts of 1 row": torch.arange(64),
+}
+
+
+@pytest.mark.parametrize(
+    ("groups", "t"), [(0, 1), (0, 64), (1, 32), (2, 32)], ids=["even", "long", "uneven", "single"]
+)
+def test_prefix_attention(benchmark, groups, t):
+    name, group = list(GROUPS.items())[groups]
+    steps = [Step(group, 200, t, (9, 3, 64)) for _ in range(LAYERS)]
+    given: dict[str, Work] = {
+        "meal-fast": lambda: [step.ours() for step in steps],
+        "eager": lambda: [step.grown() for step in steps],
+        "eager, cache in place": lambda: [step.static() for step in steps],
+    }
+    for f in (steps[0].grown, steps[0].static):
+        torch.testing.assert_close(steps[0].ours(), f(), rtol=1e-5, atol=1e-5)
+    case = f"{name}, 200 tokens shared and {t} of their own, {LAYERS} layers"
+    flops = LAYERS * 4.0 * 64 * 9 * 64 * (200 + t)
+    compare(benchmark, "prefix_attention", case, given, flops=flops)

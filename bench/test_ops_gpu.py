@@ -14,6 +14,7 @@ import functools
 import pytest
 import rivals
 import torch
+from caches import Step
 from measure import Meter, Work, compare
 from rivals import Head
 from torch import Tensor
@@ -132,3 +133,31 @@ def test_policy_loss_from_logits(benchmark, backward):
     case = f"{'loss and gradient' if backward else 'loss'} from logits, Qwen2"
     moved = 2.0 * n * v * reads_and_writes
     compare(benchmark, "policy_loss", case, works, device="cuda", floor=copy, moved=moved)
+
+
+# Rows, prompts, tokens of a prompt, tokens of a row; heads of queries, of keys, and their width.
+STEPS = {
+    "Qwen2-0.5B, 256 rows of 32 prompts": (256, 32, 512, 256, (14, 2, 64)),
+    "8B, 64 rows of 8 prompts": (64, 8, 2048, 256, (32, 8, 128)),
+    "8B, 64 rows of 64 prompts": (64, 64, 2048, 256, (32, 8, 128)),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_prefix_attention(benchmark, name):
+    r, b, p, t, heads = STEPS[name]
+    step = Step(torch.arange(r) % b, p, t, heads, device="cuda", dtype=torch.bfloat16)
+    torch.testing.assert_close(step.ours("triton"), step.static(), rtol=2e-2, atol=2e-2)
+    works: dict[str, Work] = {
+        "meal-fast": functools.partial(step.ours, "triton"),
+        "meal-fast, plain torch": functools.partial(step.ours, "torch"),
+        "eager": step.grown,
+        "eager, cache in place": step.static,
+    }
+    half = torch.empty(step.bytes // 2, dtype=torch.int8, device="cuda")
+
+    def copy(meter: Meter) -> float:  # reads half of the bytes, and writes as many
+        return meter.median(lambda: half.clone())
+
+    case = f"{name}, {p} tokens shared and {t} of their own, a layer"
+    compare(benchmark, "prefix_attention", case, works, device="cuda", floor=copy, moved=step.bytes)

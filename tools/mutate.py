@@ -259,6 +259,88 @@ FAULTS += faults_of(
     ),
 )
 
+FAULTS += faults_of(
+    "kernels/prefix_attention.py",
+    "tests/test_kernels_prefix_attention.py",
+    ("mask of what is not seen dropped", 'tl.where(seen[None, :], z, -float("inf"))', "z"),
+    (
+        "prefix's length not kept to",
+        "tl.minimum(from_token + blocks_per_part * BLOCK_P, length)",
+        "from_token + blocks_per_part * BLOCK_P",
+    ),
+    (
+        "mask of the prefix's tokens dropped",
+        "seen = token < length\n",
+        "seen = token < capacity\n",
+    ),
+    (
+        "mask of the tail's tokens dropped",
+        "seen = token < to_token\n",
+        "seen = token < capacity\n",
+    ),
+    (
+        "maximum of a part starts at 0",
+        'top = tl.full((TILE,), -float("inf"), tl.float32)',
+        "top = tl.full((TILE,), 0.0, tl.float32)",
+    ),
+    (
+        "maximum of the merge starts at 0",
+        'top = tl.full((BLOCK_M,), -float("inf"), tl.float32)',
+        "top = tl.full((BLOCK_M,), 0.0, tl.float32)",
+    ),
+    (
+        "-inf - -inf in a block",
+        'shift = tl.where(new_top == -float("inf"), 0.0, new_top)\n    p =',
+        "shift = new_top\n    p =",
+    ),
+    (
+        "-inf - -inf in the merge",
+        'shift = tl.where(new_top == -float("inf"), 0.0, new_top)\n        fade =',
+        "shift = new_top\n        fade =",
+    ),
+    ("earlier blocks not rescaled", "fade[:, None] * acc, input_precision", "acc, input_precision"),
+    ("earlier sum not rescaled", "fade * total + tl.sum(p, 1)", "total + tl.sum(p, 1)"),
+    ("parts not rescaled", "+ grow[:, None] * values", "+ values"),
+    ("a part's sum not rescaled", "+ grow * more", "+ more"),
+    ("parts of other rows", "at += tl.num_programs(0) * (HEADS * REP)", "at += HEADS * REP"),
+    (
+        "sums of nothing are read",
+        "mask=seen[:, None] & (d < D)[None, :], other=0.0)\n        new_top",
+        "mask=inside, other=0.0)\n        new_top",
+    ),
+    ("rows of the next group", "live = place < end", "live = place < rows"),
+    ("rows in their own order", "tl.load(order + place, mask=live, other=0)", "place"),
+    ("too few tiles for a group", "(ends - begins) * REP + TILE - 1", "(ends - begins) + TILE - 1"),
+    ("too few tiles for all groups", "min(b, r) + r * rep // TILE\n    per", "min(b, r)\n    per"),
+    ("another query head", "flat % REP).to", "flat // REP % REP).to"),
+    (
+        "32-bit offset of a token",
+        "token_64 = token.to(tl.int64)[:, None]\n            k =",
+        "token_64 = token[:, None]\n            k =",
+    ),
+    (
+        "32-bit offset of a tail's token",
+        "token_64 = token.to(tl.int64)[:, None]\n        k =",
+        "token_64 = token[:, None]\n        k =",
+    ),
+    (
+        "32-bit offset of a prefix",
+        "group = tl.sum(tl.where(mine, g, 0), 0).to(tl.int64)",
+        "group = tl.sum(tl.where(mine, g, 0), 0)",
+    ),
+    (
+        "32-bit offset of a row",
+        "row = tl.program_id(0).to(tl.int64)",
+        "row = tl.program_id(0)",
+    ),
+    ("group out of range read", "known = (g >= 0) & (g < b)", "known = g < b"),
+    (
+        "length out of range not refused",
+        "& (length >= 0) & (length <= capacity)",
+        "& (length >= 0)",
+    ),
+)
+
 
 def run(fault: Fault | None, tests: list[str]) -> tuple[int, str]:
     """(pytest's exit status, its output) on a copy of the sources with this fault."""

@@ -215,10 +215,7 @@ def _in_torch(
     tail_length: Tensor,
     scale: float,
 ) -> Tensor:
-    """Scores of prefix and tail side by side under one softmax: the products are what costs.
-
-    The rows lie in the order of their groups in between, heads first: (H, R, rep, P + T).
-    """
+    """Scores of prefix and tail side by side under one softmax: the products are what costs."""
     prefixes, tails = _check_values(
         prefix_length, groups, prefix_key.shape[2], tail_key.shape[2], tail_length
     )
@@ -227,66 +224,82 @@ def _in_torch(
     layout, dtype = groups.layout, reference.compute_dtype(query)
     (r, hq, d), (b, h), p, t = query.shape, prefix_key.shape[:2], max(prefixes), max(tails)
     rep = hq // h
-    key, tail_k, tail_v = (
-        x.to(dtype) for x in (prefix_key, tail_key[:, :, :t], tail_value[:, :, :t])
-    )
-    value = prefix_value.to(dtype)
     q = (query.to(dtype) * scale).contiguous().view(r, h, rep, d)
+    key, value = (x[:, :, :p].to(dtype) for x in (prefix_key, prefix_value))
+    tail_k, tail_v = (x[:, :, :t].to(dtype) for x in (tail_key, tail_value))
+    products = _even(key, value) if layout.even else _uneven(layout, prefixes, rep)
 
-    # Pieces of one batched product each: (where its rows lie, its prefix, tokens of it).
-    pieces: list[tuple[tuple[Any, ...], tuple[Any, ...], int]]
-    by_head = layout.even > 0 and h < b
-    if by_head:  # a head, all prefixes
-        shape: tuple[int, ...] = (h, b, layout.even * rep)
-        pieces = [((i,), (slice(None), i), p) for i in range(h)]
-    else:  # a prefix, all heads
-        shape = (h, r * rep)
-        spans = pairwise(layout.starts)
-        pieces = [
-            ((slice(None), slice(start * rep, end * rep)), (i,), prefixes[i])
-            for i, (start, end) in enumerate(spans)
-            if end > start
-        ]
+    def fold(x: Tensor) -> Tensor:
+        """(R, H, rep, ·), as they came, to (B, H, G·rep, ·), or uneven: (H, R·rep, ·)."""
+        x = x if layout.order is None else x[layout.order]
+        if layout.even:
+            x = x.view(b, layout.even, h, rep, -1).transpose(1, 2)
+            return x.reshape(b, h, layout.even * rep, -1)
+        return x.transpose(0, 1).reshape(h, r * rep, -1)
 
-    scores = q.new_empty(h, r, rep, p + t)
-    of_rows = _ordered(q, layout.order).transpose(0, 1).reshape(*shape, d)
-    for rows, prefix, n in pieces:
-        piece = scores.view(*shape, p + t)[rows]
-        piece[..., :n] = torch.bmm(of_rows[rows], key[prefix][:, :n].transpose(1, 2))
-        piece[..., n:p] = -torch.inf
+    def unfold(x: Tensor) -> Tensor:
+        if layout.even:
+            x = x.view(b, h, layout.even, rep, -1).transpose(1, 2).reshape(r, h, rep, -1)
+        else:
+            x = x.view(h, r, rep, -1).transpose(0, 1)
+        return x if layout.back is None else x[layout.back]
+
+    of_rows, of_tails = fold(q), q.flatten(0, 1) @ tail_k.flatten(0, 1).transpose(1, 2)
+    of_tails = of_tails.view(r, h, rep, t)
     beyond_BP = beyond_RT = None
-    if by_head and min(prefixes) < p:
-        beyond_BP = torch.arange(p, device=q.device) >= prefix_length[:, None]
-        scores.view(*shape, p + t)[..., :p].masked_fill_(beyond_BP[:, None], -torch.inf)
-    of_tails = torch.bmm(q.view(r * h, rep, d), tail_k.reshape(r * h, t, d).transpose(1, 2)).view(
-        r, h, rep, t
-    )
     if min(tails) < t:
         beyond_RT = torch.arange(t, device=q.device) >= tail_length[:, None]
         of_tails.masked_fill_(beyond_RT[:, None, None], -torch.inf)
-    scores[..., p:] = _ordered(of_tails, layout.order).transpose(0, 1)
+    scores = q.new_empty(*of_rows.shape[:-1], p + t)
+    scores[..., p:] = fold(of_tails)
+    for rows, prefix, n in products:
+        part = scores[rows]
+        part[..., :n] = of_rows[rows] @ key[prefix][..., :n, :].transpose(-1, -2)
+        part[..., n:p] = -torch.inf
+    if layout.even and min(prefixes) < p:
+        beyond_BP = torch.arange(p, device=q.device) >= prefix_length[:, None]
+        scores[..., :p].masked_fill_(beyond_BP[:, None, None], -torch.inf)
     prob = torch.softmax(scores, -1)
 
     def weighted(value: Tensor, tail_v: Tensor) -> Tensor:
-        out = q.new_empty(h, r, rep, d)
-        for rows, prefix, n in pieces:
-            weights = prob.view(*shape, p + t)[rows][..., :n]
-            out.view(*shape, d)[rows] = torch.bmm(weights, value[prefix][:, :n])
-        of_prefix = _ordered(out.transpose(0, 1), layout.back).reshape(r * h, rep, d)
-        weights = _ordered(prob[..., p:].transpose(0, 1), layout.back).reshape(r * h, rep, t)
-        return torch.baddbmm(of_prefix, weights, tail_v.reshape(r * h, t, d))
+        out = torch.empty_like(of_rows)
+        for rows, prefix, n in products:
+            out[rows] = prob[rows][..., :n] @ value[prefix][..., :n, :]
+        of_prefix, weights = unfold(out).reshape(r * h, rep, d), unfold(prob[..., p:].contiguous())
+        return torch.baddbmm(of_prefix, weights.reshape(r * h, rep, t), tail_v.flatten(0, 1))
 
     out = weighted(value, tail_v)
     if not (beyond_BP is None and beyond_RT is None) and not bool(out.isfinite().all()):
         # 0 times what lies beyond a length is NaN where that is not finite, which is rare: so the
         # values are copied only then.
         if beyond_BP is not None:
-            value = value[:, :, :p].masked_fill(beyond_BP[:, None, :, None], 0)
+            value = value.masked_fill(beyond_BP[:, None, :, None], 0)
         if beyond_RT is not None:
             tail_v = tail_v.masked_fill(beyond_RT[:, None, :, None], 0)
         out = weighted(value, tail_v)
     return out.view(r, hq, d).to(query.dtype)
 
 
-def _ordered(x: Tensor, order: Tensor | None) -> Tensor:
-    return x if order is None else x[order]
+# Products of rows with prefixes: where the rows lie, where the prefixes, tokens of these.
+Products = list[tuple[Any, Any, int]]
+
+
+def _even(key: Tensor, value: Tensor) -> Products:
+    """Groups of one size: all at once, or head by head where heads lie inside of tokens.
+
+    There prefixes and heads are no single axis, and a product of both would copy the cache.
+    """
+    h, p = key.shape[1:3]
+    if all(x.shape[0] == 1 or x.stride(0) == h * x.stride(1) for x in (key, value)):
+        return [(..., ..., p)]
+    return [((slice(None), i), (slice(None), i), p) for i in range(h)]
+
+
+def _uneven(layout: _Layout, prefixes: list[int], rep: int) -> Products:
+    """Group by group, each as long as it is."""
+    spans = enumerate(pairwise(layout.starts))
+    return [
+        ((slice(None), slice(start * rep, end * rep)), i, prefixes[i])
+        for i, (start, end) in spans
+        if end > start
+    ]
