@@ -44,7 +44,9 @@ class Rollout:
     logp_RT: Tensor  # float32, of the sampler, at its temperature; 0 where masked
     finish: tuple[str, ...]  # R, "stop" or "length"
     texts: tuple[str, ...]  # R, decoded, special tokens left out
-    prefill_tokens: int  # that went through the model before the first sampled token
+    on_policy: bool  # each row is one draw, untruncated: logp_RT is the behaviour policy's
+    prefill_tokens: int  # of prompts and preferences, that went through the model
+    reused_tokens: int  # of the rows' prefixes, that did not have to
     seconds: float
 
 

@@ -113,6 +113,9 @@ class RolloutConfig:
     max_new_tokens: int = opt(48, "length limit of a response")
     temperature: float = opt(0.9, "of the sampler, and of every log-probability [P]")
     backend: Backend = opt("engine", "what samples; see meal_fast.rollout.backends")
+    max_cache_bytes: int = opt(
+        0, "of keys and values; 0: 2 GiB on a CPU, half of what is free on a GPU"
+    )
 
     def __post_init__(self) -> None:
         _require(self.prompts >= 1, "rollout.prompts", self.prompts, "must be at least 1")
@@ -124,6 +127,12 @@ class RolloutConfig:
         )
         _require(self.max_new_tokens >= 1, "rollout.max_new_tokens", self.max_new_tokens, "≥ 1")
         _require(self.temperature > 0, "rollout.temperature", self.temperature, "must be positive")
+        _require(
+            self.max_cache_bytes >= 0,
+            "rollout.max_cache_bytes",
+            self.max_cache_bytes,
+            "must be 0 (automatic) or positive",
+        )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -34,7 +35,7 @@ from .runs import policy_folder, read_config, read_json
 
 if TYPE_CHECKING:
     from .objectives import Normalizer, Objectives
-    from .policy import Policy
+    from .policy import Network, Policy
 
 RESAMPLES = 1000
 MODES = ("greedy", "sampled")
@@ -86,11 +87,10 @@ def evaluate(
     chosen = tuple(sorted(fitting, key=lambda p: p.id)[: options.prompts])
     weights = evaluation_weights(len(config.names), options.grid)
     seen = _seen(config, weights)
-    sweeps = {
-        (model, mode): _sweep(policy, model, mode, chosen, weights, config, say)
-        for model in MODELS
-        for mode in MODES
-    }
+    sweeps: dict[tuple[str, str], Sweep] = {}
+    for model in MODELS:
+        with policy.reference() if model == "base" else nullcontext() as network:
+            sweeps |= _sweeps(policy, network, model, chosen, weights, config, say)
     scoring = time.perf_counter()
     rewards = {k: _score(objectives, chosen, weights, s, say) for k, s in sweeps.items()}
     scoring = time.perf_counter() - scoring
@@ -157,51 +157,59 @@ def evaluate(
     )
 
 
-def _sweep(
+def _sweeps(
     policy: Policy,
+    network: Network | None,
     model: str,
-    mode: str,
     prompts: Sequence[Prompt],
     weights: Sequence[Weights],
     config: Config,
     say: Progress,
-) -> Sweep:
-    from .rollout import Request, rollout
+) -> dict[tuple[str, str], Sweep]:
+    """All modes of one model: a prompt is computed once for all its weights, samples and modes."""
+    from .rollout import Request, Sampling, engine
 
-    samples = config.evaluation.samples if mode == "sampled" else 1
+    sweeps = {}
     rows = 512 if policy.device.type == "cuda" else 64
-    # whole prompts to a batch, so that each is computed once for all weights and samples
-    batch = max(1, rows // (len(weights) * samples))
-    texts: list[str] = []
-    prefill = tokens = stopped = 0
-    started = time.perf_counter()
-    for low in range(0, len(prompts), batch):
-        part = prompts[low : low + batch]
-        requests = [Request(p, w, samples) for p in part for w in weights]
-
-        def answer(requests: list[Request], network: Any = None) -> Any:
-            return rollout(
-                policy,
-                requests,
+    with engine(
+        policy,
+        network=network,
+        max_rows=rows,
+        max_cache_bytes=config.rollout.max_cache_bytes,
+    ) as sampler:
+        for mode in MODES:
+            samples = config.evaluation.samples if mode == "sampled" else 1
+            requests = [Request(p, w, samples) for p in prompts for w in weights]
+            sampling = Sampling(
                 max_new_tokens=config.rollout.max_new_tokens,
                 temperature=config.rollout.temperature if mode == "sampled" else 0.0,
                 seed=config.seed,
                 stream=("evaluation",),
-                network=network,
-                max_rows=max(rows, len(weights) * samples),
             )
+            said = _in_eighths(f"evaluation: {model}, {mode}", len(requests) * samples, say)
+            out = sampler.sample(requests, sampling, said)
+            sweeps[model, mode] = Sweep(
+                out.texts,
+                out.prefill_tokens,
+                int(out.mask_RT.sum()),
+                sum(f == "stop" for f in out.finish) / len(out.texts),
+                out.seconds,
+            )
+    return sweeps
 
-        if model == "base":
-            with policy.reference() as network:
-                out = answer(requests, network)
-        else:
-            out = answer(requests)
-        texts.extend(out.texts)
-        prefill += out.prefill_tokens
-        tokens += int(out.mask_RT.sum())
-        stopped += sum(f == "stop" for f in out.finish)
-        say(f"evaluation: {model}, {mode}: {low + len(part)} of {len(prompts)} prompts")
-    return Sweep(tuple(texts), prefill, tokens, stopped / len(texts), time.perf_counter() - started)
+
+def _in_eighths(what: str, whole: int, say: Progress) -> Callable[[int], None]:
+    """Says how far the answers are, eight times."""
+    due = iter(range(1, 9))
+    mark = [next(due)]
+
+    def ended(n: int) -> None:
+        if n * 8 >= mark[0] * whole:
+            say(f"{what}: {n} of {whole} answers")
+            while mark[0] * whole <= n * 8:
+                mark[0] = next(due, 9 * whole)
+
+    return ended
 
 
 def _score(

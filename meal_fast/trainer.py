@@ -158,6 +158,7 @@ class Trainer:
             temperature=config.rollout.temperature,
             seed=config.seed,
             stream=("train", step, task, inner),
+            max_cache_bytes=config.rollout.max_cache_bytes,
         )
         clock = Clock()
         scored = self.score(rolled)
@@ -243,6 +244,7 @@ class Trainer:
                 seed=config.seed,
                 stream=("calibration",),
                 network=base,
+                max_cache_bytes=config.rollout.max_cache_bytes,
             )
         texts = [rolled.prompts[g].text for g in rolled.group_R.tolist()]
         reward = self.objectives.score(texts, rolled.texts)

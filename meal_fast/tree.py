@@ -1,22 +1,21 @@
-"""One forward pass over prompts and the many rows that share them: no prefix is computed twice.
+"""Forward passes over prompts and the many rows that share them: no prefix is computed twice.
 
-A `Tree` holds the keys and values of B prefixes once, `Rows` those of R rows behind them. The model
-is a plain transformers decoder; it is loaded with the attention function registered here, which
-looks at what is handed to the forward pass:
+The model is a plain transformers decoder, loaded with the attention function registered here. What
+a forward pass does with its keys and values is said by the object handed to it as `tree=`:
 
-    prefix pass   tokens_BP: causal; keys and values are kept as prefixes, one copy a prompt
-    row pass      tokens_RT: every row sees its own prefix and, causally, its own earlier tokens
-    packed pass   tokens_1N: prefixes and rows laid end to end, for training: prompt tokens go
-                  through the model once for all their samples, and no padding goes at all
+    none          a plain causal pass
+    Packed        prefixes and rows laid end to end, for training: prompt tokens go through the
+                  model once for all their samples, and no padding goes at all
+    rollout.cache the sampler's passes over prompts, suffixes and single new tokens
 
-Padding of the first two is on the right, so positions are plain counts and a pad is never seen.
+Padding is on the right, so positions are plain counts and a pad is never seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,83 +25,11 @@ from transformers import AttentionInterface
 ATTENTION = "meal_fast_tree"
 
 
-@dataclass(frozen=True)
-class Slots:
-    """Rows of a batch as a rectangle (B, G), G the largest group's size, and back."""
+class Pass(Protocol):
+    """What a forward pass does with the queries, keys and values of a layer."""
 
-    b: int
-    g: int
-    row_BG: Tensor | None  # int64, the row in each slot (any row where none is); None: even groups
-    slot_R: Tensor | None  # int64, the slot of each row
-
-    @staticmethod
-    def of(group_R: Tensor, b: int) -> Slots:
-        counts = torch.bincount(group_R, minlength=b)
-        g, r = int(counts.max()), len(group_R)
-        if r == b * g:
-            return Slots(b, g, None, None)
-        first = counts.cumsum(0) - counts
-        slot_R = group_R * g + torch.arange(r, device=group_R.device) - first[group_R]
-        row_BG = torch.zeros(b * g, dtype=torch.int64, device=group_R.device)
-        row_BG[slot_R] = torch.arange(r, device=group_R.device)
-        return Slots(b, g, row_BG, slot_R)
-
-    def to_groups(self, x: Tensor) -> Tensor:  # (R, …) -> (B, G, …)
-        x = x if self.row_BG is None else x[self.row_BG]
-        return x.view(self.b, self.g, *x.shape[1:])
-
-    def to_rows(self, x: Tensor) -> Tensor:  # (B, G, …) -> (R, …)
-        x = x.reshape(self.b * self.g, *x.shape[2:])
-        return x if self.slot_R is None else x[self.slot_R]
-
-
-@dataclass
-class Tree:
-    """Keys and values of B prefixes, a list entry a layer."""
-
-    valid_BP: Tensor  # bool, true on the real tokens
-    prefix: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (B, H, P, d)
-
-    def rows(self, group_R: Tensor, *, keep: bool = False, capacity: int = 0) -> Rows:
-        """Rows behind these prefixes (shared, not copied). `capacity`: tokens to keep room for."""
-        return Rows(self, group_R, Slots.of(group_R, len(self.valid_BP)), keep, capacity)
-
-    def grown(self, rows: Rows, valid_RT: Tensor) -> Tree:
-        """Prefixes made longer: row r's prefix and kept tail become prefix r of a new tree."""
-        g, t = rows.group_R, valid_RT.shape[1]
-        same = rows.slots.row_BG is None and rows.slots.g == 1
-        prefix = []
-        for (pk, pv), (tk, tv) in zip(self.prefix, rows.tail, strict=True):
-            pk, pv = (pk, pv) if same else (pk[g], pv[g])
-            prefix.append((torch.cat([pk, tk[:, :, :t]], 2), torch.cat([pv, tv[:, :, :t]], 2)))
-        valid = torch.cat([self.valid_BP if same else self.valid_BP[g], valid_RT], 1)
-        return Tree(valid, prefix)
-
-    def reordered(self, order: Tensor) -> Tree:
-        """The same prefixes in another order."""
-        if torch.equal(order, torch.arange(len(order), device=order.device)):
-            return self
-        prefix = [(k[order], v[order]) for k, v in self.prefix]
-        return Tree(self.valid_BP[order], prefix)
-
-
-@dataclass
-class Rows:
-    """R rows, each behind one prefix. `keep`: what passes is kept in the tail (decoding)."""
-
-    tree: Tree
-    group_R: Tensor  # int64, the prefix of every row
-    slots: Slots  # how rows lie in groups
-    keep: bool = False
-    capacity: int = 0  # tokens of tail to make room for, when kept
-    length: int = 0  # tokens of tail so far
-    tail: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (R, H, capacity, d)
-
-    def select(self, keep_R: Tensor) -> None:
-        """Drops finished rows from the kept tail. keep_R: int64 indices, increasing."""
-        self.group_R = self.group_R[keep_R]
-        self.slots = Slots.of(self.group_R, len(self.tree.valid_BP))
-        self.tail = [(k[keep_R], v[keep_R]) for k, v in self.tail]
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """query (R, Hq, T, d), key and value (R, H, T, d) -> (R, T, Hq, d)."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +51,20 @@ class Packed:
         ends_B = self.valid_BP.sum(1) - 1
         last_B = self.prefix_BP.gather(1, ends_B[:, None])
         return torch.cat([last_B[self.group_R], self.row_RT], 1)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Prefixes causally, then every row behind its prefix: `Pass`."""
+
+        def at(x: Tensor, places: Tensor) -> Tensor:  # (1, H, N, d) -> (B, H, P, d)
+            return x[0].transpose(0, 1)[places].transpose(1, 2)
+
+        q, pk, pv = (at(x, self.prefix_BP) for x in (query, key, value))
+        out = [causal(q, pk, pv, scale).transpose(1, 2).flatten(0, 1)[self.prefix_at]]
+        if len(self.row_at):
+            q, k, v = (at(x, self.row_RT) for x in (query, key, value))
+            rows = behind(q, k, v, pk, pv, self.group_R, self.valid_BP, scale)
+            out.append(rows.transpose(1, 2).flatten(0, 1)[self.row_at])
+        return torch.cat(out)[None]
 
 
 def pack(
@@ -173,6 +114,38 @@ def check_supported(config: Any) -> None:
         raise ValueError(f"policy: {text.model_type} caps attention scores, which is not supported")
 
 
+def causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Each token sees those before it and itself: (R, Hq, T, d)."""
+    rep = query.shape[1] // key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, _repeat(key, rep), _repeat(value, rep), is_causal=True, scale=scale
+    )
+
+
+def behind(
+    query: Tensor,  # (R, Hq, T, d)
+    key: Tensor,  # (R, H, T, d)
+    value: Tensor,
+    prefix_key: Tensor,  # (B, H, P, d)
+    prefix_value: Tensor,
+    group_R: Tensor,
+    valid_BP: Tensor,
+    scale: float,
+) -> Tensor:
+    """Each row's tokens see its prefix, which is laid before them, and each other causally."""
+    t, rep = query.shape[2], query.shape[1] // key.shape[1]
+    k = _repeat(torch.cat([prefix_key[group_R], key], 2), rep)
+    v = _repeat(torch.cat([prefix_value[group_R], value], 2), rep)
+    own = torch.ones(t, t, dtype=torch.bool, device=query.device).tril()
+    seen = valid_BP[group_R][:, None, None, :].expand(-1, 1, t, -1)
+    mask = torch.cat([seen, own.expand(len(group_R), 1, t, t)], -1)
+    return F.scaled_dot_product_attention(query, k, v, attn_mask=mask, scale=scale)
+
+
+def _repeat(x: Tensor, times: int) -> Tensor:
+    return x if times == 1 else x.repeat_interleave(times, 1)
+
+
 def _attention(
     module: Any,
     query: Tensor,  # (R, Hq, T, d)
@@ -180,127 +153,16 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    tree: Tree | Rows | Packed | None = None,
+    tree: Pass | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if isinstance(tree, Packed):
-        return _packed(query, key, value, tree, scale), None
-    if not isinstance(tree, Rows):
-        if tree is not None:
-            tree.prefix.append((key, value))
-        return _causal(query, key, value, scale).transpose(1, 2), None
-    rows, layer = tree, module.layer_idx
-    if rows.keep:
-        if len(rows.tail) <= layer:
-            room = (key.shape[0], key.shape[1], rows.capacity, key.shape[3])
-            rows.tail.append((key.new_empty(room), key.new_empty(room)))
-        tail_k, tail_v = rows.tail[layer]
-        start, end = rows.length, rows.length + key.shape[2]
-        tail_k[:, :, start:end] = key
-        tail_v[:, :, start:end] = value
-        key, value = tail_k[:, :, :end], tail_v[:, :, :end]
-    pk, pv = rows.tree.prefix[layer]
-    if query.shape[2] == 1:
-        return _grouped(query, key, value, rows, pk, pv, scale).transpose(1, 2), None
-    out = _expanded(query, key, value, rows.group_R, rows.tree.valid_BP, pk, pv, scale)
-    return out.transpose(1, 2), None
-
-
-def _repeat(x: Tensor, times: int) -> Tensor:
-    return x if times == 1 else x.repeat_interleave(times, 1)
-
-
-def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    rep = query.shape[1] // key.shape[1]
-    return F.scaled_dot_product_attention(
-        query, _repeat(key, rep), _repeat(value, rep), is_causal=True, scale=scale
-    )
-
-
-def _packed(query: Tensor, key: Tensor, value: Tensor, packed: Packed, scale: float) -> Tensor:
-    """(1, H, N, d) each -> (1, N, H, d): prefixes causally, then every row behind its prefix."""
-
-    def at(x: Tensor, places: Tensor) -> Tensor:  # (1, H, N, d) -> (B, H, P, d)
-        return x[0].transpose(0, 1)[places].transpose(1, 2)
-
-    q, pk, pv = (at(x, packed.prefix_BP) for x in (query, key, value))
-    out = [_causal(q, pk, pv, scale).transpose(1, 2).flatten(0, 1)[packed.prefix_at]]
-    if len(packed.row_at):
-        q, k, v = (at(x, packed.row_RT) for x in (query, key, value))
-        rows = _expanded(q, k, v, packed.group_R, packed.valid_BP, pk, pv, scale)
-        out.append(rows.transpose(1, 2).flatten(0, 1)[packed.row_at])
-    return torch.cat(out)[None]
-
-
-def _expanded(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    group_R: Tensor,
-    valid_BP: Tensor,
-    pk: Tensor,
-    pv: Tensor,
-    scale: float,
-) -> Tensor:
-    """Each row's prefix is laid before its tail: where T is long beside P."""
-    g, t, s = group_R, query.shape[2], key.shape[2]
-    rep = query.shape[1] // key.shape[1]
-    k = _repeat(torch.cat([pk[g], key], 2), rep)
-    v = _repeat(torch.cat([pv[g], value], 2), rep)
-    causal = torch.ones(t, s, dtype=torch.bool, device=query.device).tril(s - t)
-    seen = valid_BP[g][:, None, None, :].expand(-1, 1, t, -1)
-    mask = torch.cat([seen, causal.expand(len(g), 1, t, s)], -1)
-    return F.scaled_dot_product_attention(query, k, v, attn_mask=mask, scale=scale)
-
-
-def _grouped(
-    query: Tensor, key: Tensor, value: Tensor, rows: Rows, pk: Tensor, pv: Tensor, scale: float
-) -> Tensor:
-    """One new token a row: the G rows of a prefix are one matrix product with its single copy."""
-    r, hq, _, d = query.shape
-    b, h, p, _ = pk.shape
-    rep, slots = hq // h, rows.slots
-    g = slots.g
-
-    def fold(x: Tensor) -> Tensor:  # (R, H, rep, ·) -> (B, H, G rep, ·)
-        return slots.to_groups(x).transpose(1, 2).reshape(b, h, g * rep, -1)
-
-    def unfold(x: Tensor) -> Tensor:
-        return slots.to_rows(x.view(b, h, g, rep, -1).transpose(1, 2))
-
-    q = query.view(r, h, rep, d) * scale
-    to_prefix = fold(q) @ pk.transpose(2, 3)
-    to_prefix = to_prefix.masked_fill(~rows.tree.valid_BP[:, None, None, :], float("-inf"))
-    scores = torch.cat([unfold(to_prefix), q @ key.transpose(2, 3)], -1)
-    prob = torch.softmax(scores.float(), -1).to(query.dtype)
-    out = unfold(fold(prob[..., :p]) @ pv) + prob[..., p:] @ value
-    return out.reshape(r, hq, 1, d)
+    if tree is None:
+        return causal(query, key, value, scale).transpose(1, 2), None
+    return tree.attend(module.layer_idx, query, key, value, scale), None
 
 
 AttentionInterface.register(ATTENTION, _attention)
-
-
-def prefill(body: nn.Module, prefixes: Sequence[Sequence[int]]) -> tuple[Tree, Tensor]:
-    """Runs B prefixes through `body`; their tree, and each last token's hidden state (B, D)."""
-    device = next(body.parameters()).device
-    tokens_BP, valid_BP = pad(prefixes, device)
-    tree = Tree(valid_BP)
-    hidden = body(input_ids=tokens_BP, use_cache=False, tree=tree).last_hidden_state
-    last = valid_BP.sum(1) - 1
-    return tree, hidden[torch.arange(len(last), device=device), last]
-
-
-def extend(body: nn.Module, rows: Rows, tokens_RT: Tensor) -> Tensor:
-    """Runs T more tokens of every row: hidden states (R, T, D). Kept rows remember them."""
-    start = rows.tree.valid_BP.sum(1)[rows.group_R] + rows.length
-    positions = start[:, None] + torch.arange(tokens_RT.shape[1], device=tokens_RT.device)
-    hidden = body(
-        input_ids=tokens_RT, position_ids=positions, use_cache=False, tree=rows
-    ).last_hidden_state
-    if rows.keep:
-        rows.length += tokens_RT.shape[1]
-    return hidden
 
 
 def forward(body: nn.Module, packed: Packed) -> Tensor:

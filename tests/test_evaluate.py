@@ -55,7 +55,7 @@ def test_every_answer_is_there_and_prompts_are_computed_once_a_sweep(config, pol
         for mode, answers in (("greedy", 25), ("sampled", 50)):
             entry = result["results"][model][mode]
             assert entry["answers"] == answers
-            assert entry["prefill_tokens"] == once
+            assert entry["prefill_tokens"] == (once if mode == "greedy" else 0)  # once for both
             assert 0 < entry["tokens"] <= answers * 6
 
 

@@ -102,27 +102,75 @@ def test_truncation_by_hand(options, kept):
         assert abs(chi_square(token, left)) < 4
 
 
+def survivors(z, top_k=0, top_p=1.0, min_p=0.0):
+    p = z.softmax(1)
+    return sampling._survivors(z, p, top_k, top_p, min_p, torch.full_like(z, math.nan))
+
+
 def test_ties_do_not_let_more_in():
     flat = torch.zeros(2000)
     assert sorted(draw(flat, 2000, top_k=5)[0].unique().tolist()) == [0, 1, 2, 3, 4]
     assert draw(flat, 4000, top_p=0.01)[0].max() == 19
     # Two rows of one batch, with and without a tie at the edge.
     logits = torch.tensor([[3.0, 1.0, 2.0, 2.0], [3.0, 1.0, 2.5, 2.0]])
-    keep = sampling._survivors(logits.softmax(1), 2, 1.0, 0.0)
-    assert keep.tolist() == [[True, False, True, False]] * 2
+    assert survivors(logits, top_k=2).tolist() == [[1, 0, 1, 0]] * 2
 
 
-def test_the_short_list_of_top_p_changes_nothing(monkeypatch):
+@pytest.mark.parametrize("v", [3000, 50])
+def test_the_short_list_of_top_p_changes_nothing(monkeypatch, v):
     torch.manual_seed(3)
-    p = (3 * torch.randn(4, 3000)).softmax(1)
+    z = 3 * torch.randn(4, v)
+    z[0] = 0.0  # the short list of a flat row is all of it
+    z[1, 5] = 40.0
     kept = {}
-    for size in (8, 1024, 5000):  # never enough, enough, not used
-        monkeypatch.setattr(sampling, "_SHORT_LIST", size)
-        kept[size] = sampling._survivors(p, 0, 0.9, 0.0)
-    assert (kept[8] == kept[1024]).all() and (kept[8] == kept[5000]).all()
-    mass = (p * kept[8]).sum(1)
-    least = torch.where(kept[8], p, 1).amin(1)
-    assert (mass >= 0.9).all() and (mass - least < 0.9).all()
+    for least in (0.25, 1 / 256, 0.0):  # too short at first, as it is, not used
+        monkeypatch.setattr(sampling, "_SHORT_LIST", least)
+        kept[least] = survivors(z, top_p=0.9)
+    assert (kept[0.25] == kept[0.0]).all() and (kept[1 / 256] == kept[0.0]).all()
+    p = z.softmax(1)
+    mass = (p * kept[0.0]).sum(1, dtype=torch.float64)
+    least = torch.where(kept[0.0] > 0, p, 1).amin(1)
+    assert (mass >= 0.9 - 1e-6).all() and (mass - least < 0.9).all()
+    assert kept[0.0][1].sum() == 1
+
+
+@pytest.mark.parametrize("v", [40, 640, 5003])
+@pytest.mark.parametrize("k", [1, 2, 7, 60, 5003])
+def test_top_k_is_the_first_k_of_a_stable_sort(v, k):
+    torch.manual_seed(k)
+    z = torch.randint(0, 40, (6, v)).float()  # mostly ties
+    z[3] = torch.randn(v)
+    z[4, 7:] = -torch.inf
+    order = z.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    expected = torch.zeros_like(z).scatter_(1, order, 1)
+    assert torch.equal(survivors(z, top_k=k), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.7}, {"temperature": 0.0}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_few_rows_at_a_time_are_all_rows_at_once(monkeypatch, rows, options, dtype):
+    torch.manual_seed(6)
+    logits = 3 * torch.randn(5, 600).to(dtype)
+    for scale in ({}, {"temperature": 0.6}):
+        given = scale | options
+        whole = draw(logits, **given)
+        monkeypatch.setattr(sampling, "_CHUNK", rows * 600)
+        for a, b in zip(whole, draw(logits, **given), strict=True):
+            assert torch.equal(a, b)
+        monkeypatch.undo()
+        log_p = (logits.float() / (given.get("temperature", 1.0) or 1.0)).log_softmax(1)
+        torch.testing.assert_close(whole[1], log_p.gather(1, whole[0][:, None]).squeeze(1))
+
+
+def test_greedy_takes_the_first_maximum_wherever_it_lies():
+    torch.manual_seed(7)
+    for v in (1, 255, 256, 700, 1024):
+        logits = torch.randint(0, 4, (64, v)).float()
+        assert torch.equal(draw(logits, temperature=0.0)[0], logits.argmax(1))
+    logits = torch.full((1, 700), -torch.inf)
+    logits[0, 699] = -5.0
+    assert draw(logits, temperature=0.0)[0].item() == 699
 
 
 def test_greedy():
@@ -153,9 +201,10 @@ def test_a_token_of_probability_zero_is_never_drawn():
     p = torch.zeros(3, 700)
     p[0, 699], p[1, 300], p[2, [5, 600]] = 1.0, 0.3, torch.tensor([0.9, 1e-30])
     for u in (0.0, 1 - 2**-53, 1.0):
-        token, total = sampling._inverse_cdf(p, torch.full((3,), u, dtype=torch.float64))
+        sums = sampling._block_sums(p)
+        token = sampling._inverse_cdf(p, sums, torch.full((3,), u, dtype=torch.float64))
         assert (p.gather(1, token[:, None]) > 0).all()
-        torch.testing.assert_close(total, p.double().sum(1))
+        torch.testing.assert_close(sums[:, -1], p.double().sum(1))
     assert token.tolist()[:2] == [699, 300]
 
 
@@ -167,7 +216,7 @@ def test_rare_tokens_of_a_large_vocabulary_keep_their_share():
     logits[0] = math.log(v - 1)
     u = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
     p = logits.softmax(0).expand(2000, -1)
-    token, _ = sampling._inverse_cdf(p, u)
+    token = sampling._inverse_cdf(p, sampling._block_sums(p), u)
     exact = p[0].double().cumsum(0)
     expected = torch.searchsorted(exact, u * exact[-1], right=True)
     assert (token - expected).abs().max() <= 1

@@ -83,6 +83,7 @@ def test_a_prompt_is_prefilled_once_for_all_its_preferences(policy):
     suffixes = [len(policy.encode_suffix(w)) for w in weights]
     assert rolled.prefill_tokens == prompt + sum(suffixes)
     assert seen == [(1, prompt), (11, max(suffixes)), (22, 1)]
+    assert rolled.reused_tokens == 21 * prompt + sum(suffixes)
 
 
 def test_greedy_is_what_plain_transformers_generates(policy, tmp_path):

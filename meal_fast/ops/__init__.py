@@ -15,14 +15,17 @@ from .advantages import group_advantages
 from .from_logp import policy_loss_from_logp
 from .logprob import linear_logprob, linear_logprob_kl
 from .loss import linear_policy_loss, policy_loss
+from .prefix_attention import Groups, prefix_attention
 from .sampling import sample
 
 __all__ = [
+    "Groups",
     "group_advantages",
     "linear_logprob",
     "linear_logprob_kl",
     "linear_policy_loss",
     "policy_loss",
     "policy_loss_from_logp",
+    "prefix_attention",
     "sample",
 ]

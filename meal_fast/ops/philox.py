@@ -21,11 +21,9 @@ def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
     even, odd = counter[:, 0::2], counter[:, 1::2]
     keys = [[(k + i * w) & _WORD for k, w in zip(key, _WEYL, strict=True)] for i in range(_ROUNDS)]
     for key_R2 in torch.tensor(keys, dtype=torch.int64, device=counter.device):
-        # even * multiplier is 64 bits unsigned, one more than int64 has: multiply by halves.
-        upper, lower = (even >> 16) * multiplier, (even & 0xFFFF) * multiplier
-        high = (upper + (lower >> 16)) >> 16
-        low = ((upper << 16) + lower) & _WORD
-        even, odd = high.flip(1) ^ odd ^ key_R2, low.flip(1)
+        # The product has 64 bits, unsigned: int64 wraps, but holds them all.
+        product = (even * multiplier).flip(1)
+        even, odd = ((product >> 32) & _WORD) ^ odd ^ key_R2, product & _WORD
     return torch.stack((even[:, 0], odd[:, 0], even[:, 1], odd[:, 1]), 1)
 
 

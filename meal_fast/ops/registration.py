@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import advantages, from_logp, reference
+from .prefix_attention import Groups, prefix_attention
 
 Arguments = tuple[Any, ...]
 
@@ -253,3 +254,38 @@ register_loss(
     leading=2,
     eager=_policy_loss_from_logp,
 )
+
+
+def _prefix_attention(
+    query: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    prefix_length: Tensor,
+    group: Tensor,
+    order: Tensor | None,
+    offset: Tensor | None,
+    tail_key: Tensor,
+    tail_value: Tensor,
+    tail_length: Tensor,
+    scale: float | None,
+    impl: str | None,
+) -> Tensor:
+    plan: Tensor | Groups = group
+    if order is not None and offset is not None:
+        plan = Groups(len(offset) - 1, group, order, offset)
+    with torch.no_grad():
+        return prefix_attention(
+            query, prefix_key, prefix_value, prefix_length, plan,
+            tail_key, tail_value, tail_length, scale=scale, impl=impl,
+        )  # fmt: skip
+
+
+# For decoding: no gradient, and so no backward pass.
+torch.library.custom_op(
+    "meal_fast::prefix_attention",
+    _prefix_attention,
+    mutates_args=(),
+    schema="(Tensor query, Tensor prefix_key, Tensor prefix_value, Tensor prefix_length, "
+    "Tensor group, Tensor? order, Tensor? offset, Tensor tail_key, Tensor tail_value, "
+    "Tensor tail_length, float? scale, str? impl) -> Tensor",
+).register_fake(lambda query, *_: query.new_empty(query.shape))

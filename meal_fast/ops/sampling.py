@@ -12,7 +12,9 @@ from .checks import require
 from .philox import uniform
 
 _BLOCK = 256  # columns that are summed in float32; sums over blocks are float64
-_SHORT_LIST = 1024
+_GROUP = 64  # columns of which the largest is looked at first, for top-k
+_SHORT_LIST = 1 / 256  # the tokens likelier than this are top-p's first guess
+_CHUNK = 1 << 20  # numbers that are worked on at a time, on the CPU
 
 
 def sample(
@@ -73,14 +75,6 @@ def sample(
     require(0 < top_p <= 1, "top_p", top_p, "must be in (0, 1]")
     require(0 <= min_p <= 1, "min_p", min_p, "must be in [0, 1]")
     with torch.no_grad():
-        if logits.device.type == "cpu":
-            bad = ~logits.amax(1).isfinite()  # a NaN comes through amax
-            if bool(bad.any()):
-                first = int(bad.nonzero()[0, 0])
-                raise ValueError(
-                    f"logits: row {first} has a NaN, an infinite maximum or only -inf; "
-                    "it is no distribution"
-                )
         return _sample(
             logits,
             seed,
@@ -90,7 +84,6 @@ def sample(
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
-            dtype=reference.compute_dtype(logits),
         )
 
 
@@ -104,50 +97,99 @@ def _sample(
     top_k: int,
     top_p: float,
     min_p: float,
-    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(token, logp, truncated_logp), each (R,)."""
-    if temperature == 0:
-        token = logits.argmax(1)
-        logits = logits.to(dtype)
-        picked = logits.gather(1, token[:, None]).squeeze(1)
-        logp = picked - logits.logsumexp(1)
-        return token, logp, torch.where(logp.isnan(), logp, 0)
-    p = torch.softmax(logits.to(dtype) * (1 / temperature), 1)
-    kept = p
-    if top_k or top_p < 1 or min_p > 0:
-        kept = torch.where(_survivors(p, top_k, top_p, min_p), p, 0)
-    token, mass = _inverse_cdf(kept, uniform(seed, row, position))
-    picked = p.gather(1, token[:, None]).squeeze(1).log()
-    # softmax sums to 1 up to rounding; `mass` is that sum, or what truncation left of it.
-    full = mass if kept is p else p.sum(1, dtype=torch.float64)
-    return token, picked - full.log().to(dtype), picked - mass.log().to(dtype)
+    """(token, logp, truncated_logp), each (R,).
+
+    On the CPU a few rows at a time, in buffers that are used again: what one pass writes is still
+    in the cache when the next one reads it, and no call asks the system for memory by the megabyte.
+    """
+    r, v = logits.shape
+    cpu, dtype = logits.device.type == "cpu", reference.compute_dtype(logits)
+    parts = max(1, -(-r * v // _CHUNK)) if cpu else 1
+    step = max(1, -(-r // parts))
+    scale = 1 / temperature if temperature else 1.0
+    in_place = scale == 1 and logits.dtype == dtype and logits.is_contiguous()
+    scaled = logits.new_empty(0 if in_place else step, v, dtype=dtype)
+    truncates = bool(temperature) and (top_k > 0 or top_p < 1 or min_p > 0)
+    work = logits.new_empty(step if truncates else 0, v, dtype=dtype)
+    if in_place or truncates or not temperature:
+        probability = logits.new_empty(step, v, dtype=dtype)
+    else:
+        probability = scaled  # no one looks at z again: softmax takes its place
+    u = uniform(seed, row, position) if temperature else None
+    token = torch.empty_like(row)
+    logp, truncated = logits.new_zeros(2, r, dtype=dtype)
+    for first in range(0, r, step):
+        rows = slice(first, min(first + step, r))
+        z = logits[rows]
+        if not in_place:
+            z = scaled[: len(z)].copy_(z).mul_(scale)
+        p = torch.softmax(z, 1, out=probability[: len(z)])
+        sums = _block_sums(p)
+        full = sums[:, -1]  # 1 up to rounding
+        if cpu and not bool(full.isfinite().all()):
+            bad = first + int((~full.isfinite()).nonzero()[0, 0])
+            raise ValueError(
+                f"logits: row {bad} has a NaN, an infinite maximum or only -inf; "
+                "it is no distribution"
+            )
+        mass = full
+        if u is None:
+            picked = _first_maximum(z)
+        else:
+            if truncates:
+                # Multiplied, not selected: p is finite here (or the row is no distribution), and
+                # on the CPU a float32 mask takes a tenth of the time of a bool one.
+                kept = _survivors(z, p, top_k, top_p, min_p, work[: len(z)]).mul_(p)
+                sums = _block_sums(kept)
+                mass = sums[:, -1]
+            else:
+                kept = p
+            picked = _inverse_cdf(kept, sums, u[rows])
+        token[rows] = picked
+        log_p = p.gather(1, picked[:, None]).squeeze(1).log()
+        logp[rows] = log_p - full.log().to(dtype)
+        if u is not None:
+            truncated[rows] = log_p - mass.log().to(dtype)
+    # At temperature 0 one token has all the mass; a row that is no distribution stays NaN.
+    return token, logp, torch.where(logp.isnan(), logp, truncated)
 
 
-def _inverse_cdf(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Token of each row where the running sum of `p` passes u · total, and the total (float64).
+def _blocks(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """(R, V // width, width) and the (R, V % width) columns that are left over."""
+    whole = x.shape[1] // width * width
+    return x[:, :whole].unflatten(1, (-1, width)), x[:, whole:]
+
+
+def _block_sums(p: Tensor) -> Tensor:
+    """(R, blocks) float64: the running sum of the sums of blocks of columns.
 
     A running sum of V float32 numbers drifts by more than a rare token's probability. So: sums of
-    blocks, their running sum in float64, then one block's own running sum in float64. The token
-    returned always has p > 0: it is the first at which a running sum increases past the mark, or,
-    if rounding puts the mark past the end, the last at which it increases.
+    blocks, their running sum in float64, and later one block's own running sum in float64.
+    """
+    blocks, rest = _blocks(p, _BLOCK)
+    sums = blocks.sum(2)
+    if rest.shape[1]:
+        sums = torch.cat((sums, rest.sum(1, keepdim=True)), 1)
+    return sums.cumsum(1, dtype=torch.float64)
+
+
+def _inverse_cdf(p: Tensor, running: Tensor, u: Tensor) -> Tensor:
+    """Token of each row where the running sum of `p` passes u · total; `running` is of its blocks.
+
+    The token returned always has p > 0: it is the first at which a running sum increases past the
+    mark, or, if rounding puts the mark past the end, the last at which it increases.
     """
     v = p.shape[1]
-    whole = v // _BLOCK * _BLOCK
-    blocks = p[:, :whole].unflatten(1, (-1, _BLOCK)).sum(2, dtype=p.dtype)
-    if whole < v:
-        blocks = torch.cat((blocks, p[:, whole:].sum(1, keepdim=True)), 1)
-    running = blocks.double().cumsum(1)
-    total = running[:, -1]
-    mark = u * total
+    mark = u * running[:, -1]
     block = _first_past(running, mark)
     before = torch.where(
         block > 0, running.gather(1, (block - 1).clamp(min=0)[:, None]).squeeze(1), 0
     )
     column = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=p.device)
-    inside = torch.where(column < v, p.gather(1, column.clamp(max=v - 1)), 0).double().cumsum(1)
-    token = block * _BLOCK + _first_past(inside, mark - before)
-    return token, total
+    inside = torch.where(column < v, p.gather(1, column.clamp(max=v - 1)), 0)
+    inside = inside.cumsum(1, dtype=torch.float64)
+    return block * _BLOCK + _first_past(inside, mark - before)
 
 
 def _first_past(running: Tensor, mark: Tensor) -> Tensor:
@@ -157,48 +199,113 @@ def _first_past(running: Tensor, mark: Tensor) -> Tensor:
     return torch.where(past.any(1), past.int().argmax(1), end.int().argmax(1))
 
 
-def _survivors(p: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """(R, V) bool: what top-k, then top-p of what it left, then min-p keep."""
-    keep = torch.ones_like(p, dtype=torch.bool)
-    if top_k or top_p < 1:
-        ordered, total = _likeliest(p, top_k, top_p)
-        running = ordered.double().cumsum(1)
-        # Kept while the mass before it is short of top_p: the shortest prefix that reaches it.
-        prefix = (running - ordered < top_p * total) if top_p < 1 else torch.ones_like(ordered) > 0
-        count = prefix.sum(1, keepdim=True).clamp(min=1)
-        keep = _first_likeliest(p, count, ordered.gather(1, count - 1))
-    if min_p > 0:
-        keep &= p >= min_p * p.amax(1, keepdim=True)
-    return keep
+def _first_maximum(z: Tensor) -> Tensor:
+    """`z.argmax(1)`, which is not vectorised on the CPU: first the block, then the column in it."""
+    v = z.shape[1]
+    blocks, rest = _blocks(z, _BLOCK)
+    if not blocks.shape[1]:
+        return z.argmax(1)
+    top = blocks.amax(2)
+    if rest.shape[1]:
+        top = torch.cat((top, rest.amax(1, keepdim=True)), 1)
+    # The last column of all stands in for those past the end: it is no earlier maximum.
+    column = top.argmax(1, keepdim=True) * _BLOCK + torch.arange(_BLOCK, device=z.device)
+    column = column.clamp(max=v - 1)
+    return column.gather(1, z.gather(1, column).argmax(1, keepdim=True)).squeeze(1)
 
 
-def _likeliest(p: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """(values, total): enough of the largest values, descending, and the mass top-p is a share of.
+def _survivors(
+    z: Tensor, p: Tensor, top_k: int, top_p: float, min_p: float, work: Tensor
+) -> Tensor:
+    """`work` (R, V): 1 for what top-k, then top-p of what it left, then min-p keep; else 0.
 
-    A sort of the vocabulary costs ten times the rest of the op, so without top-k a short list is
-    tried first. Looking whether it was enough waits for the device: on the CPU only.
+    The order is that of z, not of p: that is exact, and the same on every device.
     """
-    v = p.shape[1]
-    if 0 < top_k:
-        values = p.topk(min(top_k, v), 1).values
-        return values, values.sum(1, keepdim=True, dtype=torch.float64)
+    if top_k or top_p < 1:
+        ordered, share, total = _likeliest(z, p, top_k, top_p, work)
+        count = torch.full_like(total, min(top_k, z.shape[1]), dtype=torch.int64)
+        if top_p < 1:
+            # Kept while the mass before it is short of top_p: the shortest prefix that reaches it.
+            running = share.cumsum(1, dtype=torch.float64)
+            count = (running - share < top_p * total).sum(1, keepdim=True).clamp(min=1)
+        _first_likeliest(z, count, ordered.gather(1, count - 1), work)
+        if min_p > 0:
+            work *= p >= min_p * p.amax(1, keepdim=True)
+    else:
+        torch.ge(p, min_p * p.amax(1, keepdim=True), out=work)
+    return work
+
+
+def _likeliest(
+    z: Tensor, p: Tensor, top_k: int, top_p: float, work: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(z, p, mass): enough of the likeliest, descending, and the mass top-p is a share of.
+
+    A sort of the vocabulary costs ten times the rest of the op. Choosing less of it waits for the
+    device when the choice depends on the values: so for top-p on the CPU only.
+    """
+    v = z.shape[1]
+    if top_k:
+        column = _top_columns(z, min(top_k, v))
+        share = p.gather(1, column)
+        return z.gather(1, column), share, share.sum(1, keepdim=True, dtype=torch.float64)
+    # All in float64: a sum of float32 blocks is off by enough to let a tie in.
     total = p.sum(1, keepdim=True, dtype=torch.float64)
-    if p.device.type == "cpu" and v > _SHORT_LIST:
-        values = p.topk(_SHORT_LIST, 1).values
-        if bool((values.sum(1, keepdim=True, dtype=torch.float64) >= top_p * total).all()):
-            return values, total
-    return p.sort(dim=1, descending=True).values, total
+    least = _SHORT_LIST if z.device.type == "cpu" else 0.0
+    while least > 1 / (8 * v):
+        # Fewer than 1 / least of a row's tokens are likelier than that.
+        torch.threshold(p, least, 0, out=work)
+        if bool((work.sum(1, keepdim=True) >= top_p * total).all()):
+            ordered, share = _ordered_above(z, work)
+            if bool((share.sum(1, keepdim=True, dtype=torch.float64) >= top_p * total).all()):
+                return ordered, share, total
+        least /= 2
+    ordered, column = z.sort(dim=1, descending=True)
+    return ordered, p.gather(1, column), total
 
 
-def _first_likeliest(p: Tensor, count: Tensor, least: Tensor) -> Tensor:
-    """The `count` (R, 1) largest of each row, the last of which is `least` (R, 1).
+def _top_columns(z: Tensor, k: int) -> Tensor:
+    """(R, k): the columns of the k largest of each row, descending.
+
+    They are found among the blocks with the k largest maxima: all others hold nothing that is
+    larger than each of these maxima. Of equal values any may be among the k.
+    """
+    blocks, rest = _blocks(z, _GROUP)
+    if 4 * k >= blocks.shape[1]:
+        return z.topk(k, 1).indices
+    chosen = blocks.amax(2).topk(k, 1).indices[:, :, None]
+    column = (chosen * _GROUP + torch.arange(_GROUP, device=z.device)).flatten(1)
+    if rest.shape[1]:
+        last = torch.arange(z.shape[1] - rest.shape[1], z.shape[1], device=z.device)
+        column = torch.cat((column, last.expand(len(z), -1)), 1)
+    return column.gather(1, z.gather(1, column).topk(k, 1).indices)
+
+
+def _ordered_above(z: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """The z and p of each row that have p > 0, by z, descending; rows are filled up with p = 0."""
+    r, v = p.shape
+    found = p.view(-1).nonzero().squeeze(1)
+    row = found.div(v, rounding_mode="floor")
+    count = torch.bincount(row, minlength=r)
+    width = int(count.max())
+    place = torch.arange(len(row), device=p.device) + (
+        torch.arange(r, device=p.device) * width - (count.cumsum(0) - count)
+    ).repeat_interleave(count)
+    value = z.new_full((r * width,), -torch.inf).scatter_(0, place, z.view(-1)[found])
+    share = p.new_zeros(r * width).scatter_(0, place, p.view(-1)[found])
+    value, order = value.view(r, width).sort(dim=1, descending=True)
+    return value, share.view(r, width).gather(1, order)
+
+
+def _first_likeliest(z: Tensor, count: Tensor, least: Tensor, work: Tensor) -> None:
+    """`work` becomes 1 for the `count` (R, 1) largest of each row, the last of which is `least`.
 
     Of the values equal to `least` the first in order of token id are taken, and no more than there
     is room for.
     """
-    keep = p >= least
-    if p.device.type == "cpu" and bool((keep.sum(1, keepdim=True) == count).all()):
-        return keep
-    above = p > least
-    tied = keep & ~above
-    return above | (tied & (tied.cumsum(1) <= count - above.sum(1, keepdim=True)))
+    torch.ge(z, least, out=work)
+    if z.device.type == "cpu" and bool((work.sum(1, keepdim=True) == count).all()):
+        return  # the sum is exact: it is a count, and of no more than 2²⁴
+    above = z > least
+    tied = (z == least).cumsum(1)
+    work *= above | (tied <= count - above.sum(1, keepdim=True))

@@ -1,5 +1,5 @@
 """Rollouts: sampled responses of the policy, every prefix computed once."""
 
-from .engine import Request, rollout
+from .engine import Engine, Request, Row, Sampling, engine, rollout
 
-__all__ = ["Request", "rollout"]
+__all__ = ["Engine", "Request", "Row", "Sampling", "engine", "rollout"]

@@ -352,6 +352,8 @@ def _gathered(
         logp_RT=logp_RT,
         finish=tuple(row.finish for row in drawn),
         texts=tuple(policy.decode(row.tokens) for row in drawn),
+        on_policy=True,
         prefill_tokens=prefill_tokens,
+        reused_tokens=sum(len(prefixes[b]) for b in group) - prefill_tokens,
         seconds=time.perf_counter() - started,
     )

@@ -1,25 +1,32 @@
-"""Batched sampling behind shared prefixes.
+"""The sampler: slots that stay full, every prefix computed once, rows that can be cut and resumed.
 
-Three passes: every different prompt once; every (prompt, preference) suffix once, behind its
-prompt; then one token a step for all rows, each group behind the single copy of its prefix. Rows
-that have finished leave the batch. A token's randomness is keyed by (seed, row id, position), so a
-row's text does not depend on which other rows share the batch.
+A row is one response. It waits for a slot, starts behind its prompt and preference suffix (which
+are computed if no earlier row needed them), and gets one token a step until it ends; its slot then
+goes to the next row that waits. A token's randomness is keyed by (seed, row id, position), so a
+row's text depends neither on the slot nor on the rows beside it, up to the rounding of the model.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from itertools import groupby
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import ops, tree
+from .. import ops
 from ..batch import Prompt, Rollout, key
+from ..ops import Groups
 from ..policy import Network, Policy
+from ..tree import pad
+from .cache import Pool, Shape, Tails, TokenPass, Tokens, fill_prompts, fill_suffixes
+
+_PASS_TOKENS = 4096  # padded tokens of a pass over prompts or suffixes
+_ROUND = 16  # sizes of the caches are multiples of it
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,381 @@ class Request:
     samples: int = 1
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Sampling:
+    """How rows are sampled. Truncation is for evaluation and serving: no learner takes it."""
+
+    max_new_tokens: int
+    temperature: float  # 0: greedy; log-probabilities are then those at temperature 1
+    seed: int
+    stream: tuple[int | str, ...] = ()  # what else a row's id is made of: step, task, …
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()  # strings that end a response; it keeps them
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature={self.temperature}: must be 0 (greedy) or positive")
+        if any(not s for s in self.stop):
+            raise ValueError(f"stop={self.stop}: holds an empty string, which ends every response")
+
+    @property
+    def truncates(self) -> bool:
+        return bool(self.top_k or self.top_p < 1 or self.min_p > 0)
+
+
+@dataclass(eq=False)
+class Row:
+    """One response as it grows."""
+
+    request: Request
+    index: int  # of the request
+    sample: int
+    prompt: Tokens  # computed once for all rows that share it
+    suffix: Tokens  # likewise, behind the prompt; () where the prompt holds it
+    attempt: int = 0
+    tokens: list[int] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)  # under softmax(logits / temperature)
+    finish: str = ""  # "stop", "length" or "cancelled"; "" while it waits or grows
+    place: int = -1
+
+    def id(self, stream: tuple[int | str, ...]) -> int:
+        again = (self.attempt,) if self.attempt else ()
+        return key(*stream, self.request.prompt.id, str(self.request.w or ()), self.sample, *again)
+
+    def cut(self, keep: int) -> None:
+        """Drops all but the first `keep` tokens; what follows them is drawn anew.
+
+        Its attempt counts up: under the same id the same text would be drawn for ever.
+        """
+        if not 0 <= keep <= len(self.tokens):
+            raise ValueError(f"keep={keep}: the row has {len(self.tokens)} tokens")
+        del self.tokens[keep:], self.logp[keep:]
+        self.attempt += 1
+        self.finish = ""
+
+
+@dataclass
+class Counts:
+    """Tokens through the model, and those that did not have to go through it again."""
+
+    prompt: int = 0
+    suffix: int = 0
+    decode: int = 0
+    reused: int = 0  # of the rows' prefixes: what a sampler without caches would compute
+
+    @property
+    def fresh(self) -> int:
+        return self.prompt + self.suffix + self.decode
+
+
+class Engine:
+    """Samples from one network whose weights stay as they are: see `engine`."""
+
+    def __init__(
+        self, policy: Policy, network: Network, max_rows: int = 64, max_cache_bytes: int = 0
+    ) -> None:
+        if max_rows < 1:
+            raise ValueError(f"max_rows={max_rows}: must be at least 1")
+        if max_cache_bytes < 0:
+            raise ValueError(f"max_cache_bytes={max_cache_bytes}: 0 (automatic) or positive")
+        self.policy, self.network, self.max_rows = policy, network, max_rows
+        self.shape = Shape.of(network)
+        self.max_cache_bytes = max_cache_bytes or _default_budget(self.shape.device)
+        self.prompts, self.suffixes = Pool(self.shape, 0, 0), Pool(self.shape, 0, 0)
+        self.tails = Tails(self.shape, 0, 0)
+        self.counts = Counts()
+        self.live: list[Row] = []  # the row in each slot
+        self._stop = torch.tensor(sorted(policy.stop_ids), device=self.shape.device)
+
+    def rows(self, requests: Sequence[Request]) -> list[Row]:
+        """The rows of the requests, in their order. A prompt with one preference is one with it."""
+        if not requests:
+            raise ValueError("requests=[]: nothing to sample")
+        for request in requests:
+            if request.samples < 1:
+                raise ValueError(f"samples={request.samples}: must be at least 1")
+            if not request.prompt.text.strip():
+                raise ValueError(f"prompt {request.prompt.id}: is empty")
+        parts = [self._encode(q) for q in requests]
+        preferences = Counter(prompt for prompt, _ in dict.fromkeys(parts))
+        rows = []
+        for index, (request, (prompt, suffix)) in enumerate(zip(requests, parts, strict=True)):
+            if preferences[prompt] == 1 and prompt not in self.prompts:
+                prompt, suffix = prompt + suffix, ()
+            rows += [Row(request, index, s, prompt, suffix) for s in range(request.samples)]
+        return rows
+
+    def _encode(self, request: Request) -> tuple[Tokens, Tokens]:
+        policy = self.policy
+        return policy.encode_prompt(request.prompt.text), policy.encode_suffix(request.w)
+
+    def sample(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        ended: Callable[[int], None] | None = None,  # told how many rows have ended so far
+    ) -> Rollout:
+        """Samples every request; the rows in the order of the requests."""
+        started, before = time.perf_counter(), replace(self.counts)
+        rows = self.rows(requests)
+        done = 0
+        for finished in self.draw(deque(rows), sampling):
+            done += len(finished)
+            if ended and finished:
+                ended(done)
+        return self.gather(requests, rows, sampling, before, started)
+
+    def gather(
+        self,
+        requests: Sequence[Request],
+        rows: Sequence[Row],
+        sampling: Sampling,
+        before: Counts,
+        started: float,
+    ) -> Rollout:
+        """Finished rows, by request, as a `Rollout`."""
+        device = self.shape.device
+        policy = self.policy
+        tokens_RT, mask_RT = pad([row.tokens for row in rows], device)
+        logp_RT = torch.zeros(mask_RT.shape, device=device)
+        logp_RT[mask_RT] = torch.tensor([x for row in rows for x in row.logp], device=device)
+        uniform = (1.0 / len(policy.names),) * len(policy.names)
+        used = self.counts
+        return Rollout(
+            prompts=tuple(q.prompt for q in requests),
+            prefix=tuple(sum(self._encode(q), ()) for q in requests),
+            group_R=torch.tensor([row.index for row in rows], device=device),
+            w_RK=torch.tensor([row.request.w or uniform for row in rows], device=device),
+            tokens_RT=tokens_RT,
+            mask_RT=mask_RT,
+            logp_RT=logp_RT,
+            finish=tuple(row.finish for row in rows),
+            texts=tuple(policy.decode(row.tokens) for row in rows),
+            on_policy=not (sampling.truncates or any(row.attempt for row in rows)),
+            prefill_tokens=used.prompt + used.suffix - before.prompt - before.suffix,
+            reused_tokens=used.reused - before.reused,
+            seconds=time.perf_counter() - started,
+        )
+
+    @torch.no_grad()
+    def draw(self, waiting: deque[Row], sampling: Sampling) -> Iterator[list[Row]]:
+        """One step after the other: yields the rows that ended in it, often none.
+
+        Until the next step is asked for, the caller may `cut` any row that is not waiting (one
+        that has ended goes on), set a row's `finish` to "cancelled", and add rows to `waiting`,
+        which may not be longer than those that it came with.
+        """
+        if not waiting:
+            return
+        self.live = []
+        self._fit(waiting, sampling.max_new_tokens)
+        while waiting or self.live:
+            fresh, first = self._admit(waiting, self.live)
+            hidden = [self._step(self.live)] if self.live else []
+            self.live = self.live + fresh
+            if self.live:
+                self._sample(self.live, torch.cat([*hidden, *first]), sampling)
+            yield [row for row in self.live if row.finish]
+            self.live = self._release(self.live, waiting)
+
+    def _sample(self, live: list[Row], hidden: Tensor, sampling: Sampling) -> None:
+        device = self.shape.device
+        token, logp, _ = ops.sample(
+            self.network.logits(hidden),
+            seed=sampling.seed,
+            row=torch.tensor([row.id(sampling.stream) for row in live], device=device),
+            position=torch.tensor([len(row.tokens) for row in live], device=device),
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+        )
+        ended = torch.isin(token, self._stop)
+        drawn = zip(live, token.tolist(), logp.tolist(), ended.tolist(), strict=True)
+        for row, t, lp, stop in drawn:
+            row.tokens.append(t)
+            row.logp.append(lp)
+            if stop or (sampling.stop and self._says(row, sampling.stop)):
+                row.finish = "stop"
+            elif len(row.tokens) == sampling.max_new_tokens:
+                row.finish = "length"
+
+    def _says(self, row: Row, stop: Sequence[str]) -> bool:
+        text = self.policy.decode(row.tokens)
+        return any(s in text for s in stop)
+
+    def _step(self, live: list[Row]) -> Tensor:
+        """Each row's last token through the model: hidden states (R, D)."""
+        device = self.shape.device
+        at = [len(row.suffix) + len(row.tokens) - 1 for row in live]
+        places = [row.place for row in live]
+        low, high = min(places), max(places) + 1
+        at_R = torch.tensor(at, device=device)
+        place_R = torch.tensor(places, device=device)
+        lengths = self.prompts.length
+        token_pass = TokenPass(
+            prompts=self.prompts,
+            low=low,
+            high=high,
+            width=max(lengths[p] for p in places),
+            groups=Groups.of(place_R - low, high - low),
+            tails=self.tails,
+            at_R=at_R,
+            at=at[0] if min(at) == max(at) else None,
+            seen_R=at_R + 1,
+            longest=max(at) + 1,
+        )
+        self.counts.decode += len(live)
+        hidden: Tensor = self.network.body(
+            input_ids=torch.tensor([[row.tokens[-1]] for row in live], device=device),
+            position_ids=(self.prompts.length_B[place_R] + at_R)[:, None],
+            use_cache=False,
+            tree=token_pass,
+        ).last_hidden_state
+        return hidden[:, 0]
+
+    def _admit(self, waiting: deque[Row], live: list[Row]) -> tuple[list[Row], list[Tensor]]:
+        """Rows for the free slots, and the hidden states (1, D) that their first tokens hang on."""
+        in_use = {row.place for row in live}
+        needed: set[int] = set()  # places of suffixes
+        prompts: dict[Tokens, int] = {}  # to be computed -> place
+        suffixes: dict[tuple[Tokens, Tokens], tuple[int, int]] = {}  # -> prompt's and own place
+        taken: list[tuple[Row, int]] = []  # with the suffix's place
+        while waiting and len(live) + len(taken) < self.tails.slots:
+            row = waiting[0]
+            if row.finish:  # cancelled while it waited
+                waiting.popleft()
+                continue
+            place = self.prompts.find(row.prompt)
+            if place is None:
+                place = self.prompts.take(row.prompt, in_use)
+                if place is None:
+                    break  # until a row ends and leaves its prompt's place
+                prompts[row.prompt] = place
+            in_use.add(place)
+            own = -1
+            if row.suffix:
+                both = (row.prompt, row.suffix)
+                found = self.suffixes.find(both)
+                if found is None:
+                    found = self.suffixes.take(both, needed)
+                    if found is None:
+                        break  # until the next step
+                    suffixes[both] = (place, found)
+                needed.add(own := found)
+            row.place = place
+            taken.append((waiting.popleft(), own))
+        self._compute(prompts, suffixes)
+        rows = [row for row, _ in taken]
+        self.counts.reused += sum(len(row.prompt) + len(row.suffix) for row in rows)
+        self.counts.reused -= sum(map(len, prompts)) + sum(len(s) for _, s in suffixes)
+        copies = [(slot, own) for slot, (_, own) in enumerate(taken, len(live)) if own >= 0]
+        if copies:
+            slots, places = zip(*copies, strict=True)
+            self.tails.begin(slots, self.suffixes, places)
+        return rows, [
+            (self.suffixes.hidden_BD[own] if own >= 0 else self.prompts.hidden_BD[row.place])[None]
+            for row, own in taken
+        ]
+
+    def _compute(
+        self,
+        prompts: dict[Tokens, int],
+        suffixes: dict[tuple[Tokens, Tokens], tuple[int, int]],
+    ) -> None:
+        """Runs what is missing through the model; if that fails, none of it counts as cached."""
+        try:
+            for part in _passes(list(prompts), len):
+                places = [prompts[tokens] for tokens in part]
+                self.counts.prompt += fill_prompts(self.network, self.prompts, part, places)
+            width = max((len(prompt) for prompt, _ in suffixes), default=0)
+            for pairs in _passes(list(suffixes), lambda pair: width + len(pair[1])):
+                of, own = zip(*(suffixes[pair] for pair in pairs), strict=True)
+                texts = [suffix for _, suffix in pairs]
+                self.counts.suffix += fill_suffixes(
+                    self.network, self.prompts, of, self.suffixes, texts, own
+                )
+        except BaseException:
+            for tokens in prompts:
+                self.prompts.drop(tokens)
+            for both in suffixes:
+                self.suffixes.drop(both)
+            raise
+
+    def _release(self, live: list[Row], waiting: deque[Row]) -> list[Row]:
+        """Closes the ranks: the last rows move to the slots of those that ended."""
+        again = [row for row in live if not row.tokens and not row.finish]  # cut to nothing
+        waiting.extendleft(reversed(again))
+        stay = [i for i, row in enumerate(live) if row.tokens and not row.finish]
+        n = len(stay)
+        holes = sorted(set(range(n)) - set(stay))
+        movers = [i for i in stay if i >= n]
+        if movers:
+            longest = max(len(live[i].suffix) + len(live[i].tokens) for i in movers)
+            self.tails.move(movers, holes, longest)
+        left = live[:n]
+        for i, hole in zip(movers, holes, strict=True):
+            left[hole] = live[i]
+        return left
+
+    def _fit(self, rows: Sequence[Row], new: int) -> None:
+        """Memory for these rows: what they would like to have, or what the budget allows."""
+        limit = self.policy.context
+        for row in rows:
+            length = len(row.prompt) + len(row.suffix)
+            if length + new > limit:
+                raise ValueError(
+                    f"prompt {row.request.prompt.id}: {length} tokens and {new} new ones exceed "
+                    f"the model's context of {limit}; lower prompts.max_tokens or "
+                    "rollout.max_new_tokens"
+                )
+        suffix = max(len(row.suffix) for row in rows)
+        room = max(_up(max(len(row.prompt) for row in rows)), self.prompts.room)
+        suffix_room = max(_up(suffix), self.suffixes.room)
+        tail_room = _up(suffix + new)
+        size = self.shape.token_bytes
+        wanted = (
+            min(self.max_rows, len(rows)),
+            len({row.prompt for row in rows} - self.prompts.keys),
+            len({(r.prompt, r.suffix) for r in rows if r.suffix} - self.suffixes.keys),
+        )
+        slots, places, pairs = _share(
+            self.max_cache_bytes,
+            wanted=(wanted[0], wanted[1] + len(self.prompts), wanted[2] + len(self.suffixes)),
+            each=(tail_room * size, room * size, suffix_room * size),
+        )
+        if (places, room) != (self.prompts.places, self.prompts.room):
+            self.prompts = self.prompts.resized(places, room)
+        if (pairs, suffix_room) != (self.suffixes.places, self.suffixes.room):
+            self.suffixes = self.suffixes.resized(pairs, suffix_room)
+        if (slots, tail_room) != (self.tails.slots, self.tails.room):
+            self.tails = Tails(self.shape, slots, tail_room)
+
+
+@contextmanager
+def engine(
+    policy: Policy,
+    *,
+    network: Network | None = None,
+    max_rows: int = 64,
+    max_cache_bytes: int = 0,
+) -> Iterator[Engine]:
+    """An `Engine` on the policy as it is now (or on `network`: its reference, to sample the base).
+
+    The policy's weights must not change while it is open: what is computed once is used to its end.
+    `max_rows`: slots. `max_cache_bytes`: of keys and values, in all; 0: 2 GiB on a CPU, half of the
+    free memory on a GPU. What does not fit is computed again when it is needed.
+
+    Raises ValueError, when rows are drawn, for a budget that holds no row.
+    """
+    with policy.merged() if network is None else nullcontext(network) as sampled:
+        yield Engine(policy, sampled, max_rows, max_cache_bytes)
+
+
 def rollout(
     policy: Policy,
     requests: Sequence[Request],
@@ -39,162 +420,60 @@ def rollout(
     max_new_tokens: int,
     temperature: float,  # 0: greedy; log-probabilities are then those at temperature 1
     seed: int,
-    stream: tuple[int | str, ...] = (),  # what else a row's id is made of: step, task, attempt, …
+    stream: tuple[int | str, ...] = (),  # what else a row's id is made of: step, task, …
     network: Network | None = None,  # default: the policy; the reference, to sample the base model
     max_rows: int = 64,
+    max_cache_bytes: int = 0,
 ) -> Rollout:
     """Samples every request and returns the rows in the order of the requests.
 
-    A row's id is key(*stream, prompt id, w, sample). Requests are worked off in batches of at most
-    `max_rows` rows; neighbours with the same prompt share its pass. Raises ValueError for an empty
-    list, a request of no samples, or a prompt that does not fit the model's context.
+    A row's id is key(*stream, prompt id, w, sample). Raises ValueError for an empty list, a request
+    of no samples, an empty prompt, one that does not fit the model's context, or a budget of memory
+    that holds no row.
     """
-    if not requests:
-        raise ValueError("requests=[]: nothing to sample")
-    for request in requests:
-        if request.samples < 1:
-            raise ValueError(f"samples={request.samples}: must be at least 1")
-    started = time.perf_counter()
-    prefixes = tuple(
-        policy.encode_prompt(q.prompt.text) + policy.encode_suffix(q.w) for q in requests
-    )
-    _check_context(policy, requests, prefixes, max_new_tokens)
-    parts = []
-    with policy.merged() if network is None else nullcontext(network) as sampled:
-        for low, high in _batches(requests, max_rows):
-            part = requests[low:high]
-            rows = [(q, s) for q in part for s in range(q.samples)]
-            ids = [key(*stream, q.prompt.id, str(q.w or ()), s) for q, s in rows]
-            parts.append(_sample(policy, sampled, part, ids, max_new_tokens, temperature, seed))
-    tokens_RT = _stack([p[0] for p in parts], max_new_tokens)
-    logp_RT = _stack([p[1] for p in parts], max_new_tokens)
-    lengths_R = torch.cat([p[2] for p in parts])
-    stopped_R = torch.cat([p[3] for p in parts])
-    width = int(lengths_R.max())
-    mask_RT = torch.arange(width, device=tokens_RT.device) < lengths_R[:, None]
-    tokens_RT, logp_RT = tokens_RT[:, :width] * mask_RT, logp_RT[:, :width] * mask_RT
-    group = [i for i, q in enumerate(requests) for _ in range(q.samples)]
-    uniform = (1.0 / len(policy.names),) * len(policy.names)
-    ended = zip(tokens_RT.tolist(), lengths_R.tolist(), strict=True)
-    return Rollout(
-        prompts=tuple(q.prompt for q in requests),
-        prefix=prefixes,
-        group_R=torch.tensor(group, device=tokens_RT.device),
-        w_RK=torch.tensor([requests[g].w or uniform for g in group], device=tokens_RT.device),
-        tokens_RT=tokens_RT,
-        mask_RT=mask_RT,
-        logp_RT=logp_RT,
-        finish=tuple("stop" if stop else "length" for stop in stopped_R.tolist()),
-        texts=tuple(policy.decode(row[:n]) for row, n in ended),
-        prefill_tokens=sum(p[4] for p in parts),
-        seconds=time.perf_counter() - started,
-    )
+    sampling = Sampling(max_new_tokens, temperature, seed, stream)
+    with engine(
+        policy, network=network, max_rows=max_rows, max_cache_bytes=max_cache_bytes
+    ) as sampler:
+        return sampler.sample(requests, sampling)
 
 
-def _sample(
-    policy: Policy,
-    network: Network,
-    requests: Sequence[Request],
-    ids: list[int],
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """One batch: tokens (R, T), log-probabilities (R, T), lengths (R,), stopped (R,), prefill."""
-    device = policy.device
-    prefixes, hidden_BD, prefill = _prefixes(policy, network, requests)
-    group_R = torch.tensor(
-        [i for i, q in enumerate(requests) for _ in range(q.samples)], device=device
-    )
-    rows = prefixes.rows(group_R, keep=True, capacity=max_new_tokens)
-    r = len(group_R)
-    tokens_RT = torch.zeros(r, max_new_tokens, dtype=torch.int64, device=device)
-    logp_RT = torch.zeros(r, max_new_tokens, device=device)
-    lengths_R = torch.zeros(r, dtype=torch.int64, device=device)
-    stopped_R = torch.zeros(r, dtype=torch.bool, device=device)
-    row_ids = torch.tensor(ids, device=device)
-    stop = torch.tensor(sorted(policy.stop_ids), device=device)
-    live = torch.arange(r, device=device)  # rows still in the batch
-    logits = network.logits(hidden_BD)[group_R]
-    for t in range(max_new_tokens):
-        token, logp, _ = ops.sample(
-            logits, seed=seed, row=row_ids[live], position=t, temperature=temperature
+def _up(tokens: int) -> int:
+    return -(-tokens // _ROUND) * _ROUND
+
+
+def _passes(items: list[Any], tokens: Callable[[Any], int]) -> list[list[Any]]:
+    """Items of like length together, as many as a pass takes with their padding."""
+    parts: list[list[Any]] = []
+    for item in sorted(items, key=tokens):
+        if not parts or (len(parts[-1]) + 1) * tokens(item) > _PASS_TOKENS:
+            parts.append([])
+        parts[-1].append(item)
+    return parts
+
+
+def _share(
+    budget: int, wanted: tuple[int, int, int], each: tuple[int, int, int]
+) -> tuple[int, int, int]:
+    """Slots, prompts' places and suffixes' places for a budget of bytes: all that are wanted, or
+    half of it to the slots and a quarter of the rest to the suffixes."""
+    if sum(n * size for n, size in zip(wanted, each, strict=True)) <= budget:
+        return wanted
+    least = each[0] + each[1] + (each[2] if wanted[2] else 0)
+    if least > budget:
+        raise ValueError(
+            f"max_cache_bytes={budget}: one row of these prompts needs {least}; raise it, or lower "
+            "prompts.max_tokens or rollout.max_new_tokens"
         )
-        tokens_RT[live, t] = token
-        logp_RT[live, t] = logp
-        lengths_R[live] = t + 1
-        ended = torch.isin(token, stop)
-        if ended.any():
-            stopped_R[live[ended]] = True
-            going = torch.nonzero(~ended).squeeze(1)
-            live, token = live[going], token[going]
-            if len(live):
-                rows.select(going)
-        if not len(live) or t + 1 == max_new_tokens:
-            break
-        logits = network.logits(tree.extend(network.body, rows, token[:, None])[:, 0])
-    return tokens_RT, logp_RT, lengths_R, stopped_R, prefill
+    rest = budget - least
+    slots = min(wanted[0], 1 + rest // 2 // each[0])
+    rest -= (slots - 1) * each[0]
+    pairs = min(wanted[2], 1 + rest // 4 // each[2]) if wanted[2] else 0
+    rest -= max(pairs - 1, 0) * each[2]
+    return slots, min(wanted[1], 1 + rest // each[1]), pairs
 
 
-def _prefixes(
-    policy: Policy, network: Network, requests: Sequence[Request]
-) -> tuple[tree.Tree, Tensor, int]:
-    """The tree of the requests' prefixes, the last hidden state (B, D) of each, tokens computed."""
-    texts = list(dict.fromkeys(q.prompt.text for q in requests))
-    suffixes = [policy.encode_suffix(q.w) for q in requests]
-    if len(texts) == len(requests):  # one preference a prompt: prompt and suffix in one pass
-        whole = [
-            policy.encode_prompt(q.prompt.text) + s for q, s in zip(requests, suffixes, strict=True)
-        ]
-        prompts, hidden = tree.prefill(network.body, whole)
-        return prompts, hidden, sum(map(len, whole))
-    heads = [policy.encode_prompt(text) for text in texts]
-    prompts, _ = tree.prefill(network.body, heads)
-    where = {text: i for i, text in enumerate(texts)}
-    # (prompt, preference) rows, in the requests' order; each prompt's rows must lie together
-    order = sorted(range(len(requests)), key=lambda i: where[requests[i].prompt.text])
-    tokens_BS, valid_BS = tree.pad([suffixes[i] for i in order], policy.device)
-    group_B = torch.tensor([where[requests[i].prompt.text] for i in order], device=policy.device)
-    rows = prompts.rows(group_B, keep=True, capacity=tokens_BS.shape[1])
-    hidden_BSD = tree.extend(network.body, rows, tokens_BS)
-    last = hidden_BSD[torch.arange(len(order)), valid_BS.sum(1) - 1]
-    back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=policy.device)
-    grown = prompts.grown(rows, valid_BS).reordered(back)
-    return grown, last[back], sum(map(len, heads)) + sum(map(len, suffixes))
-
-
-def _batches(requests: Sequence[Request], max_rows: int) -> list[tuple[int, int]]:
-    """Runs of requests of at most `max_rows` rows.
-
-    Neighbours with one prompt stay together, so that it is computed once; what is larger than
-    `max_rows` by itself goes alone.
-    """
-    runs, low, rows, start = [], 0, 0, 0
-    for _, same in groupby(requests, key=lambda q: q.prompt.text):
-        unit = list(same)
-        more = sum(q.samples for q in unit)
-        if rows and rows + more > max_rows:
-            runs.append((low, start))
-            low, rows = start, 0
-        rows += more
-        start += len(unit)
-    return [*runs, (low, len(requests))]
-
-
-def _stack(parts: list[Tensor], width: int) -> Tensor:
-    return torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1])) for p in parts])
-
-
-def _check_context(
-    policy: Policy,
-    requests: Sequence[Request],
-    prefixes: Sequence[tuple[int, ...]],
-    new: int,
-) -> None:
-    limit = policy.context
-    for request, prefix in zip(requests, prefixes, strict=True):
-        if len(prefix) + new > limit:
-            raise ValueError(
-                f"prompt {request.prompt.id}: {len(prefix)} tokens and {new} new ones exceed the "
-                f"model's context of {limit}; lower prompts.max_tokens or rollout.max_new_tokens"
-            )
+def _default_budget(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return 2 << 30
