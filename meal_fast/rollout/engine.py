@@ -124,7 +124,6 @@ class Engine:
             [Drawn(row.tokens, row.logp, row.finish) for row in rows],
             started=started,
             prefill_tokens=used.prompt + used.suffix - before.prompt - before.suffix,
-            reused_tokens=used.reused - before.reused,
             on_policy=not sampling.truncates,
         )
 

@@ -103,20 +103,20 @@ def gathered(
     *,
     started: float,
     prefill_tokens: int,
-    reused_tokens: int = 0,
     on_policy: bool = True,
 ) -> Rollout:
     device = policy.device
     group = [b for b, q in enumerate(requests) for _ in range(q.samples)]
+    prefixes = tuple(
+        policy.encode_prompt(q.prompt.text) + policy.encode_suffix(q.w) for q in requests
+    )
     uniform = (1.0 / len(policy.names),) * len(policy.names)
     tokens_RT, mask_RT = pad([row.tokens for row in drawn], device)
     logp_RT = torch.zeros(mask_RT.shape, device=device)
     logp_RT[mask_RT] = torch.tensor([x for row in drawn for x in row.logp], device=device)
     return Rollout(
         prompts=tuple(q.prompt for q in requests),
-        prefix=tuple(
-            policy.encode_prompt(q.prompt.text) + policy.encode_suffix(q.w) for q in requests
-        ),
+        prefix=prefixes,
         group_R=torch.tensor(group, device=device),
         w_RK=torch.tensor([requests[b].w or uniform for b in group], device=device),
         tokens_RT=tokens_RT,
@@ -126,6 +126,6 @@ def gathered(
         texts=tuple(policy.decode(row.tokens) for row in drawn),
         on_policy=on_policy,
         prefill_tokens=prefill_tokens,
-        reused_tokens=reused_tokens,
+        reused_tokens=sum(len(prefixes[b]) for b in group) - prefill_tokens,
         seconds=time.perf_counter() - started,
     )
