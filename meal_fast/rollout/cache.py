@@ -217,7 +217,7 @@ class TokenPass:
     """The next token of the rows in the first R slots."""
 
     prompts: Pool
-    low: int  # the rows' prompts lie in places low to high, and are at most `width` long
+    low: int  # the rows' prompts lie in places low to high, none longer than `width`
     high: int
     width: int
     groups: Groups  # of the rows, by place - low

@@ -183,12 +183,11 @@ class Engine:
         low, high = min(places), max(places) + 1
         at_R = torch.tensor(at, device=device)
         place_R = torch.tensor(places, device=device)
-        lengths = self.prompts.length
         token_pass = TokenPass(
             prompts=self.prompts,
             low=low,
             high=high,
-            width=max(lengths[p] for p in places),
+            width=max(self.prompts.length[low:high]),
             groups=Groups.of(place_R - low, high - low),
             tails=self.tails,
             at_R=at_R,
