@@ -18,6 +18,7 @@ Compiled ahead of time and run in Triton's interpreter; never run on a GPU.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -29,7 +30,7 @@ from meal_fast.ops.prefix_attention import Groups
 from .cases import Case
 
 TILE = 64  # rows of a tile: what a warp group's product has at the least
-BLOCK_P, BLOCK_T = 64, 64
+BLOCK = 64  # tokens at a time
 MAX_PARTS = 64
 
 
@@ -223,12 +224,11 @@ def _tail_kernel(
     tl.store(out_at, result, mask=inside)
 
 
-def blocks_per_part(slots: int, heads: int, p: int, multiprocessors: int) -> int:
+def blocks_per_part(slots: int, heads: int, blocks: int, multiprocessors: int) -> int:
     """How many blocks of a prefix one program walks: enough programs to keep a GPU's memory busy.
 
     Two programs a multiprocessor; more parts only add partial sums to write and to read.
     """
-    blocks = math.ceil(p / BLOCK_P)
     parts = math.ceil(2 * multiprocessors / max(1, slots * heads))
     return math.ceil(blocks / max(1, min(parts, blocks, MAX_PARTS)))
 
@@ -236,6 +236,17 @@ def blocks_per_part(slots: int, heads: int, p: int, multiprocessors: int) -> int
 def _width(d: int) -> int:
     """The side of a tile that holds `d`."""
     return max(16, triton.next_power_of_2(d))
+
+
+def _tiling(d: int, itemsize: int) -> tuple[int, dict[str, int]]:
+    """Tokens of a block, and how Triton compiles the prefix's kernel: what fits, with no spill.
+
+    Float32 products go through the ordinary multipliers, which keep more in registers.
+    """
+    bytes_a_token = _width(d) * itemsize
+    wide = itemsize == 4 or bytes_a_token > 256
+    options = {"num_warps": 8 if wide else 4, "num_stages": 3 if bytes_a_token <= 256 else 2}
+    return (BLOCK if itemsize == 2 else max(16, BLOCK // 2)), options
 
 
 def prefix_attention_forward(
@@ -265,8 +276,10 @@ def prefix_attention_forward(
     q, pk, pv, tk, tv = (x if x.stride(-1) == 1 else x.contiguous() for x in given)
     rep = hq // h
     slots = min(b, r) + r * rep // TILE
-    per_part = blocks_per_part(slots, h, p, multiprocessors) if p else 0
-    parts = math.ceil(math.ceil(p / BLOCK_P) / per_part) if p else 0
+    block, options = _tiling(d, q.element_size())
+    blocks = math.ceil(p / block)
+    per_part = blocks_per_part(slots, h, blocks, multiprocessors)
+    parts = math.ceil(blocks / max(1, per_part))
     partial = torch.empty(parts, r, hq, d + 2, dtype=torch.float32, device=query.device).view(-1)
     tops, totals, weighted = partial.split([parts * r * hq, parts * r * hq, parts * r * hq * d])
     to_base_2 = scale / math.log(2)
@@ -283,12 +296,12 @@ def prefix_attention_forward(
                 q, pk, pv, prefix_length.contiguous(), groups.order_R, groups.offset,
                 tops, totals, weighted, *q.stride()[:2], *pk.stride()[:3], *pv.stride()[:3],
                 to_base_2, b, r, p, per_part, **fixed, BLOCK_B=_width(b),
-                TILE=TILE, BLOCK_P=BLOCK_P, num_warps=4, num_stages=3,
+                TILE=TILE, BLOCK_P=block, **options,
             )  # fmt: skip
         _tail_kernel[(r, h)](
             q, tk, tv, tail_length.contiguous(), prefix_length.contiguous(), groups.group_R,
             tops, totals, weighted, out, *q.stride()[:2], *tk.stride()[:3], *tv.stride()[:3],
-            to_base_2, b, parts, p, t, **fixed, BLOCK_M=_width(rep), BLOCK_T=BLOCK_T,
+            to_base_2, b, parts, p, t, **fixed, BLOCK_M=_width(rep), BLOCK_T=block,
             num_warps=4, num_stages=2,
         )  # fmt: skip
     return out
@@ -299,53 +312,58 @@ def prefix_attention_forward(
 ATTENTIONS = {
     "SmolLM2-135M": (9, 3, 64),
     "Qwen2-0.5B": (14, 2, 64),
+    "Gemma-2B": (8, 1, 256),
     "Llama-3-8B": (32, 8, 128),
 }
 
 
 def compile_cases(capability: int = 90) -> list[Case]:
     """256 rows behind 32 prompts of 512 tokens, 256 tokens of their own each."""
-    r, b, p, t, cases = 256, 32, 512, 256, []
-    for model, (hq, h, d) in ATTENTIONS.items():
-        rep = hq // h
-        pointers = dict.fromkeys(("query", "key", "value"), "*bf16")
-        pointers |= dict.fromkeys(("prefix_length", "order", "offset"), "*i64")
-        pointers |= dict.fromkeys(("tops", "totals", "weighted"), "*fp32")
-        fixed = {"HEADS": h, "REP": rep, "D": d, "BLOCK_D": _width(d), "PRECISION": "tf32"}
-        sizes = ("b", "rows", "capacity", "blocks_per_part")
-        strides = tuple(n for n in _prefix_kernel.arg_names if n[:2] in ("q_", "k_", "v_"))
-        slots = min(b, r) + r * rep // TILE
-        parts = math.ceil(p / BLOCK_P / blocks_per_part(slots, h, p, 132))
-        partial = 4.0 * parts * r * hq * (d + 2)
-        cases.append(
-            Case(
-                f"prefix attention {model}",
-                _prefix_kernel,
-                pointers | dict.fromkeys((*sizes, *strides), "i32") | {"scale": "fp32"},
-                fixed | {"BLOCK_B": b, "TILE": TILE, "BLOCK_P": BLOCK_P},
-                flops=4.0 * r * hq * p * d,
-                bytes=4.0 * b * h * p * d + 2.0 * r * hq * d + partial,
-                num_warps=4,
-                num_stages=3,
-                matrix=True,
-                divisible=strides,
-            )
-        )
-        del pointers["order"], pointers["offset"]
-        pointers |= {"tail_length": "*i64", "group": "*i64", "out": "*bf16"}
-        sizes = ("b", "parts", "prefix_capacity", "capacity")
-        strides = tuple(n for n in _tail_kernel.arg_names if n[:2] in ("q_", "k_", "v_"))
-        cases.append(
-            Case(
-                f"prefix attention's tail {model}",
-                _tail_kernel,
-                pointers | dict.fromkeys((*sizes, *strides), "i32") | {"scale": "fp32"},
-                fixed | {"BLOCK_M": _width(rep), "BLOCK_T": BLOCK_T},
-                flops=4.0 * r * hq * t * d,
-                bytes=4.0 * r * h * t * d + 4.0 * r * hq * d + partial,
-                num_warps=4,
-                num_stages=2,
-                divisible=strides,
-            )
-        )
-    return cases
+    cases = [case for model in ATTENTIONS for case in _cases_of(model, "bf16")]
+    return [*cases, *_cases_of("SmolLM2-135M", "fp32")]
+
+
+def _cases_of(model: str, dtype: str) -> list[Case]:
+    (hq, h, d), r, b, p, t = ATTENTIONS[model], 256, 32, 512, 256
+    rep, itemsize = hq // h, 2 if dtype == "bf16" else 4
+    block, options = _tiling(d, itemsize)
+    slots = min(b, r) + r * rep // TILE
+    parts = math.ceil(p / block / blocks_per_part(slots, h, math.ceil(p / block), 132))
+    partial = 4.0 * parts * r * hq * (d + 2)
+    floats = {"scale": "fp32"} | dict.fromkeys(("tops", "totals", "weighted"), "*fp32")
+    caches = dict.fromkeys(("query", "key", "value"), f"*{dtype}")
+    precision = "tf32" if dtype == "bf16" else "ieee"
+    fixed = {"HEADS": h, "REP": rep, "D": d, "BLOCK_D": _width(d), "PRECISION": precision}
+
+    def signature(fn: Any, indices: tuple[str, ...]) -> tuple[dict[str, str], tuple[str, ...]]:
+        pointers = floats | caches | dict.fromkeys(indices, "*i64")
+        if fn is _tail_kernel:
+            pointers["out"] = f"*{dtype}"
+        numbers = [n for n in fn.arg_names if n.islower() and n not in pointers]
+        strides = tuple(n for n in numbers if n[:2] in ("q_", "k_", "v_"))
+        return pointers | dict.fromkeys(numbers, "i32"), strides
+
+    shared, strides = signature(_prefix_kernel, ("prefix_length", "order", "offset"))
+    first = Case(
+        f"prefix attention {dtype} {model}",
+        _prefix_kernel,
+        shared,
+        fixed | {"BLOCK_B": _width(b), "TILE": TILE, "BLOCK_P": block},
+        flops=4.0 * r * hq * p * d,
+        bytes=itemsize * (2.0 * b * h * p * d + r * hq * d) + partial,
+        matrix=dtype == "bf16",
+        divisible=strides,
+        **options,
+    )
+    own, strides = signature(_tail_kernel, ("tail_length", "prefix_length", "group"))
+    second = Case(
+        f"prefix attention's tail {dtype} {model}",
+        _tail_kernel,
+        own,
+        fixed | {"BLOCK_M": _width(rep), "BLOCK_T": block},
+        flops=4.0 * r * hq * t * d,
+        bytes=itemsize * (2.0 * r * h * t * d + 2.0 * r * hq * d) + partial,
+        num_stages=2,
+        divisible=strides,
+    )
+    return [first, second]

@@ -27,8 +27,7 @@ NAN = torch.nan
 def small_blocks(monkeypatch):
     """A few tokens and rows fit one block, and the sums over blocks would go untested."""
     monkeypatch.setattr(kernels, "TILE", 16)
-    monkeypatch.setattr(kernels, "BLOCK_P", 16)
-    monkeypatch.setattr(kernels, "BLOCK_T", 16)
+    monkeypatch.setattr(kernels, "BLOCK", 16)
 
 
 @pytest.fixture(autouse=True)
@@ -97,8 +96,9 @@ def test_scores_far_below_and_far_above_zero(device, monkeypatch):
         close(apart.to(device).run(impl="triton"), apart.expected(), 1e-4)
 
 
-def test_keys_of_minus_infinity_are_not_seen(device, monkeypatch):
-    in_parts(monkeypatch, 1)
+@pytest.mark.parametrize("walked", [1, 3])
+def test_keys_of_minus_infinity_are_not_seen(device, monkeypatch, walked):
+    in_parts(monkeypatch, walked)
     case = draw([0, 0], [40], [20, 5])
     case = replace(case, query=case.query.abs())
     case.prefix_key[:, :, :16] = -torch.inf  # a whole part, and a whole block of the tail
@@ -192,10 +192,18 @@ def test_the_grid_comes_from_shapes_alone():
             tiles = sum(-(-n * rep // kernels.TILE) for n in sizes)
             r = sum(sizes)
             assert tiles <= min(len(sizes), r) + r * rep // kernels.TILE
-    for slots, p in ((1, 5000), (11, 200), (600, 200), (1, 1)):
-        per_part = kernels.blocks_per_part(slots, 3, p, 132)
-        blocks = -(-p // kernels.BLOCK_P)
+    for slots, blocks in ((1, 500), (11, 4), (600, 4), (1, 1)):
+        per_part = kernels.blocks_per_part(slots, 3, blocks, 132)
         assert 1 <= per_part <= blocks and -(-blocks // per_part) <= kernels.MAX_PARTS
+
+
+def test_wide_heads_run_in_torch(device):
+    case = draw([0, 0], [3], [1, 2], heads=1, d=260).to(device)
+    close(case.run(), case.to("cpu").expected())
+    with pytest.raises(ValueError, match="impl='triton': heads of 260 are wider than the 256 th"):
+        case.run(impl="triton")
+    with pytest.raises(ValueError, match="impl='triton': prefix_attention in Triton computes in"):
+        draw([0], [3], [1]).to(device, torch.float64).run(impl="triton")
 
 
 @pytest.mark.gpu

@@ -264,11 +264,6 @@ FAULTS += faults_of(
     "tests/test_kernels_prefix_attention.py",
     ("mask of what is not seen dropped", 'tl.where(seen[None, :], z, -float("inf"))', "z"),
     (
-        "prefix's length not kept to",
-        "tl.minimum(from_token + blocks_per_part * BLOCK_P, length)",
-        "from_token + blocks_per_part * BLOCK_P",
-    ),
-    (
         "mask of the prefix's tokens dropped",
         "seen = token < length\n",
         "seen = token < capacity\n",
@@ -311,7 +306,11 @@ FAULTS += faults_of(
     ("rows of the next group", "live = place < end", "live = place < rows"),
     ("rows in their own order", "tl.load(order + place, mask=live, other=0)", "place"),
     ("too few tiles for a group", "(ends - begins) * REP + TILE - 1", "(ends - begins) + TILE - 1"),
-    ("too few tiles for all groups", "min(b, r) + r * rep // TILE\n    per", "min(b, r)\n    per"),
+    (
+        "too few tiles for all groups",
+        "min(b, r) + r * rep // TILE\n    block, options = _tiling(d, q",
+        "min(b, r)\n    block, options = _tiling(d, q",
+    ),
     ("another query head", "flat % REP).to", "flat // REP % REP).to"),
     (
         "32-bit offset of a token",

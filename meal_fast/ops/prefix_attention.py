@@ -14,6 +14,8 @@ from torch import Tensor
 from . import checks, dispatch, reference
 from .checks import require
 
+_WIDEST = 256  # a head in Triton: what a GPU's shared memory and registers have room for
+
 
 class _Layout(NamedTuple):
     """Where the rows of each group lie, as Python numbers: for loops on the host."""
@@ -97,7 +99,7 @@ def prefix_attention(
 
     Returns:
         out (R, Hq, d) in the dtype of query. On a GPU a row whose lengths are both 0, or with a
-        group or length out of range, is NaN.
+        group or length out of range, is NaN (with impl="torch" it waits for the GPU and raises).
 
     Raises:
         ValueError: bad shapes, dtypes or devices; an input that requires a gradient while gradients
@@ -134,7 +136,7 @@ def prefix_attention(
         tail_key.detach(), tail_value.detach(), tail_length.long(), scale,
     )  # fmt: skip
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        if dispatch.choose("prefix_attention", impl, query) == "triton":
+        if _choose(impl, query) == "triton":
             if query.device.type == "cpu":
                 p, t = prefix_key.shape[2], tail_key.shape[2]
                 _check_values(prefix_length, groups, p, t, tail_length)
@@ -142,6 +144,17 @@ def prefix_attention(
 
             return kernels.prefix_attention_forward(*arguments)
         return _in_torch(*arguments)
+
+
+def _choose(impl: str | None, query: Tensor) -> str:
+    """As `dispatch.choose`; heads that no tile of the kernel holds run in torch."""
+    d = query.shape[2]
+    if d > _WIDEST:
+        remedy = f"heads of {d} are wider than the {_WIDEST} that fit; use None or 'torch'"
+        if impl == "triton":
+            raise ValueError(f"impl='triton': {remedy}")
+        impl = impl or "torch"
+    return dispatch.choose("prefix_attention", impl, query)
 
 
 def _check(
