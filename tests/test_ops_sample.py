@@ -81,6 +81,29 @@ def test_draws_follow_the_softmax(v, temperature):
 @pytest.mark.parametrize(
     ("options", "kept"),
     [
+        ({}, range(11)),
+        ({"top_k": 6}, [0, 1, 2, 3, 4, 5]),
+        ({"top_p": 0.8}, [0, 1, 2, 3, 4]),
+        ({"min_p": 0.3}, [0, 1, 2, 3, 4]),
+        ({"top_k": 6, "top_p": 0.8, "min_p": 0.3}, [0, 1, 2, 3]),
+    ],
+)
+def test_a_million_draws(options, kept):
+    """200,000 of each: enough to see a probability that is off by a hundredth of itself."""
+    p = torch.tensor([0.25, 0.2, 0.15, 0.12, 0.1, 0.06, 0.05, 0.03, 0.02, 0.015, 0.005])
+    left = torch.zeros(11, dtype=torch.float64)
+    left[list(kept)] = p.double()[list(kept)]
+    left /= left.sum()
+    place = torch.tensor([4, 9, 0, 2, 10, 7, 1, 3, 8, 6, 5])  # ids in no order of probability
+    token, logp, truncated = draw(p.log()[place], 200_000, seed=8, **options)
+    assert abs(chi_square(token, left[place])) < 4
+    torch.testing.assert_close(logp, p.log()[place][token])
+    torch.testing.assert_close(truncated, left[place].log().float()[token])
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
         ({"top_k": 3}, [0, 1, 2]),
         ({"top_p": 0.6}, [0, 1]),  # 0.4 + 0.3 reaches it
         ({"top_p": 0.4 - 1e-6}, [0]),
@@ -155,7 +178,7 @@ def test_a_few_rows_at_a_time_are_all_rows_at_once(monkeypatch, rows, options, d
     for scale in ({}, {"temperature": 0.6}):
         given = scale | options
         whole = draw(logits, **given)
-        monkeypatch.setattr(sampling, "_CHUNK", rows * 600)
+        monkeypatch.setattr(sampling, "_CHUNK", rows * 600)  # as many rows as that
         for a, b in zip(whole, draw(logits, **given), strict=True):
             assert torch.equal(a, b)
         monkeypatch.undo()
@@ -245,7 +268,7 @@ def test_float64_and_bfloat16():
         ({"top_k": -1}, "top_k=-1"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"min_p": 1.5}, "min_p=1.5"),
-        ({"impl": "cuda"}, "impl='cuda': sample has none such here; use None or one of torch"),
+        ({"impl": "cuda"}, r"impl='cuda': sample in CUDA C\+\+ needs a CUDA tensor"),
     ],
 )
 def test_bad_input_is_named(change, message):

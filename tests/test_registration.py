@@ -147,3 +147,24 @@ def test_autograd_is_switched_back_off_behind_a_body():
     with pytest.raises(ValueError, match="kl='k9'"), registration.autograd_inside():
         ops.policy_loss_from_logp(logp, ADVANTAGE, kl="k9")
     torch.testing.assert_close(torch.autograd.grad(second[0], logp)[0], first[3])
+
+
+SAMPLED = (torch.arange(3), torch.arange(3) + 2**40, 7, 0.8, 4, 0.9, 0.01)
+
+
+def test_opcheck_sample(impl):
+    torch.manual_seed(2)
+    op = torch.ops.meal_fast.sample.default
+    torch.library.opcheck(op, (torch.randn(3, 20), *SAMPLED, impl))
+    if impl == "torch":
+        torch.library.opcheck(op, (torch.randn(3, 20).double(), *SAMPLED, None))
+
+
+def test_compiled_sampling_is_the_eager_one(impl):
+    def call(logits, row):
+        return ops.sample(2 * logits, seed=2**63 + 5, row=row, position=3, top_k=5, impl=impl)
+
+    logits, row = torch.randn(3, 20), torch.arange(3)
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for a, b in zip(call(logits, row), compiled(logits, row), strict=True):
+        assert torch.equal(a, b)

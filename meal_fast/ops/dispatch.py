@@ -5,6 +5,8 @@
     on the CPU       torch                         triton's interpreter, when TRITON_INTERPRET=1
     any is float64   torch                         ValueError: the kernels compute in float32
 
+An op that csrc/ has too (`choose_with_cuda`) runs that on CUDA where nvcc is found to build it.
+
 The kernels in `meal_fast.kernels` import triton, so they are imported where "triton" was chosen and
 nowhere else: `import meal_fast.ops` needs torch alone.
 """
@@ -18,7 +20,7 @@ import os
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, cuda_build
 
 
 @functools.cache
@@ -57,3 +59,28 @@ def choose(op: str, impl: str | None, tensor: Tensor, *others: Tensor | None) ->
     if impl == "triton":
         raise ValueError(f"impl='triton': {op} in Triton {obstacle}")
     return checks.implementation(op, impl, ("torch",))
+
+
+def cuda_obstacle(tensor: Tensor) -> str | None:
+    """Why what csrc/ has cannot take this tensor, with the remedy; None when it can."""
+    if tensor.device.type != "cuda":
+        return "needs a CUDA tensor"
+    if torch.version.cuda is None:
+        return "needs a torch built for CUDA"
+    if tensor.dtype == torch.float64:
+        return "computes in float32; pass no float64, or use impl='torch'"
+    if cuda_build.nvcc() is None:
+        return "needs nvcc, to be built; set CUDA_HOME, or use impl='triton'"
+    return None
+
+
+def choose_with_cuda(op: str, impl: str | None, tensor: Tensor) -> str:
+    """As `choose`, for an op that csrc/ has too: "cuda" is the default where it can be built."""
+    if impl not in (None, "cuda"):
+        return choose(op, impl, tensor)
+    obstacle = cuda_obstacle(tensor)
+    if obstacle is None:
+        return "cuda"
+    if impl == "cuda":
+        raise ValueError(f"impl='cuda': {op} in CUDA C++ {obstacle}")
+    return choose(op, None, tensor)

@@ -7,6 +7,8 @@ checks, choice of an implementation and numbers are the same. Two shapes of op:
 - values: NAME gives the results, NAME_backward calls the function again for its gradients;
 - a loss: NAME gives the loss and the gradients with it, in one pass, and going back is a product.
 
+`sample` has no gradients, and is neither.
+
 The arguments that are differentiated come first in every schema.
 """
 
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import advantages, from_logp, reference
+from . import advantages, from_logp, reference, sampling
 from .prefix_attention import Groups, prefix_attention
 
 Arguments = tuple[Any, ...]
@@ -289,3 +291,42 @@ torch.library.custom_op(
     "Tensor group, Tensor? order, Tensor? offset, Tensor tail_key, Tensor tail_value, "
     "Tensor tail_length, float? scale, str? impl) -> Tensor",
 ).register_fake(lambda query, *_: query.new_empty(query.shape))
+
+
+def _sample(
+    logits: Tensor,
+    row: Tensor,
+    position: Tensor,
+    seed: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return sampling.sample(
+        logits,
+        seed=seed,
+        row=row,
+        position=position,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        impl=impl,
+    )
+
+
+def _sample_fake(logits: Tensor, row: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    r, dtype = row.shape[0], reference.compute_dtype(logits)
+    token = logits.new_empty(r, dtype=torch.int64)
+    return token, logits.new_empty(r, dtype=dtype), logits.new_empty(r, dtype=dtype)
+
+
+torch.library.custom_op(
+    "meal_fast::sample",
+    _sample,
+    mutates_args=(),
+    schema="(Tensor logits, Tensor row, Tensor position, int seed, float temperature, int top_k, "
+    "float top_p, float min_p, str? impl) -> (Tensor, Tensor, Tensor)",
+).register_fake(_sample_fake)

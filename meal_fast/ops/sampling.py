@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import checks, reference
+from . import checks, dispatch, reference, sample_cuda
 from .checks import require
 from .philox import uniform
 
@@ -39,7 +39,10 @@ def sample(
         temperature: p = softmax(logits / temperature). 0 is greedy: the first maximum.
         top_k: keep exactly the k likeliest (0: all). top_p: of those, the shortest prefix in order
             of probability whose share reaches top_p. min_p: of those, the ones with
-            p ≥ min_p · max p. Ties are taken in order of token id.
+            p ≥ min_p · max p. Ties (equal logits) are taken in order of token id.
+        impl: "cuda" (csrc/sample.cu, built on first use where nvcc is found), "triton" or "torch".
+            All three draw from the same stream, and give the same token unless the uniform lies
+            within rounding of a boundary between two tokens.
 
     Returns:
         token (R,) int64; logp (R,), its log-probability under softmax(logits / temperature) (at
@@ -48,9 +51,16 @@ def sample(
 
     Raises:
         ValueError: bad shapes or options; on the CPU also a row whose largest logit is not finite
-            or that holds a NaN.
+            or that holds a NaN (elsewhere its log-probabilities are NaN, its token any that exists).
+        RuntimeError: csrc/sample.cu does not compile; the message holds what nvcc said.
     """
-    checks.implementation("sample", impl)
+    if torch.compiler.is_compiling():  # the body of the registered op is this function
+        if isinstance(position, int):
+            position = torch.full_like(row, position)
+        return torch.ops.meal_fast.sample(
+            logits, row, position, (seed + 2**63) % 2**64 - 2**63, temperature, top_k, top_p, min_p,
+            impl,
+        )  # fmt: skip
     checks.floating("logits", logits)
     require(logits.dim() == 2, "logits.shape", tuple(logits.shape), "must be (R, V)")
     r, v = logits.shape
@@ -74,8 +84,16 @@ def sample(
     require(top_k >= 0, "top_k", top_k, "must be 0 (no limit) or positive")
     require(0 < top_p <= 1, "top_p", top_p, "must be in (0, 1]")
     require(0 <= min_p <= 1, "min_p", min_p, "must be in [0, 1]")
+    chosen = dispatch.choose_with_cuda("sample", impl, logits)
+    run = _sample
+    if chosen == "cuda":
+        run = sample_cuda.sample
+    elif chosen == "triton":
+        from meal_fast.kernels import sample as kernels
+
+        run = kernels.sample
     with torch.no_grad():
-        return _sample(
+        token, logp, truncated = run(
             logits,
             seed,
             row.long(),
@@ -85,6 +103,12 @@ def sample(
             top_p=top_p,
             min_p=min_p,
         )
+    if logits.device.type == "cpu" and bool(logp.isnan().any()):
+        bad = int(logp.isnan().nonzero()[0, 0])
+        raise ValueError(
+            f"logits: row {bad} has a NaN, an infinite maximum or only -inf; it is no distribution"
+        )
+    return token, logp, truncated
 
 
 def _sample(
@@ -121,26 +145,22 @@ def _sample(
     logp, truncated = logits.new_zeros(2, r, dtype=dtype)
     for first in range(0, r, step):
         rows = slice(first, min(first + step, r))
-        z = logits[rows]
+        x = z = logits[rows]
         if not in_place:
             z = scaled[: len(z)].copy_(z).mul_(scale)
+        if logits.dtype != dtype:
+            x = z  # no two values of a shorter type become one
         p = torch.softmax(z, 1, out=probability[: len(z)])
         sums = _block_sums(p)
         full = sums[:, -1]  # 1 up to rounding
-        if cpu and not bool(full.isfinite().all()):
-            bad = first + int((~full.isfinite()).nonzero()[0, 0])
-            raise ValueError(
-                f"logits: row {bad} has a NaN, an infinite maximum or only -inf; "
-                "it is no distribution"
-            )
         mass = full
         if u is None:
-            picked = _first_maximum(z)
+            picked = _first_maximum(x)
         else:
             if truncates:
                 # Multiplied, not selected: p is finite here (or the row is no distribution), and
                 # on the CPU a float32 mask takes a tenth of the time of a bool one.
-                kept = _survivors(z, p, top_k, top_p, min_p, work[: len(z)]).mul_(p)
+                kept = _survivors(x, p, top_k, top_p, min_p, work[: len(z)]).mul_(p)
                 sums = _block_sums(kept)
                 mass = sums[:, -1]
             else:
@@ -186,7 +206,7 @@ def _inverse_cdf(p: Tensor, running: Tensor, u: Tensor) -> Tensor:
     before = torch.where(
         block > 0, running.gather(1, (block - 1).clamp(min=0)[:, None]).squeeze(1), 0
     )
-    column = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=p.device)
+    column = block[:, None] * _BLOCK + torch.arange(min(_BLOCK, v), device=p.device)
     inside = torch.where(column < v, p.gather(1, column.clamp(max=v - 1)), 0)
     inside = inside.cumsum(1, dtype=torch.float64)
     return block * _BLOCK + _first_past(inside, mark - before)
@@ -219,7 +239,7 @@ def _survivors(
 ) -> Tensor:
     """`work` (R, V): 1 for what top-k, then top-p of what it left, then min-p keep; else 0.
 
-    The order is that of z, not of p: that is exact, and the same on every device.
+    The order is that of the logits z, not of p: that is exact, and the same on every device.
     """
     if top_k or top_p < 1:
         ordered, share, total = _likeliest(z, p, top_k, top_p, work)
@@ -291,7 +311,7 @@ def _ordered_above(z: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     place = torch.arange(len(row), device=p.device) + (
         torch.arange(r, device=p.device) * width - (count.cumsum(0) - count)
     ).repeat_interleave(count)
-    value = z.new_full((r * width,), -torch.inf).scatter_(0, place, z.view(-1)[found])
+    value = z.new_full((r * width,), -torch.inf).scatter_(0, place, z.reshape(-1)[found])
     share = p.new_zeros(r * width).scatter_(0, place, p.view(-1)[found])
     value, order = value.view(r, width).sort(dim=1, descending=True)
     return value, share.view(r, width).gather(1, order)
