@@ -183,6 +183,14 @@ def test_what_is_out_of_range_is_nan_and_reads_nothing(device):
     longer = torch.tensor([22, 0], device=device)
     out = kernels.prefix_attention_forward(q, pk, pv, longer, plan, tk, tv, tails, 0.5)
     assert out[[0, 5]].isnan().all()
+    # Prefixes of no tokens: nothing of theirs is merged that could make a wrong group show.
+    case = draw([0, 0], [0], [2, 1], spare=0).to(device)
+    group = torch.tensor([-1, 0], device=device)
+    plan = ops.Groups(1, group, group.argsort(), torch.tensor([1, 2], device=device))
+    q, pk, pv, _, _, tk, tv, tails = vars(case).values()
+    length = torch.zeros(2, dtype=torch.int64, device=device)[1:]
+    out = kernels.prefix_attention_forward(q, pk, pv, length, plan, tk, tv, tails, 0.5)
+    assert out.isnan().all(2).all(1).tolist() == [True, False]
 
 
 def test_the_grid_comes_from_shapes_alone():

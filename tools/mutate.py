@@ -347,7 +347,6 @@ FAULTS += faults_of(
         "mask=seen[:, None] & (d < D)[None, :], other=0.0)\n        new_top",
         "mask=inside, other=0.0)\n        new_top",
     ),
-    ("rows of the next group", "live = place < end", "live = place < rows"),
     ("rows in their own order", "tl.load(order + place, mask=live, other=0)", "place"),
     ("too few tiles for a group", "(ends - begins) * REP + TILE - 1", "(ends - begins) + TILE - 1"),
     (
