@@ -159,11 +159,6 @@ FAULTS += faults_of(
     ),
     ("32-bit offset of a column", "columns.to(tl.int64) * stride", "columns * stride"),
     (
-        "32-bit offset of a row",
-        "(row % inner) * inner_stride",
-        "((row % inner) * inner_stride).to(tl.int32)",
-    ),
-    (
         "32-bit offset of a sequence",
         "(row // inner) * outer_stride",
         "((row // inner) * outer_stride).to(tl.int32)",
@@ -257,6 +252,8 @@ FAULTS += faults_of(
         "tl.sum(tl.where(active, ratio, 0.0), axis=0)",
         "tl.sum(ratio, axis=0)",
     ),
+)
+
 FAULTS += faults_of(
     "kernels/sample.py",
     "tests/test_kernels_sample.py",
@@ -266,18 +263,38 @@ FAULTS += faults_of(
     ("a digit too few", "for digit in range(16):", "for digit in range(15):"),
     ("top-k counts what is equal as above", "(order_of(x) > order)", "(order_of(x) >= order)"),
     ("ties over-accept", "(column <= last)", "(column < V)"),
-    ("a tie short", "tl.maximum(tl.ceil((wanted", "tl.maximum(tl.floor((wanted"),
+    ("a tie short", "tl.ceil((wanted - over)", "tl.floor((wanted - over)"),
     ("top-p of all, not of top-k's", "kept = over + room *", "kept = kept + 0 * room *"),
     ("top-k's ties let in by top-p", "tl.minimum(ties, room), ties)", "ties, ties)"),
     ("min-p ignored", "(share >= min_p)", "(share >= 0)"),
     ("temperature ignored", "tl.exp((x - top) * scale)", "tl.exp(x - top)"),
-    ("high words of the counter swapped", "(position >> 32).to(tl.uint32)", "(row >> 32).to(tl.uint32)"),
+    (
+        "high words of the counter swapped",
+        "(position >> 32).to(tl.uint32)",
+        "(row >> 32).to(tl.uint32)",
+    ),
     ("26 bits of the uniform", "(low >> 6).to(tl.float64)", "0.0"),
-    ("a token without mass", "(carry + tl.cumsum(w, 0) > mark) & (w > 0)", "carry + tl.cumsum(w, 0) > mark"),
+    (
+        "a token without mass",
+        "(carry + tl.cumsum(w, 0) > mark) & (w > 0)",
+        "carry + tl.cumsum(w, 0) > mark",
+    ),
     ("the carry forgotten", "past = (carry + tl.cumsum", "past = (tl.cumsum"),
-    ("past the end, token 0", "tl.where(token < 0, tl.max(last_kept, 0), token)", "tl.where(token < 0, 0, token)"),
-    ("32-bit offset of a row", "program = tl.program_id(0).to(tl.int64)", "program = tl.program_id(0).to(tl.int8)"),
-    ("greedy takes the last maximum", "argmax = tl.where((x == top) & (column < argmax)", "argmax = tl.where((x == top)"),
+    (
+        "past the end, token 0",
+        "tl.where(token < 0, tl.max(last_kept, 0), token)",
+        "tl.where(token < 0, 0, token)",
+    ),
+    (
+        "32-bit offset of a row",
+        "program = tl.program_id(0).to(tl.int64)",
+        "program = tl.program_id(0).to(tl.int8)",
+    ),
+    (
+        "greedy takes the last maximum",
+        "argmax = tl.where((x == top) & (column < argmax)",
+        "argmax = tl.where((x == top)",
+    ),
     ("full mass in the truncated log-probability", "(gap - tl.log(kept))", "(gap - tl.log(full))"),
 )
 
