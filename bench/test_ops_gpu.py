@@ -20,6 +20,7 @@ from rivals import Head
 from torch import Tensor
 
 from meal_fast import ops
+from meal_fast.ops import cuda_build
 
 pytestmark = [
     pytest.mark.gpu,
@@ -161,3 +162,36 @@ def test_prefix_attention(benchmark, name):
 
     case = f"{name}, {p} tokens shared and {t} of their own, a layer"
     compare(benchmark, "prefix_attention", case, works, device="cuda", floor=copy, moved=step.bytes)
+
+
+@pytest.mark.parametrize(
+    "truncation", [{}, {"top_k": 50}, {"top_p": 0.9}], ids=["all", "top_k", "top_p"]
+)
+def test_sample(benchmark, truncation):
+    rows, v = 256, 151_936
+    torch.manual_seed(0)
+    logits, row = 3 * torch.randn(rows, v, device="cuda"), torch.arange(rows, device="cuda")
+
+    def ours(impl: str):
+        return ops.sample(logits, seed=0, row=row, position=row, impl=impl, **truncation)
+
+    def eager():
+        log_p = logits.log_softmax(1)
+        token = torch.multinomial(log_p.exp(), 1)
+        return token, log_p.gather(1, token)
+
+    works: dict[str, Work] = {
+        "meal-fast": functools.partial(ours, "triton"),
+        "meal-fast, plain torch": functools.partial(ours, "torch"),
+    }
+    if cuda_build.nvcc() is not None:
+        works["meal-fast, CUDA C++"] = functools.partial(ours, "cuda")
+    if not truncation:
+        works["eager"] = eager
+
+    def read(meter: Meter) -> float:  # one read: half of a copy
+        return meter.median(lambda: logits.clone()) / 2
+
+    options = ", ".join(f"{name} {value}" for name, value in truncation.items())
+    case = f"{rows} rows, {options or 'all tokens'}, Qwen2"
+    compare(benchmark, "sample", case, works, device="cuda", floor=read, moved=4.0 * rows * v)

@@ -297,7 +297,7 @@ def sample(
     """(token, logp, truncated_logp), each (R,), of arguments that `meal_fast.ops` has checked."""
     r, v = logits.shape
     token = torch.empty(r, dtype=torch.int64, device=logits.device)
-    logp, truncated = logits.new_empty(2, r, dtype=torch.float32)
+    logp, truncated = (logits.new_empty(r, dtype=torch.float32) for _ in range(2))
     if r:
         with torch.cuda.device_of(logits):  # Triton launches on the current device
             sample_kernel[(r,)](

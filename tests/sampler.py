@@ -64,7 +64,9 @@ def agree(logits, plain, other, seed, row, position, options):
 def keeps(logits, drawn, kept):
     """Of draws of one row: truncated log-probabilities tell how much was kept; tokens, what."""
     token, logp, truncated = drawn
-    assert set(token.tolist()) <= kept and (len(kept) > 2 or set(token.tolist()) == kept)
+    assert set(token.tolist()) <= kept
+    if len(token) >= 100:
+        assert set(token.tolist()) == kept
     mass = logits.softmax(0)[sorted(kept)].sum().log().expand(len(token))
     torch.testing.assert_close(truncated - logp, -mass, rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(logp, logits.log_softmax(0)[token], rtol=1e-5, atol=2e-6)

@@ -77,16 +77,16 @@ def test_a_seed_and_its_complement_are_one_key(device):
 
 def test_rows_do_not_see_the_batch_and_views_are_as_good(device):
     torch.manual_seed(1)
-    logits, row = 2 * torch.randn(5, 130), torch.tensor([7, 8, 2**50, 3, 1])
+    logits, row = 2 * torch.randn(3, 130), torch.tensor([7, 2**50, 3])
     for options in ({}, {"top_k": 9, "top_p": 0.9}):
         whole = draw(logits, "triton", device, row=row, **options)
-        some = draw(logits[[4, 2]], "triton", device, row=row[[4, 2]], **options)
+        some = draw(logits[[2, 0]], "triton", device, row=row[[2, 0]], **options)
         view = draw(logits.t().contiguous().t(), "triton", device, row=row, **options)
-        wide = torch.full((5, 400), math.nan)
+        wide = torch.full((3, 400), math.nan)
         wide[:, 3:393:3] = logits
         apart = draw(wide[:, 3:393:3], "triton", device, row=row, **options)
         for w, s, t, x in zip(whole, some, view, apart, strict=True):
-            assert torch.equal(w[[4, 2]], s) and torch.equal(w, t) and torch.equal(w, x)
+            assert torch.equal(w[[2, 0]], s) and torch.equal(w, t) and torch.equal(w, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -105,7 +105,7 @@ def test_low_precision(device, dtype):
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_exact_ties_do_not_let_more_in(device, impl, logits, options, kept):
     x = torch.tensor(logits)
-    keeps(x, draw(x.expand(8, -1), impl, device, **options), kept)
+    keeps(x, draw(x.expand(2 if impl == "triton" else 400, -1), impl, device, **options), kept)
 
 
 def test_the_ends_of_the_range_land_on_a_token_with_mass(device):
@@ -128,14 +128,14 @@ def _find(out_ptr, x_ptr, mark, V: tl.constexpr, TILE: tl.constexpr):
 
 def test_rare_tokens_of_a_large_vocabulary_keep_their_share(device):
     v = 262_144
-    logits = torch.zeros(3, v, dtype=torch.bfloat16)
+    logits = torch.zeros(2, v, dtype=torch.bfloat16)
     logits[:, 0] = math.log(v)  # half of the mass, as nearly as bfloat16 has it
-    check(logits, device, row=torch.tensor([1, 4, 9]))
+    check(logits, device, row=torch.tensor([1, 4]))
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 4, "top_p": 0.95}], ids=str)
 def test_draws_follow_the_softmax(device, options):
-    n = (40 if options else 300) if device == "cpu" else 100_000
+    n = (30 if options else 200) if device == "cpu" else 100_000
     logits = torch.tensor([1.0, 0.5, -torch.inf, 0.0, 2.0, -1.0])
     token = draw(logits.expand(n, -1), "triton", device, **options)[0]
     p = logits.softmax(0).double()

@@ -159,11 +159,6 @@ FAULTS += faults_of(
     ),
     ("32-bit offset of a column", "columns.to(tl.int64) * stride", "columns * stride"),
     (
-        "32-bit offset of a row",
-        "(row % inner) * inner_stride",
-        "((row % inner) * inner_stride).to(tl.int32)",
-    ),
-    (
         "32-bit offset of a sequence",
         "(row // inner) * outer_stride",
         "((row // inner) * outer_stride).to(tl.int32)",
@@ -268,7 +263,7 @@ FAULTS += faults_of(
     ("a digit too few", "for digit in range(16):", "for digit in range(15):"),
     ("top-k counts what is equal as above", "(order_of(x) > order)", "(order_of(x) >= order)"),
     ("ties over-accept", "(column <= last)", "(column < V)"),
-    ("a tie short", "tl.maximum(tl.ceil((wanted", "tl.maximum(tl.floor((wanted"),
+    ("a tie short", "tl.ceil((wanted - over)", "tl.floor((wanted - over)"),
     ("top-p of all, not of top-k's", "kept = over + room *", "kept = kept + 0 * room *"),
     ("top-k's ties let in by top-p", "tl.minimum(ties, room), ties)", "ties, ties)"),
     ("min-p ignored", "(share >= min_p)", "(share >= 0)"),

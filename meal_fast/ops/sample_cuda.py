@@ -27,7 +27,7 @@ def sample(
     """(token, logp, truncated_logp), each (R,)."""
     r, v = logits.shape
     token = torch.empty(r, dtype=torch.int64, device=logits.device)
-    logp, truncated = logits.new_empty(2, r, dtype=torch.float32)
+    logp, truncated = (logits.new_empty(r, dtype=torch.float32) for _ in range(2))
     with torch.cuda.device_of(logits):  # a launch goes to the current device
         cuda_build.load("sample", torch.cuda.get_device_capability(logits.device))
         torch.ops.meal_fast_cuda.sample(

@@ -51,7 +51,7 @@ def sample(
 
     Raises:
         ValueError: bad shapes or options; on the CPU also a row whose largest logit is not finite
-            or that holds a NaN (elsewhere its log-probabilities are NaN, its token any that exists).
+            or that holds a NaN (elsewhere: log-probabilities are NaN, the token any that exists).
         RuntimeError: csrc/sample.cu does not compile; the message holds what nvcc said.
     """
     if torch.compiler.is_compiling():  # the body of the registered op is this function

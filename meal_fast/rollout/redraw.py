@@ -98,7 +98,9 @@ def rejection_sample(
             rounds += 1
             drawn = [sum(row.index == b for row in drawing.rows) for b in range(len(requests))]
             fresh = [
-                replace(origin[b], sample=drawn[b] + i, attempt=rounds, tokens=[], logp=[], finish="")
+                replace(
+                    origin[b], sample=drawn[b] + i, attempt=rounds, tokens=[], logp=[], finish=""
+                )
                 for b, n in enumerate(more)
                 for i in range(n)
             ]
@@ -183,7 +185,9 @@ def _stop_surplus(drawing: _Drawing, config: RejectionConfig, judge: Judge) -> N
     """Cancels the rows that can no longer be kept, whatever they would score."""
     scored = [row for row in drawing.rows if row in drawing.reward]
     every = replace(config, keep=0)
-    passed_R, _ = accept(every, *_judged(scored, drawing, judge)[:2], **_asked(scored, drawing, judge), last=False)
+    passed_R, _ = accept(
+        every, *_judged(scored, drawing, judge)[:2], **_asked(scored, drawing, judge), last=False
+    )
     passed = {row for row, ok in zip(scored, passed_R.tolist(), strict=True) if ok}
     rows = [row for row in drawing.rows if row.finish != "cancelled"]
     finished = torch.tensor([row in drawing.reward for row in rows])
