@@ -8,7 +8,7 @@ STEPS ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help env train assets report test test-slow test-trl smoke golden lint wheel sass mutate \
-    bench bench-rows bench-table bench-trl clean
+    bench bench-rows bench-table bench-sampler bench-trl clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -84,6 +84,10 @@ bench-rows: $(VENV)/bench-installed  ## the ops beside TRL and liger-kernel, as 
 
 bench-table: env  ## the README's tables, from bench/results
 	$(PY) bench/table.py
+
+bench-sampler: assets  ## the sampler beside generate, alternating; and what redraws cost
+	$(PY) bench/ab_generate.py
+	$(PY) bench/redraws.py
 
 bench-trl: $(VENV)/bench-installed assets  ## one GRPO step against TRL, alternating
 	$(PY) bench/ab_trl.py --steps $(STEPS)

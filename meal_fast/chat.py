@@ -65,6 +65,10 @@ def parser() -> OneLineParser:
     p.add_argument("--w", metavar="W", help="NAME=VALUE,… summing to 1 (default: all equal)")
     p.add_argument("--prompt", metavar="TEXT", help="answer this and end")
     p.add_argument("--temperature", type=float, help="0: greedy (default: the run's own)")
+    p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling")
+    p.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all")
+    p.add_argument("--min-p", type=float, default=0.0, metavar="P", help="share of the likeliest's")
+    p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer")
     p.add_argument("--max-new-tokens", type=int, metavar="N", help="(default: the run's own)")
     p.add_argument("--seed", type=int, default=0, help="of the sampling")
     p.add_argument("--device", help="cpu, cuda, … (default: the run's own)")
@@ -83,13 +87,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--temperature={temperature}: must be 0 (greedy) or positive")
     if length < 1:
         raise ValueError(f"--max-new-tokens={length}: must be at least 1")
+    if args.top_k < 0 or not 0 < args.top_p <= 1 or not 0 <= args.min_p <= 1:
+        raise ValueError(
+            f"--top-k={args.top_k}, --top-p={args.top_p}, --min-p={args.min_p}: top-k must be 0 or "
+            "positive, top-p in (0, 1], min-p in [0, 1]"
+        )
+    if "" in args.stop:
+        raise ValueError("--stop='': would end every answer; give a text")
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt='': is empty; give a text, or leave it out to read lines")
     trained = policy_folder(args.run)
 
     from .batch import Prompt
     from .policy import load_policy
-    from .rollout import Request, rollout
+    from .rollout import Request, Sampling, engine
 
     where = (
         config.policy
@@ -98,21 +109,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     policy = load_policy(where, names, seed=config.seed, trained=trained)
 
-    def answer(text: str, w: tuple[float, ...], turn: int) -> str:
-        out = rollout(
-            policy,
-            [Request(Prompt(id="chat", text=text), w)],
-            max_new_tokens=length,
-            temperature=temperature,
-            seed=args.seed,
-            stream=("chat", turn),
-        )
-        return out.texts[0].strip()
+    with engine(policy) as sampler:
 
-    if args.prompt is not None:
-        print(answer(args.prompt.strip(), w, 0))
-    else:
-        talk(prompted_lines(w, names), answer, w, names)
+        def answer(text: str, w: tuple[float, ...], turn: int) -> str:
+            sampling = Sampling(
+                max_new_tokens=length,
+                temperature=temperature,
+                seed=args.seed,
+                stream=("chat", turn),
+                top_k=args.top_k,
+                top_p=args.top_p,
+                min_p=args.min_p,
+                stop=tuple(args.stop),
+            )
+            out = sampler.sample([Request(Prompt(id="chat", text=text), w)], sampling)
+            return out.texts[0].strip()
+
+        if args.prompt is not None:
+            print(answer(args.prompt.strip(), w, 0))
+        else:
+            talk(prompted_lines(w, names), answer, w, names)
 
 
 if __name__ == "__main__":

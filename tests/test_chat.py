@@ -68,6 +68,24 @@ def test_sampling_differs_by_seed_and_length_is_kept(run, capsys):
     assert capsys.readouterr().out == greedy(policy, "Write a new song.", (1.0, 0.0), 2) + "\n"
 
 
+@pytest.mark.parametrize("option", [["--top-k", "1"], ["--top-p", "1e-9"], ["--min-p", "1"]])
+def test_truncated_to_one_token_it_is_greedy(run, capsys, option):
+    folder, policy = run
+    prompt = "Write a new song."
+    chat.main([str(folder), "--prompt", prompt, "--temperature", "2", "--w", "1,0", *option])
+    assert capsys.readouterr().out == greedy(policy, prompt, (1.0, 0.0)) + "\n"
+
+
+def test_a_stop_string_ends_the_answer(run, capsys):
+    folder, policy = run
+    whole = greedy(policy, "Write a new song.", (1.0, 0.0))
+    stop = whole[len(whole) // 2]
+    chat.main([str(folder), "--prompt", "Write a new song.", "--temperature", "0", "--w", "1,0",
+               "--stop", stop])  # fmt: skip
+    said = capsys.readouterr().out.rstrip("\n")
+    assert whole.startswith(said) and stop in said and len(said) < len(whole)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -78,6 +96,10 @@ def test_sampling_differs_by_seed_and_length_is_kept(run, capsys):
         (["--w", "kind=0.5,second=0.5"], "unknown objective 'kind'"),
         (["--temperature", "-1"], "--temperature=-1.0"),
         (["--max-new-tokens", "0"], "--max-new-tokens=0"),
+        (["--top-k", "-1"], "--top-k=-1"),
+        (["--top-p", "0"], "--top-p=0.0"),
+        (["--min-p", "1.5"], "--min-p=1.5"),
+        (["--stop", ""], "--stop=''"),
         (["--prompt", "  "], "--prompt=''"),
     ],
 )

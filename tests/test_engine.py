@@ -123,6 +123,17 @@ def test_a_row_s_text_depends_on_nothing_but_itself():
     assert sorted(backwards.texts) == sorted(forwards.texts)
 
 
+def test_fixed_shapes_give_the_same_tokens():
+    """What a GPU captures as a graph: padded rows, tails and prompts to their full room."""
+    requests = requests_of([3, 8, 5, 12], [(0.0, 1.0), (0.7, 0.3)], samples=3)
+    plain, fixed = engine(LLAMA, max_rows=7), engine(LLAMA, max_rows=7)
+    fixed.fixed_shapes = True
+    want, got = (e.sample(requests, sampling(max_new_tokens=9)) for e in (plain, fixed))
+    assert got.texts == want.texts and got.finish == want.finish
+    torch.testing.assert_close(got.logp_RT, want.logp_RT, atol=1e-5, rtol=0)
+    assert len(fixed._steps) > 1 and {rows for rows, _ in fixed._steps} <= {1, 2, 4, 7}
+
+
 def test_a_sweep_prefills_each_prompt_once_whatever_the_weights():
     """28 weights on 5 prompts, greedy and then sampled, counted by what goes through the model."""
     seen = []

@@ -192,3 +192,10 @@ def test_a_tied_embedding_gets_the_gradient_of_both_its_uses():
     got = gradient(True)
     assert not got.is_sparse
     torch.testing.assert_close(got, gradient(False))
+
+
+def test_rows_of_another_behaviour_policy_are_refused(setting):
+    policy, rolled, scored = setting
+    selected = dataclasses.replace(rolled, on_policy=False)
+    with pytest.raises(ValueError, match="not the behaviour policy's; sample without top_k"):
+        grpo(policy, selected, scored, tiny_config().grpo, TEMPERATURE)

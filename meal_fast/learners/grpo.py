@@ -28,8 +28,14 @@ def grpo(
     """Adds the gradient of the step's loss to the policy's parameters; returns metrics (scalars).
 
     The rollout's own log-probabilities are the behaviour policy's (logp_old). With beta > 0 the
-    reference model sees the same tokens first, before anything is kept for the gradient.
+    reference model sees the same tokens first, before anything is kept for the gradient. Rows that
+    were truncated, selected or redrawn have another behaviour policy, and raise ValueError.
     """
+    if not rollout.on_policy:
+        raise ValueError(
+            "rollout: its rows were truncated, selected or redrawn, so that logp_RT is not the "
+            "behaviour policy's; sample without top_k, top_p, min_p and rejection"
+        )
     sequences = len(rollout.group_R)
     tokens = rollout.mask_RT.sum()
     normalizer: dict[str, float | Tensor] = {

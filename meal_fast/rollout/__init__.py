@@ -2,6 +2,17 @@
 
 from .backends import backend
 from .engine import Engine, Row, engine, rollout
+from .redraw import Kept, rejection_sample
 from .requests import Request, Sampling
 
-__all__ = ["Engine", "Request", "Row", "Sampling", "backend", "engine", "rollout"]
+__all__ = [
+    "Engine",
+    "Kept",
+    "Request",
+    "Row",
+    "Sampling",
+    "backend",
+    "engine",
+    "rejection_sample",
+    "rollout",
+]

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from .. import ops
 from ..batch import Rollout
-from ..ops import Groups
+from ..ops import Groups, dispatch
 from ..policy import Network, Policy
 from .cache import Pool, Shape, Tails, TokenPass, fill_prompts, fill_suffixes
+from .graph import FixedStep, bucket
 from .requests import Drawn, Request, Sampling, Tokens, encode, gathered, row_id
 
 _PASS_TOKENS = 4096  # padded tokens of a pass over prompts or suffixes
@@ -43,6 +44,11 @@ class Row:
     logp: list[float] = field(default_factory=list)  # under softmax(logits / temperature)
     finish: str = ""  # "stop", "length" or "cancelled"; "" while it waits or grows
     place: int = -1
+    key: int = 0  # its id, once it has ended
+
+    def another(self, sample: int, attempt: int) -> Row:
+        """A new row of the same request, behind the same prefix."""
+        return Row(self.request, self.index, sample, self.prompt, self.suffix, attempt)
 
     def cut(self, keep: int) -> None:
         """Drops all but the first `keep` tokens; what follows them is drawn anew.
@@ -87,6 +93,10 @@ class Engine:
         self.tails = Tails(self.shape, 0, 0)
         self.counts = Counts()
         self.live: list[Row] = []  # the row in each slot
+        weight = network.weight
+        # Shapes that do not change are what a graph is captured of; without one they are waste.
+        self.fixed_shapes = weight.is_cuda and dispatch.triton_obstacle(weight) is None
+        self._steps: dict[tuple[int, int], FixedStep] = {}
         self._stop = torch.tensor(sorted(policy.stop_ids), device=self.shape.device)
 
     def rows(self, requests: Sequence[Request], max_new_tokens: int) -> list[Row]:
@@ -140,8 +150,9 @@ class Engine:
         self.live = []
         self._fit(waiting, sampling.max_new_tokens)
         while waiting or self.live:
-            fresh, first = self._admit(waiting, self.live)
+            # The step first: at fixed shapes it writes to the free slots, which then are taken.
             hidden = [self._step(self.live)] if self.live else []
+            fresh, first = self._admit(waiting, self.live)
             self.live = self.live + fresh
             if self.live:
                 self._sample(self.live, torch.cat([*hidden, *first]), sampling)
@@ -180,6 +191,14 @@ class Engine:
         device = self.shape.device
         at = [len(row.suffix) + len(row.tokens) - 1 for row in live]
         places = [row.place for row in live]
+        self.counts.decode += len(live)
+        if self.fixed_shapes:
+            size = bucket(len(live), max(at) + 1, self.tails.slots, self.tails.room)
+            if size not in self._steps:
+                self._steps[size] = FixedStep(self.network, self.prompts, self.tails, *size)
+            last = [row.tokens[-1] for row in live]
+            position = [len(row.prompt) + a for row, a in zip(live, at, strict=True)]
+            return self._steps[size](last, position, places, at)
         low, high = min(places), max(places) + 1
         at_R = torch.tensor(at, device=device)
         place_R = torch.tensor(places, device=device)
@@ -195,7 +214,6 @@ class Engine:
             seen_R=at_R + 1,
             longest=max(at) + 1,
         )
-        self.counts.decode += len(live)
         hidden: Tensor = self.network.body(
             input_ids=torch.tensor([[row.tokens[-1]] for row in live], device=device),
             position_ids=(self.prompts.length_B[place_R] + at_R)[:, None],
@@ -307,10 +325,12 @@ class Engine:
         )
         if (places, room) != (self.prompts.places, self.prompts.room):
             self.prompts = self.prompts.resized(places, room)
+            self._steps.clear()
         if (pairs, suffix_room) != (self.suffixes.places, self.suffixes.room):
             self.suffixes = self.suffixes.resized(pairs, suffix_room)
         if (slots, tail_room) != (self.tails.slots, self.tails.room):
             self.tails = Tails(self.shape, slots, tail_room)
+            self._steps.clear()
 
 
 @contextmanager

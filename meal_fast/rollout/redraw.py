@@ -13,9 +13,9 @@ row has ended, whether they are ready or have to be waited for. See `rejection` 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,15 +44,129 @@ class Kept:
     log: dict[str, float]
 
 
-@dataclass
-class _Drawing:
-    """All rows drawn so far, in order, and what is known of them."""
+class _Judged:
+    """Scored rows with what the rules need of them."""
 
-    rows: list[Row] = field(default_factory=list)
-    reward: dict[Row, Tensor] = field(default_factory=dict)  # of rows that have ended, (K,)
-    segments: dict[Row, list[float]] = field(default_factory=dict)  # scores of growing text
-    cuts: int = 0
-    segment_calls: int = 0
+    def __init__(self, rows: Sequence[Row], reward_RK: Tensor, judge: Judge, seed: int) -> None:
+        k = reward_RK.shape[1]
+        uniform = (1.0 / k,) * k
+        self.rows = rows
+        self.reward_RK = reward_RK
+        self.w_RK = torch.tensor([row.request.w or uniform for row in rows])
+        self.score_R, self.w_hat_RK = judge(reward_RK, self.w_RK)
+        self.group_R = torch.tensor([row.index for row in rows])
+        self.uniform_R = acceptance_uniform(seed, torch.tensor([row.key for row in rows]))
+
+    def accept(self, config: RejectionConfig, last: bool) -> tuple[Tensor, dict[str, int]]:
+        return accept(
+            config,
+            self.score_R,
+            self.group_R,
+            w_hat_RK=self.w_hat_RK,
+            w_RK=self.w_RK,
+            uniform_R=self.uniform_R,
+            last=last,
+        )
+
+
+class _Drawing:
+    """All rows of a call in the order they were drawn, and what is known of them."""
+
+    def __init__(
+        self,
+        sampler: Engine,
+        sampling: Sampling,
+        config: RejectionConfig,
+        scorer: OrderedScorer,
+        score: Score,
+        judge: Judge,
+    ) -> None:
+        self.sampler, self.sampling, self.config = sampler, sampling, config
+        self.scorer, self.score, self.judge = scorer, score, judge
+        self.rows: list[Row] = []
+        self.reward: dict[Row, Tensor] = {}  # of rows that have ended, (K,)
+        self.segments: dict[Row, list[float]] = {}  # scores of a growing text, segment by segment
+        self.cuts: dict[Row, int] = {}
+
+    def round(self, fresh: list[Row]) -> None:
+        """Draws `fresh` to the end, or until they cannot be kept, and has them scored."""
+        self.rows += fresh
+        sent: list[Row] = []
+        due: deque[int] = deque()  # how many rows had been sent after each of the last steps
+        early = bool(self.config.keep) and self.config.rule in ("threshold", "trade-off")
+        for _ in self.sampler.draw(deque(fresh), self.sampling):
+            if self.config.segment:
+                self._cut_hopeless()
+            for row in self.sampler.live:
+                if row.finish in ("stop", "length"):
+                    self.scorer.submit(_name(row), row.request.prompt.text, self._text(row))
+                    sent.append(row)
+            due.append(len(sent))
+            if len(due) > _LAG and (early or self.config.segment):
+                known = due.popleft()
+                if known and sent[known - 1] not in self.reward:
+                    self._learn(sent[:known], self.scorer.wait_until(known))
+                    if early:
+                        self._stop_surplus()
+        self._learn(sent, self.scorer.results()[1])
+
+    def judged(self) -> _Judged:
+        """Every row that has its reward, in the order drawn."""
+        rows = [row for row in self.rows if row in self.reward]
+        reward_RK = torch.stack([self.reward[row] for row in rows])
+        return _Judged(rows, reward_RK, self.judge, self.sampling.seed)
+
+    def _learn(self, rows: Sequence[Row], reward_RK: Tensor) -> None:
+        self.reward.update(zip(rows, reward_RK, strict=True))
+        for row in rows:
+            row.key = row_id(self.sampling.stream, row.request, row.sample, row.attempt)
+
+    def _text(self, row: Row) -> str:
+        return self.sampler.policy.decode(row.tokens)
+
+    def _stop_surplus(self) -> None:
+        """Cancels rows before which their group has kept enough already, in the order drawn."""
+        judged = self.judged()
+        passed_R, _ = judged.accept(replace(self.config, keep=0, rounds=0, draws=0), last=False)
+        passed = {row for row, ok in zip(judged.rows, passed_R.tolist(), strict=True) if ok}
+        rows = [row for row in self.rows if row.finish != "cancelled"]
+        over_R = surplus(
+            self.config,
+            torch.tensor([row in passed for row in rows]),
+            torch.tensor([row in self.reward for row in rows]),
+            torch.tensor([row.index for row in rows]),
+        )
+        for row, over in zip(rows, over_R.tolist(), strict=True):
+            if over and not row.finish:
+                row.finish = "cancelled"
+
+    def _cut_hopeless(self) -> None:
+        """Scores the rows at the end of a segment, and cuts back those that are hopeless."""
+        size, most = self.config.segment, max(1, self.config.rounds)
+        rows = [
+            row
+            for row in self.sampler.live
+            if row.finish != "cancelled"
+            and (row.finish or len(row.tokens) % size == 0)
+            and self.cuts.get(row, 0) < most
+        ]
+        if not rows:
+            return
+        reward = self.score([r.request.prompt.text for r in rows], [self._text(r) for r in rows])
+        now = _Judged(rows, torch.as_tensor(reward).float().cpu(), self.judge, self.sampling.seed)
+        ended: dict[int, list[float]] = {}
+        if self.reward:
+            known = self.judged()
+            for row, value in zip(known.rows, known.score_R.tolist(), strict=True):
+                ended.setdefault(row.index, []).append(value)
+        for row, value in zip(rows, now.score_R.tolist(), strict=True):
+            scores = self.segments.setdefault(row, [])
+            scores.append(value)
+            whole = cut_back(scores, hopeless_below(self.config, ended.get(row.index, [])))
+            if whole is not None:
+                del scores[whole:]
+                self.cuts[row] = self.cuts.get(row, 0) + 1
+                row.cut(whole * size)
 
 
 def rejection_sample(
@@ -70,13 +184,13 @@ def rejection_sample(
     Args:
         requests: each a group, with `samples` rows in the first round.
         score: (prompt texts, response texts) → raw rewards (R, K). It is called from a thread of
-            its own, `chunk` rows at a time, and for segments from this one.
+            its own, `chunk` rows at a time; of segments from this one.
         judge: (rewards (R, K), preferences (R, K)) → the score that the rules look at (R,), and
             realised preferences (R, K), or None where the rule does not ask for them.
 
-    `log` holds: rounds; drawn, ended, kept, acceptance (kept / ended); rejected/GATE, as a share of
-    the rows that ended; cancelled rows, cut-backs; prompt, suffix, decode and reused tokens, and
-    tokens through the model per kept row.
+    `log` holds: rounds; drawn, ended, cancelled and kept rows, acceptance (kept / ended) and
+    rejected/GATE (a share of those that ended); cuts; prompt, suffix, decode and reused tokens, and
+    tokens through the model for each row kept.
 
     Raises:
         ValueError: as `Engine.rows` and `accept` do.
@@ -84,115 +198,79 @@ def rejection_sample(
             can be used again.
     """
     started, before = time.perf_counter(), replace(sampler.counts)
-    drawing = _Drawing()
-    fresh = sampler.rows(requests, sampling.max_new_tokens)
-    origin = {row.index: row for row in fresh}
     rounds = 0
     with OrderedScorer(score, chunk=chunk) as scorer:
-        while True:
-            drawing.rows += fresh
-            _round(sampler, fresh, drawing, sampling, config, scorer, score, judge)
-            more = _missing(drawing, requests, config, judge, sampling) if config.keep else []
-            if rounds == config.rounds or not any(more):
+        drawing = _Drawing(sampler, sampling, config, scorer, score, judge)
+        fresh = sampler.rows(requests, sampling.max_new_tokens)
+        first = {row.index: row for row in fresh}
+        drawing.round(fresh)
+        while rounds < config.rounds:
+            more = _missing(drawing, requests, config)
+            if not any(more):
                 break
             rounds += 1
-            drawn = [sum(row.index == b for row in drawing.rows) for b in range(len(requests))]
-            fresh = [
-                replace(
-                    origin[b], sample=drawn[b] + i, attempt=rounds, tokens=[], logp=[], finish=""
-                )
-                for b, n in enumerate(more)
-                for i in range(n)
-            ]
-    ended, accepted_R, counts, reward_RK, score_R, w_hat_RK = _accepted(
-        drawing, requests, config, judge, sampling, last=True
-    )
-    kept = [i for i in accepted_R.nonzero().squeeze(1).tolist()]
-    kept.sort(key=lambda i: ended[i].index)  # stable: by request, then as drawn
-    index = torch.tensor(kept, dtype=torch.int64)
-    sizes = [sum(ended[i].index == b for i in kept) for b in range(len(requests))]
+            drawn = Counter(row.index for row in drawing.rows)
+            drawing.round(
+                [
+                    first[b].another(sample=drawn[b] + i, attempt=rounds)
+                    for b, n in enumerate(more)
+                    for i in range(n)
+                ]
+            )
+    judged = drawing.judged()
+    accepted_R, rejected = judged.accept(config, last=True)
+    # by request, and then in the order drawn
+    kept = sorted(accepted_R.nonzero().squeeze(1).tolist(), key=lambda i: judged.rows[i].index)
+    rows = [judged.rows[i] for i in kept]
+    sizes = Counter(row.index for row in rows)
     used = sampler.counts
-    prefill = used.prompt + used.suffix - before.prompt - before.suffix
-    decode = used.decode - before.decode
-    log = {
+    prompt, suffix = used.prompt - before.prompt, used.suffix - before.suffix
+    decode, ended = used.decode - before.decode, len(judged.rows)
+    log: dict[str, float] = {
         "rounds": rounds + 1,
         "drawn": len(drawing.rows),
-        "ended": len(ended),
+        "ended": ended,
+        "cancelled": len(drawing.rows) - ended,
         "kept": len(kept),
-        "acceptance": len(kept) / max(len(ended), 1),
-        "cancelled": len(drawing.rows) - len(ended),
-        "cuts": drawing.cuts,
-        "prompt_tokens": used.prompt - before.prompt,
-        "suffix_tokens": used.suffix - before.suffix,
+        "acceptance": len(kept) / ended,
+        "cuts": sum(drawing.cuts.values()),
+        "prompt_tokens": prompt,
+        "suffix_tokens": suffix,
         "decode_tokens": decode,
         "reused_tokens": used.reused - before.reused,
-        "tokens_per_kept": (prefill + decode) / max(len(kept), 1),
-    } | {f"rejected/{gate}": n / max(len(ended), 1) for gate, n in counts.items()}
-    rows = [ended[i] for i in kept]
+        "tokens_per_kept": (prompt + suffix + decode) / max(len(kept), 1),
+    }
     rolled = gathered(
         sampler.policy,
-        [replace(q, samples=n) for q, n in zip(requests, sizes, strict=True)],
+        [replace(q, samples=sizes[b]) for b, q in enumerate(requests)],
         [Drawn(row.tokens, row.logp, row.finish) for row in rows],
         started=started,
-        prefill_tokens=prefill,
+        prefill_tokens=prompt + suffix,
         on_policy=False,
     )
-    device = rolled.tokens_RT.device
+    device, index = rolled.tokens_RT.device, torch.tensor(kept, dtype=torch.int64)
+    w_hat_RK = judged.w_hat_RK
     return Kept(
         rollout=rolled,
-        reward_RK=reward_RK[index].to(device),
-        score_R=score_R[index].to(device),
+        reward_RK=judged.reward_RK[index].to(device),
+        score_R=judged.score_R[index].to(device),
         w_hat_RK=None if w_hat_RK is None else w_hat_RK[index].to(device),
-        log=log,
+        log=log | {f"rejected/{gate}": n / ended for gate, n in rejected.items()},
     )
 
 
-def _round(
-    sampler: Engine,
-    fresh: list[Row],
-    drawing: _Drawing,
-    sampling: Sampling,
-    config: RejectionConfig,
-    scorer: OrderedScorer,
-    score: Score,
-    judge: Judge,
-) -> None:
-    """Draws `fresh` to the end, or until they can no longer be kept, and has them scored."""
-    sent: list[Row] = []
-    due: deque[tuple[int, int]] = deque()  # step, rows sent by then
-    stops_early = bool(config.keep) and config.rule in ("threshold", "trade-off")
-    for step, _ in enumerate(sampler.draw(deque(fresh), sampling)):
-        if config.segment:
-            _cut_hopeless(sampler, drawing, config, score, judge)
-        ended = [row for row in sampler.live if row.finish in ("stop", "length")]
-        for row in ended:
-            said = sampler.policy.decode(row.tokens)
-            scorer.submit(_name(row), row.request.prompt.text, said)
-        sent += ended
-        due.append((step, len(sent)))
-        if due[0][0] + _LAG <= step:
-            n = due.popleft()[1]
-            known = sum(row in drawing.reward for row in sent)
-            if n > known and (stops_early or config.segment):
-                drawing.reward |= zip(sent[:n], scorer.wait_until(n), strict=True)
-                if stops_early:
-                    _stop_surplus(drawing, config, judge)
-    _, reward_RK = scorer.results()
-    drawing.reward |= zip(sent, reward_RK, strict=True)
-
-
-def _stop_surplus(drawing: _Drawing, config: RejectionConfig, judge: Judge) -> None:
-    """Cancels the rows that can no longer be kept, whatever they would score."""
-    scored = [row for row in drawing.rows if row in drawing.reward]
-    every = replace(config, keep=0)
-    passed_R, _ = accept(
-        every, *_judged(scored, drawing, judge)[:2], **_asked(scored, drawing, judge), last=False
+def _missing(drawing: _Drawing, requests: Sequence[Request], config: RejectionConfig) -> list[int]:
+    """How many rows each request draws in the next round."""
+    judged = drawing.judged()
+    accepted_R, _ = judged.accept(config, last=False)
+    kept_B = torch.bincount(judged.group_R[accepted_R], minlength=len(requests))
+    drawn_B = torch.bincount(
+        torch.tensor([row.index for row in drawing.rows]), minlength=len(requests)
     )
-    passed = {row for row, ok in zip(scored, passed_R.tolist(), strict=True) if ok}
-    rows = [row for row in drawing.rows if row.finish != "cancelled"]
-    finished = torch.tensor([row in drawing.reward for row in rows])
-    accepted = torch.tensor([row in passed for row in rows])
-    group = torch.tensor([row.index for row in rows])
-    for i in surplus(config, accepted, finished, group).nonzero().squeeze(1).tolist():
-        if not rows[i].finish:
-            rows[i].finish = "cancelled"
+    first = max(q.samples for q in requests)
+    more: list[int] = redraws(config, kept_B, drawn_B, first).tolist()
+    return more
+
+
+def _name(row: Row) -> str:
+    return f"{row.request.prompt.id}/{row.request.w}/{row.sample}"

@@ -111,14 +111,19 @@ def gathered(
         policy.encode_prompt(q.prompt.text) + policy.encode_suffix(q.w) for q in requests
     )
     uniform = (1.0 / len(policy.names),) * len(policy.names)
-    tokens_RT, mask_RT = pad([row.tokens for row in drawn], device)
+    tokens_RT = torch.zeros(0, 0, dtype=torch.int64, device=device)
+    mask_RT = tokens_RT.bool()
+    if drawn:
+        tokens_RT, mask_RT = pad([row.tokens for row in drawn], device)
     logp_RT = torch.zeros(mask_RT.shape, device=device)
     logp_RT[mask_RT] = torch.tensor([x for row in drawn for x in row.logp], device=device)
     return Rollout(
         prompts=tuple(q.prompt for q in requests),
         prefix=prefixes,
-        group_R=torch.tensor(group, device=device),
-        w_RK=torch.tensor([requests[b].w or uniform for b in group], device=device),
+        group_R=torch.tensor(group, dtype=torch.int64, device=device),
+        w_RK=torch.tensor([requests[b].w or uniform for b in group], device=device).view(
+            -1, len(uniform)
+        ),
         tokens_RT=tokens_RT,
         mask_RT=mask_RT,
         logp_RT=logp_RT,
