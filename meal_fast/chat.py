@@ -122,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 min_p=args.min_p,
                 stop=tuple(args.stop),
             )
+            sampler.forget()  # the last prompt: it hardly comes again
             out = sampler.sample([Request(Prompt(id="chat", text=text), w)], sampling)
             return out.texts[0].strip()
 

@@ -146,10 +146,12 @@ class RejectionConfig:
     tau: float = opt(0.5, "trade-off: temperature of the realised preference; 1, .5, .3 or .2 [P]")
     delta: float = opt(0.5, "trade-off: the largest distance of realised and asked preference [R]")
     keep: int = opt(0, "responses to keep a group; 0: all that pass")
-    rounds: int = opt(0, "redraw rounds of groups that have kept fewer [R]")
+    rounds: int = opt(0, "redraw rounds of groups that have kept fewer; cut-backs of a row [R]")
     draws: int = opt(0, "responses drawn a group in all rounds; 0: the rounds alone limit it [R]")
     fallback: Fallback = opt("best", "what a group keeps when nothing passes: its best score [R]")
-    segment: int = opt(0, "tokens of a segment, after each of which a row is scored; 0: not [R]")
+    segment: int = opt(
+        0, "a row is scored after so many tokens, and cut back if hopeless; 0: not [R]"
+    )
     slack: float = opt(0.1, "how far below the bar an unfinished response may score [R]")
 
     def __post_init__(self) -> None:

@@ -314,11 +314,23 @@ def _load(path: str, config: PolicyConfig) -> tuple[Any, Any]:
             path, dtype=getattr(torch, config.dtype), attn_implementation=tree.ATTENTION
         )
         tokenizer = AutoTokenizer.from_pretrained(path)
+    except KeyError as error:
+        if str(error) != repr(tree.ATTENTION):
+            raise
+        raise ValueError(
+            f"policy.path={config.path!r}: {settings.model_type} has an attention of its own and "
+            "is not supported; use a model of transformers' attention interface (Llama, Qwen, …)"
+        ) from None
     except OSError as error:
         line = str(error).splitlines()[0]
         raise ValueError(
             f"policy.path={config.path!r}: no model could be loaded ({line})"
         ) from None
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ValueError(
+            f"policy.path={config.path!r}: {type(model).__name__} has an attention of its own and "
+            "is not supported; use a model of transformers' attention interface (Llama, Qwen, …)"
+        )
     if tokenizer.chat_template is None:
         raise ValueError(f"policy.path={config.path!r}: its tokenizer has no chat template")
     return model, tokenizer

@@ -110,6 +110,17 @@ def check_supported(config: Any) -> None:
             f"policy: {text.model_type} with {sorted(kinds) or 'sliding-window'} layers is not "
             "supported; use a model with full attention in every layer"
         )
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        raise ValueError(
+            f"policy: {text.model_type} with {rope['rope_type']} rotary positions is not supported:"
+            " a row's positions would depend on the longest row beside it"
+        )
+    if getattr(text, "v_head_dim", None) is not None:
+        raise ValueError(
+            f"policy: {text.model_type} has values of another width than its keys, which is not "
+            "supported"
+        )
     if getattr(text, "attn_logit_softcapping", None):
         raise ValueError(f"policy: {text.model_type} caps attention scores, which is not supported")
 

@@ -1,5 +1,6 @@
 """The engine against plain forwards of the same models, whatever happened to a row's slot."""
 
+import weakref
 from collections import deque
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from meal_fast.batch import Prompt
 from meal_fast.rollout import Engine, Request, Row, Sampling
+from meal_fast.rollout.cache import Shape
 from tests.models import MODELS, NumberPolicy
 
 TEMPERATURE = 0.9
@@ -21,7 +23,7 @@ def prompt(tokens) -> Prompt:
 
 
 def engine(policy, **options) -> Engine:
-    return Engine(policy, policy.network, **options)
+    return Engine(policy, policy.network, **{"join": True} | options)
 
 
 def sampling(**options) -> Sampling:
@@ -100,8 +102,7 @@ def test_every_history_of_a_slot_gives_the_model_s_own_log_probabilities(history
     assert steps >= 1
     for row in rows:
         check(policy, row)
-    size = sum(p.room * p.places for p in (sampler.prompts, sampler.suffixes))
-    size += sampler.tails.room * sampler.tails.slots
+    size = sum(x.room * x.places for x in (sampler.prompts, sampler.suffixes, sampler.tails))
     assert size * token <= sampler.max_cache_bytes
 
 
@@ -132,6 +133,12 @@ def test_fixed_shapes_give_the_same_tokens():
     assert got.texts == want.texts and got.finish == want.finish
     torch.testing.assert_close(got.logp_RT, want.logp_RT, atol=1e-5, rtol=0)
     assert len(fixed._steps) > 1 and {rows for rows, _ in fixed._steps} <= {1, 2, 4, 7}
+    longer = requests_of([30, 25, 6, 9, 2], [(0.1, 0.9), (0.6, 0.4)], samples=2)  # larger caches
+    want, got = (e.sample(longer, sampling(max_new_tokens=20)) for e in (plain, fixed))
+    assert got.texts == want.texts
+    steps = dict(fixed._steps)
+    fixed.sample(requests, sampling())  # what is there suffices: nothing is made anew
+    assert steps.items() <= fixed._steps.items()
 
 
 def test_a_sweep_prefills_each_prompt_once_whatever_the_weights():
@@ -174,17 +181,15 @@ def test_slots_stay_full():
     assert sum(full) == sum(len(row.tokens) for row in rows)
 
 
-def test_a_cut_row_draws_something_else_and_keeps_what_it_kept():
+def test_a_cut_row_draws_something_else_and_keeps_what_it_kept(monkeypatch):
     sampler = engine(LLAMA)
     (row,) = sampler.rows([Request(prompt([11, 12, 13]), None)], 12)
-    policy_stops = LLAMA.stop_ids
-    LLAMA.stop_ids = frozenset()
+    monkeypatch.setattr(LLAMA, "stop_ids", frozenset())
     drawn = []
     for finished in engine(LLAMA).draw(deque([row]), sampling(max_new_tokens=12)):
         if finished and len(drawn) < 6:
             drawn.append(list(row.tokens))
             row.cut(4)
-    LLAMA.stop_ids = policy_stops
     assert row.attempt == 6 and row.finish == "length"
     assert all(tokens[:4] == drawn[0][:4] for tokens in drawn)
     assert len({tuple(tokens) for tokens in drawn}) == 6
@@ -249,10 +254,58 @@ def test_a_prompt_at_the_context_s_limit_fits_and_one_token_more_does_not():
         engine(LLAMA).sample([Request(prompt(range(11, 11 + 58)), None)], sampling())
 
 
+def test_caches_outlast_draws_of_any_size_and_an_abandoned_one():
+    weights = [(i / 10, 1 - i / 10) for i in (1, 4, 8)]
+    requests = requests_of([9, 5, 12, 7], weights, samples=3)
+    sampler = engine(LLAMA, max_rows=16, join=False)
+    sampler.sample(requests, sampling())
+    before = sampler.counts.prompt
+    for part in (requests[:1], requests, requests[4:7], requests[::-1]):
+        sampler.sample(part, sampling())
+        for _ in sampler.draw(deque(sampler.rows(part, 6)), sampling()):
+            break
+    assert sampler.counts.prompt == before == 9 + 5 + 12 + 7
+
+
+def test_one_preference_a_call_shares_the_prompt_unless_joined():
+    requests = requests_of([9], [(i / 10, 1 - i / 10) for i in range(5)])
+    apart, joined = engine(LLAMA, join=False), engine(LLAMA)
+    for request in requests:
+        assert (
+            apart.sample([request], sampling()).texts == joined.sample([request], sampling()).texts
+        )
+    assert apart.counts.prompt == 9
+    assert joined.counts.prompt == sum(9 + len(LLAMA.encode_suffix(q.w)) for q in requests)
+
+
+def test_the_budget_holds_while_caches_are_made_anew(monkeypatch):
+    """Draws of many sizes under one budget: the most that was ever allocated at a time."""
+    alive, most = weakref.WeakSet(), [0]
+    make = Shape.memory
+
+    def counted(shape, places, room):
+        layers = make(shape, places, room)
+        alive.update(x for pair in layers for x in pair)
+        most[0] = max(most[0], sum(x.numel() * x.element_size() for x in alive))
+        return layers
+
+    monkeypatch.setattr(Shape, "memory", counted)
+    token = engine(LLAMA).shape.token_bytes
+    budget = 400 * token
+    sampler = engine(LLAMA, max_rows=16, max_cache_bytes=budget)
+    weights = [(i / 10, 1 - i / 10) for i in (1, 4, 8)]
+    for lengths, new in (([3] * 9, 4), ([20], 30), ([3, 4], 2), ([17] * 8, 20), ([30] * 5, 9)):
+        requests = requests_of(lengths, weights)
+        rows = sampler.rows(requests, new)
+        list(sampler.draw(deque(rows), sampling(max_new_tokens=new)))
+        assert all(row.finish for row in rows)
+        assert most[0] <= budget
+
+
 def test_truncated_and_redrawn_rows_say_that_they_are_not_the_policy_s_own():
     requests = requests_of([3], [None])
     assert engine(LLAMA).sample(requests, sampling()).on_policy
-    for truncation in ({"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2}):
+    for truncation in ({"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2}, {"temperature": 0.0}):
         assert not engine(LLAMA).sample(requests, sampling(**truncation)).on_policy
 
 

@@ -10,7 +10,7 @@ import torch
 
 from meal_fast.config import RejectionConfig
 from meal_fast.objectives import ObjectiveError
-from meal_fast.rollout import Engine, Sampling, rejection_sample
+from meal_fast.rollout import Engine, Row, Sampling, rejection_sample
 from meal_fast.rollout import redraw as module
 from meal_fast.rollout.rejection import realized_preference
 from tests.models import NumberPolicy
@@ -39,8 +39,9 @@ def engine() -> Engine:
     return Engine(POLICY, POLICY.network, max_rows=6)
 
 
-def sample(config, *, sampler=None, score=score, requests=REQUESTS):
-    return rejection_sample(sampler or engine(), requests, SAMPLING, config, score, judge)
+def sample(config, *, sampler=None, score=score, chunk=8):
+    sampler = sampler or engine()
+    return rejection_sample(sampler, REQUESTS, SAMPLING, config, score, judge, chunk=chunk)
 
 
 def check(kept):
@@ -108,6 +109,15 @@ def test_rounds_reuse_every_prefix():
 def test_a_budget_of_draws_ends_the_rounds():
     config = RejectionConfig(rule="threshold", threshold=2.0, keep=3, rounds=9, draws=7)
     assert sample(config).log["drawn"] == 4 * 7
+    few = replace(config, draws=3)
+    with pytest.raises(ValueError, match=r"rejection\.draws=3: the first round alone draws 4"):
+        sample(few)
+
+
+def test_tokens_reused_and_computed_are_those_of_all_rows():
+    kept = sample(RejectionConfig(rule="threshold", threshold=2.0, fallback="none"))
+    assert kept.rollout.reused_tokens == kept.log["reused_tokens"] > 0
+    assert kept.rollout.prefill_tokens == kept.log["prompt_tokens"] + kept.log["suffix_tokens"]
 
 
 def test_redrawn_rows_are_new_text():
@@ -121,15 +131,19 @@ def test_redrawn_rows_are_new_text():
 @pytest.mark.parametrize("name", ["threshold", "segments", "trade-off"])
 def test_a_slow_scorer_changes_nothing(name):
     """Scores that come late are waited for, those that come early are not used early."""
-    calls = []
+    calls, alone = [], threading.Lock()
 
     def slow(prompts, responses):
+        assert alone.acquire(blocking=False), (
+            "a reward model need not be safe to call twice at once"
+        )
         calls.append(threading.get_ident())
         time.sleep(0.002 * (len(calls) * 7 % 5))
+        alone.release()
         return score(prompts, responses)
 
-    same(sample(CONFIGS[name]), sample(CONFIGS[name], score=slow))
-    assert set(calls) - {threading.get_ident()}, "scored in another thread"
+    same(sample(CONFIGS[name], chunk=1), sample(CONFIGS[name], score=slow, chunk=1))
+    assert len(set(calls)) == 1 and calls[0] != threading.get_ident()
 
 
 def test_stopping_rows_early_changes_nothing_that_is_kept(monkeypatch):
@@ -142,22 +156,23 @@ def test_stopping_rows_early_changes_nothing_that_is_kept(monkeypatch):
     assert early.log["decode_tokens"] < late.log["decode_tokens"]
 
 
-def test_cutting_back_keeps_the_good_start():
-    """A hopeless response goes on from its last good segment, which its final text still holds."""
-    seen = {}
+def test_cutting_back_keeps_the_good_start(monkeypatch):
+    """A hopeless response goes on from its last good segment, with something else behind it."""
+    last_cut = {}
+    cut = Row.cut
 
-    def watching(prompts, responses):
-        for prompt, text in zip(prompts, responses, strict=True):
-            seen.setdefault(prompt, []).append(text)
-        return score(prompts, responses)
+    def watched(row, keep):
+        last_cut[row] = (list(row.tokens), keep)
+        cut(row, keep)
 
-    config = replace(CONFIGS["segments"], rounds=1)
-    kept = sample(config, score=watching)
-    assert kept.log["cuts"] > 0
-    plain = sample(replace(config, segment=0))
-    assert kept.rollout.texts != plain.rollout.texts
-    good = kept.score_R.mean() > plain.score_R.mean()
-    assert good, "cut-backs raise what is kept at the same number of rounds"
+    monkeypatch.setattr(Row, "cut", watched)
+    kept = sample(CONFIGS["segments"])
+    assert kept.log["cuts"] >= len(last_cut) > 0
+    assert any(keep for _, keep in last_cut.values())
+    for row, (before, keep) in last_cut.items():
+        assert keep % 3 == 0 and row.tokens[:keep] == before[:keep]
+        assert row.finish in ("stop", "length") and row.attempt >= 1
+    assert any(row.tokens != before for row, (before, _) in last_cut.items())
 
 
 def test_nothing_kept_is_an_empty_rollout():

@@ -5,6 +5,9 @@ import torch
 import transformers as tf
 
 from meal_fast import tree
+from meal_fast.config import PolicyConfig
+from meal_fast.policy import load_policy
+from meal_fast.worlds import build_world
 from tests.models import MODELS, SMALL, small_model
 
 PREFIXES = [[5, 6, 7], [8, 9, 10, 11, 12], [3]]
@@ -25,12 +28,35 @@ def plain(body, tokens):
         tf.MistralConfig(**SMALL, sliding_window=8),
         tf.Gemma2Config(**SMALL, head_dim=8),
         tf.Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+        tf.LlamaConfig(**SMALL, rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
+        tf.DeepseekV3Config(),
     ],
-    ids=["mistral", "gemma2", "qwen2-sliding"],
+    ids=["mistral", "gemma2", "qwen2-sliding", "llama-dynamic", "deepseek"],
 )
 def test_models_with_other_attention_are_refused_by_name(config):
     with pytest.raises(ValueError, match="not supported"):
         tree.check_supported(config)
+
+
+@pytest.mark.parametrize("kind", ["Bloom", "CodeGen", "Mpt", "Falcon", "GPTNeo"])
+def test_models_that_compute_attention_themselves_are_refused(kind, tmp_path):
+    """ALiBi's bias or a cache of their own would be lost without a word."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    if kind == "GPTNeo":
+        sizes = {"vocab_size": 97, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
+        sizes["attention_types"] = [[["global"], 2]]
+    if kind == "Mpt":
+        sizes = {"vocab_size": 97, "d_model": 32, "n_layers": 2, "n_heads": 4}
+    if kind == "Falcon":
+        sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}
+        sizes["num_attention_heads"] = 4
+    if kind == "CodeGen":
+        sizes["rotary_dim"] = 4
+    config = getattr(tf, f"{kind}Config")(**sizes)
+    getattr(tf, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path)
+    tf.AutoTokenizer.from_pretrained(build_world("tiny")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="attention of its own"):
+        load_policy(PolicyConfig(path=str(tmp_path), device="cpu"), ("a", "b"))
 
 
 def uneven_rows():

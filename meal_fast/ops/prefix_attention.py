@@ -86,7 +86,8 @@ def prefix_attention(
         out_r = Σ_j p_j v_j,  p = softmax(scale · q_r · k_j),  j over prefix group[r], then tail r
 
     The rows of a prefix are the rows of one matrix product with its single copy: a step reads
-    B·P + R·T keys and values, not R·(P + T). For decoding: not differentiable. [R]
+    B·P + R·T keys and values, not R·(P + T); in half precision a CPU makes float32 copies of those.
+    For decoding: not differentiable. [R]
 
     Args:
         query: (R, Hq, d). prefix_key, prefix_value: (B, H, P, d), padded on the right, H a divisor

@@ -90,7 +90,14 @@ def generate_rollout(
             logp = torch.stack(draw.logp, 1).tolist()
             drawn += [_ended(t, lp, set(stop)) for t, lp in zip(sampled, logp, strict=True)]
     fresh = sum(len(prefixes[b]) for b, _ in rows)
-    return gathered(policy, requests, drawn, started=started, prefill_tokens=fresh)
+    return gathered(
+        policy,
+        requests,
+        drawn,
+        started=started,
+        prefill_tokens=fresh,
+        on_policy=temperature > 0,
+    )
 
 
 class _Draw(LogitsProcessor):
@@ -193,7 +200,15 @@ def vllm_rollout(
     drawn = [from_vllm(output) for output in outputs]
     cached = sum(output.num_cached_tokens or 0 for output in outputs)
     fresh = sum(len(prefixes[b]) for b, _ in rows) - cached
-    return gathered(policy, requests, drawn, started=started, prefill_tokens=fresh)
+    return gathered(
+        policy,
+        requests,
+        drawn,
+        started=started,
+        prefill_tokens=fresh,
+        reused_tokens=cached,
+        on_policy=temperature > 0,
+    )
 
 
 def vllm_requests(

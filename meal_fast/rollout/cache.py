@@ -50,7 +50,7 @@ class Shape:
             layers=text.num_hidden_layers,
             heads=getattr(text, "num_key_value_heads", None) or queries,
             width=getattr(text, "head_dim", None) or text.hidden_size // queries,
-            hidden=text.hidden_size,
+            hidden=weight.shape[1],
             dtype=weight.dtype,
             device=weight.device,
         )
@@ -136,10 +136,10 @@ class Pool:
         self._free.append(self._place.pop(key))
 
     def resized(self, places: int, room: int) -> Pool:
-        """A pool of another size; holds what this one held, if it is no smaller."""
+        """A pool that is no smaller, and holds what this one holds."""
+        if (places, room) == (self.places, self.room):
+            return self
         new = Pool(self.shape, places, room)
-        if places < self.places or room < self.room:
-            return new
         for mine, others in zip(self.layers, new.layers, strict=True):
             for old, fresh in zip(mine, others, strict=True):
                 fresh[: self.places, :, : self.room] = old
@@ -154,9 +154,9 @@ class Pool:
 class Tails:
     """A slot for each row that is being decoded: its suffix, and its sampled tokens."""
 
-    def __init__(self, shape: Shape, slots: int, room: int) -> None:
-        self.slots, self.room = slots, room
-        self.layers = shape.memory(slots, room)
+    def __init__(self, shape: Shape, places: int, room: int) -> None:
+        self.places, self.room = places, room
+        self.layers = shape.memory(places, room)
 
     def begin(self, slots: Sequence[int], suffixes: Pool, places: Sequence[int]) -> None:
         """Copies suffixes to the slots of the rows that start behind them."""

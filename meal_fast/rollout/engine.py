@@ -80,27 +80,38 @@ class Engine:
     """Samples from one network whose weights stay as they are: see `engine`."""
 
     def __init__(
-        self, policy: Policy, network: Network, max_rows: int = 64, max_cache_bytes: int = 0
+        self,
+        policy: Policy,
+        network: Network,
+        max_rows: int = 64,
+        max_cache_bytes: int = 0,
+        join: bool = False,
     ) -> None:
         if max_rows < 1:
             raise ValueError(f"max_rows={max_rows}: must be at least 1")
         if max_cache_bytes < 0:
             raise ValueError(f"max_cache_bytes={max_cache_bytes}: 0 (automatic) or positive")
-        self.policy, self.network, self.max_rows = policy, network, max_rows
+        self.policy, self.network, self.max_rows, self.join = policy, network, max_rows, join
         self.shape = Shape.of(network)
         self.max_cache_bytes = max_cache_bytes or _default_budget(self.shape.device)
-        self.prompts, self.suffixes = Pool(self.shape, 0, 0), Pool(self.shape, 0, 0)
-        self.tails = Tails(self.shape, 0, 0)
+        self.forget()
         self.counts = Counts()
         self.live: list[Row] = []  # the row in each slot
         weight = network.weight
         # Shapes that do not change are what a graph is captured of; without one they are waste.
-        self.fixed_shapes = weight.is_cuda and dispatch.triton_obstacle(weight) is None
-        self._steps: dict[tuple[int, int], FixedStep] = {}
+        in_triton = dispatch.triton_obstacle(weight) is None and self.shape.width <= 256
+        self.fixed_shapes = weight.is_cuda and in_triton
         self._stop = torch.tensor(sorted(policy.stop_ids), device=self.shape.device)
 
+    def forget(self) -> None:
+        """Gives back all memory: no prefix is known any more."""
+        self.prompts, self.suffixes = Pool(self.shape, 0, 0), Pool(self.shape, 0, 0)
+        self.tails = Tails(self.shape, 0, 0)
+        self._steps: dict[tuple[int, int], FixedStep] = {}
+        self._limited = False  # there is less than was wanted: all that the budget allows
+
     def rows(self, requests: Sequence[Request], max_new_tokens: int) -> list[Row]:
-        """The rows of the requests, in their order. A prompt with one preference is one with it.
+        """The rows of the requests, in their order.
 
         Raises ValueError for no request, one of no samples, and a prompt that is empty or too long.
         """
@@ -108,7 +119,7 @@ class Engine:
         preferences = Counter(prompt for prompt, _ in dict.fromkeys(parts))
         rows = []
         for index, (request, (prompt, suffix)) in enumerate(zip(requests, parts, strict=True)):
-            if preferences[prompt] == 1 and prompt not in self.prompts:
+            if self.join and preferences[prompt] == 1:
                 prompt, suffix = prompt + suffix, ()
             rows += [Row(request, index, s, prompt, suffix) for s in range(request.samples)]
         return rows
@@ -128,22 +139,24 @@ class Engine:
             if ended and finished:
                 ended(done)
         used = self.counts
+        honest = not sampling.truncates and sampling.temperature > 0
         return gathered(
             self.policy,
             requests,
             [Drawn(row.tokens, row.logp, row.finish) for row in rows],
             started=started,
             prefill_tokens=used.prompt + used.suffix - before.prompt - before.suffix,
-            on_policy=not sampling.truncates,
+            reused_tokens=used.reused - before.reused,
+            on_policy=honest,
         )
 
     @torch.no_grad()
     def draw(self, waiting: deque[Row], sampling: Sampling) -> Iterator[list[Row]]:
         """One step after the other: yields the rows that ended in it, often none.
 
-        Until the next step is asked for, the caller may `cut` any row that is not waiting (one
-        that has ended goes on), set a row's `finish` to "cancelled", and add rows to `waiting`,
-        which may not be longer than those that it came with.
+        Until the next step is asked for, the caller may `cut` any row in `live` (one that has just
+        ended goes on), set a row's `finish` to "cancelled", and add rows to `waiting`, which may
+        not be longer than those that it came with.
         """
         if not waiting:
             return
@@ -193,7 +206,7 @@ class Engine:
         places = [row.place for row in live]
         self.counts.decode += len(live)
         if self.fixed_shapes:
-            size = bucket(len(live), max(at) + 1, self.tails.slots, self.tails.room)
+            size = bucket(len(live), max(at) + 1, self.tails.places, self.tails.room)
             if size not in self._steps:
                 self._steps[size] = FixedStep(self.network, self.prompts, self.tails, *size)
             last = [row.tokens[-1] for row in live]
@@ -229,7 +242,7 @@ class Engine:
         prompts: dict[Tokens, int] = {}  # to be computed -> place
         suffixes: dict[tuple[Tokens, Tokens], tuple[int, int]] = {}  # -> prompt's and own place
         taken: list[tuple[Row, int]] = []  # with the suffix's place
-        while waiting and len(live) + len(taken) < self.tails.slots:
+        while waiting and len(live) + len(taken) < self.tails.places:
             row = waiting[0]
             if row.finish:  # cancelled while it waited
                 waiting.popleft()
@@ -307,30 +320,47 @@ class Engine:
         return left
 
     def _fit(self, rows: Sequence[Row], new: int) -> None:
-        """Memory for these rows: what they would like to have, or what the budget allows."""
+        """Memory for these rows: what they would like to have, or what the budget allows.
+
+        What there is stays as it is where it suffices, and what grows keeps what it holds where old
+        and new fit the budget side by side.
+        """
         suffix = max(len(row.suffix) for row in rows)
-        room = max(_up(max(len(row.prompt) for row in rows)), self.prompts.room)
-        suffix_room = max(_up(suffix), self.suffixes.room)
-        tail_room = _up(suffix + new)
-        size = self.shape.token_bytes
-        wanted = (
+        longest = (suffix + new, max(len(row.prompt) for row in rows), suffix)
+        least_rooms = tuple(map(_up, longest))
+        prompts = {row.prompt for row in rows}
+        pairs = {(row.prompt, row.suffix) for row in rows if row.suffix}
+        here = (self.tails, self.prompts, self.suffixes)
+        have, rooms = tuple(x.places for x in here), tuple(x.room for x in here)
+        del here  # what is replaced below must not live on
+        need = (
             min(self.max_rows, len(rows)),
-            len({row.prompt for row in rows} - self.prompts.keys),
-            len({(r.prompt, r.suffix) for r in rows if r.suffix} - self.suffixes.keys),
+            len(prompts | self.prompts.keys),
+            len(pairs | self.suffixes.keys),
         )
-        slots, places, pairs = _share(
-            self.max_cache_bytes,
-            wanted=(wanted[0], wanted[1] + len(self.prompts), wanted[2] + len(self.suffixes)),
-            each=(tail_room * size, room * size, suffix_room * size),
-        )
-        if (places, room) != (self.prompts.places, self.prompts.room):
-            self.prompts = self.prompts.resized(places, room)
-            self._steps.clear()
-        if (pairs, suffix_room) != (self.suffixes.places, self.suffixes.room):
-            self.suffixes = self.suffixes.resized(pairs, suffix_room)
-        if (slots, tail_room) != (self.tails.slots, self.tails.room):
-            self.tails = Tails(self.shape, slots, tail_room)
-            self._steps.clear()
+        roomy = all(r >= least for r, least in zip(rooms, least_rooms, strict=True))
+        enough = all(h >= n for h, n in zip(have, need, strict=True))
+        some = all(h or not n for h, n in zip(have, need, strict=True))
+        if roomy and (enough or (self._limited and some)):
+            return
+        token = self.shape.token_bytes
+        counts = tuple(map(max, have, need))
+        self.tails = Tails(self.shape, 0, 0)
+        self._steps.clear()
+        old = max(n * r * token for n, r in zip(have[1:], rooms[1:], strict=True))
+        rooms = tuple(map(max, rooms, least_rooms))
+        if (
+            sum(n * r for n, r in zip(counts, rooms, strict=True)) * token + old
+            > self.max_cache_bytes
+        ):
+            self.forget()
+            need, rooms = (need[0], len(prompts), len(pairs)), least_rooms
+            sizes = tuple(room * token for room in rooms)
+            counts = _share(self.max_cache_bytes, wanted=need, each=sizes)
+            self._limited = counts != need
+        self.prompts = self.prompts.resized(counts[1], rooms[1])
+        self.suffixes = self.suffixes.resized(counts[2], rooms[2])
+        self.tails = Tails(self.shape, counts[0], rooms[0])
 
 
 @contextmanager
@@ -340,17 +370,20 @@ def engine(
     network: Network | None = None,
     max_rows: int = 64,
     max_cache_bytes: int = 0,
+    join: bool = False,
 ) -> Iterator[Engine]:
     """An `Engine` on the policy as it is now (or on `network`: its reference, to sample the base).
 
     The policy's weights must not change while it is open: what is computed once is used to its end.
     `max_rows`: slots. `max_cache_bytes`: of keys and values, in all; 0: 2 GiB on a CPU, half of the
-    free memory on a GPU. What does not fit is computed again when it is needed.
+    free memory on a GPU. What does not fit is computed again when it is needed. `join`: a prompt
+    with one preference in a call is computed as one with it: a pass less, but a later call with
+    another preference computes the prompt again.
 
     Raises ValueError, when rows are drawn, for a budget that holds no row.
     """
     with policy.merged() if network is None else nullcontext(network) as sampled:
-        yield Engine(policy, sampled, max_rows, max_cache_bytes)
+        yield Engine(policy, sampled, max_rows, max_cache_bytes, join)
 
 
 def rollout(
@@ -373,7 +406,7 @@ def rollout(
     """
     sampling = Sampling(max_new_tokens, temperature, seed, stream)
     with engine(
-        policy, network=network, max_rows=max_rows, max_cache_bytes=max_cache_bytes
+        policy, network=network, max_rows=max_rows, max_cache_bytes=max_cache_bytes, join=True
     ) as sampler:
         return sampler.sample(requests, sampling)
 
@@ -392,9 +425,7 @@ def _passes(items: list[Any], tokens: Callable[[Any], int]) -> list[list[Any]]:
     return parts
 
 
-def _share(
-    budget: int, wanted: tuple[int, int, int], each: tuple[int, int, int]
-) -> tuple[int, int, int]:
+def _share(budget: int, wanted: tuple[int, ...], each: tuple[int, ...]) -> tuple[int, ...]:
     """Slots, prompts' places and suffixes' places for a budget of bytes: all that are wanted, or
     half of it to the slots and a quarter of the rest to the suffixes."""
     if sum(n * size for n, size in zip(wanted, each, strict=True)) <= budget:
@@ -415,5 +446,6 @@ def _share(
 
 def _default_budget(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + kept) // 2
     return 2 << 30

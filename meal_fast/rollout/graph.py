@@ -3,6 +3,7 @@
 A step of a small model launches some hundred short kernels; replayed as a graph they cost one
 launch. So its shapes are those of a bucket: rows up to a power of two, tails up to a multiple of 64
 tokens, prompts to the room of their pool. Rows that are not there have a slot that no row uses.
+Graphs last as long as the memory they were captured on: an engine's, until a larger draw comes.
 
 The steps themselves run on a CPU too (tests do that); the capture has never been run: that needs a
 GPU.
@@ -91,7 +92,8 @@ class FixedStep:
                 self._run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # thread_local: a reward model may be at work on the same GPU in the scorer's thread
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._hidden_RD = self._run()
         return graph
 

@@ -78,11 +78,10 @@ class _Drawing:
         sampling: Sampling,
         config: RejectionConfig,
         scorer: OrderedScorer,
-        score: Score,
         judge: Judge,
     ) -> None:
         self.sampler, self.sampling, self.config = sampler, sampling, config
-        self.scorer, self.score, self.judge = scorer, score, judge
+        self.scorer, self.judge = scorer, judge
         self.rows: list[Row] = []
         self.reward: dict[Row, Tensor] = {}  # of rows that have ended, (K,)
         self.segments: dict[Row, list[float]] = {}  # scores of a growing text, segment by segment
@@ -98,7 +97,7 @@ class _Drawing:
             if self.config.segment:
                 self._cut_hopeless()
             for row in self.sampler.live:
-                if row.finish in ("stop", "length"):
+                if row.finish in ("stop", "length") and row not in self.reward:
                     self.scorer.submit(_name(row), row.request.prompt.text, self._text(row))
                     sent.append(row)
             due.append(len(sent))
@@ -152,14 +151,15 @@ class _Drawing:
         ]
         if not rows:
             return
-        reward = self.score([r.request.prompt.text for r in rows], [self._text(r) for r in rows])
-        now = _Judged(rows, torch.as_tensor(reward).float().cpu(), self.judge, self.sampling.seed)
+        texts = [(_name(row), row.request.prompt.text, self._text(row)) for row in rows]
+        reward_RK = self.scorer.now(texts)
+        now = _Judged(rows, reward_RK, self.judge, self.sampling.seed)
         ended: dict[int, list[float]] = {}
         if self.reward:
             known = self.judged()
             for row, value in zip(known.rows, known.score_R.tolist(), strict=True):
                 ended.setdefault(row.index, []).append(value)
-        for row, value in zip(rows, now.score_R.tolist(), strict=True):
+        for row, value, reward in zip(rows, now.score_R.tolist(), reward_RK, strict=True):
             scores = self.segments.setdefault(row, [])
             scores.append(value)
             whole = cut_back(scores, hopeless_below(self.config, ended.get(row.index, [])))
@@ -167,6 +167,8 @@ class _Drawing:
                 del scores[whole:]
                 self.cuts[row] = self.cuts.get(row, 0) + 1
                 row.cut(whole * size)
+            elif row.finish:
+                self._learn([row], reward[None])
 
 
 def rejection_sample(
@@ -183,8 +185,8 @@ def rejection_sample(
 
     Args:
         requests: each a group, with `samples` rows in the first round.
-        score: (prompt texts, response texts) → raw rewards (R, K). It is called from a thread of
-            its own, `chunk` rows at a time; of segments from this one.
+        score: (prompt texts, response texts) → raw rewards (R, K). It is called from one thread of
+            its own: `chunk` finished rows at a time, or all that have reached the end of a segment.
         judge: (rewards (R, K), preferences (R, K)) → the score that the rules look at (R,), and
             realised preferences (R, K), or None where the rule does not ask for them.
 
@@ -193,14 +195,20 @@ def rejection_sample(
     tokens through the model for each row kept.
 
     Raises:
-        ValueError: as `Engine.rows` and `accept` do.
+        ValueError: as `Engine.rows` and `accept` do; config.draws below a request's samples.
         ObjectiveError: the scorer failed; it names the rows as PROMPT/PREFERENCE/SAMPLE. The engine
             can be used again.
     """
     started, before = time.perf_counter(), replace(sampler.counts)
     rounds = 0
+    for q in requests:
+        if 0 < config.draws < q.samples:
+            raise ValueError(
+                f"rejection.draws={config.draws}: the first round alone draws {q.samples} of "
+                f"prompt {q.prompt.id}; raise it, or lower samples"
+            )
     with OrderedScorer(score, chunk=chunk) as scorer:
-        drawing = _Drawing(sampler, sampling, config, scorer, score, judge)
+        drawing = _Drawing(sampler, sampling, config, scorer, judge)
         fresh = sampler.rows(requests, sampling.max_new_tokens)
         first = {row.index: row for row in fresh}
         drawing.round(fresh)
@@ -246,6 +254,7 @@ def rejection_sample(
         [Drawn(row.tokens, row.logp, row.finish) for row in rows],
         started=started,
         prefill_tokens=prompt + suffix,
+        reused_tokens=used.reused - before.reused,
         on_policy=False,
     )
     device, index = rolled.tokens_RT.device, torch.tensor(kept, dtype=torch.int64)

@@ -103,6 +103,7 @@ def gathered(
     *,
     started: float,
     prefill_tokens: int,
+    reused_tokens: int = 0,
     on_policy: bool = True,
 ) -> Rollout:
     device = policy.device
@@ -131,6 +132,6 @@ def gathered(
         texts=tuple(policy.decode(row.tokens) for row in drawn),
         on_policy=on_policy,
         prefill_tokens=prefill_tokens,
-        reused_tokens=sum(len(prefixes[b]) for b in group) - prefill_tokens,
+        reused_tokens=reused_tokens,
         seconds=time.perf_counter() - started,
     )

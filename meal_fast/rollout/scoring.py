@@ -104,6 +104,15 @@ class OrderedScorer:
         self._forget()
         return keys, scores
 
+    def now(self, rows: Sequence[Row]) -> Tensor:
+        """The scores (R, K) of texts that are no part of the results, after what was submitted.
+
+        In the same thread, so that `score` never runs twice at once; a failure is raised here.
+        """
+        self._collect()
+        assert self._thread is not None
+        return self._thread.submit(_scores, self._score, rows).result()
+
     def close(self) -> None:
         """Ends the thread: at once, or after the call of `score` it is in. Unscored rows are lost.
 
