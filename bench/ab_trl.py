@@ -45,6 +45,7 @@ def summary(rounds: list[Lines]) -> dict[str, Any]:
         "median_step_seconds": round(statistics.median(warm), 3),
         "step_seconds": [[line["seconds"] for line in lines] for lines in steps],
         "tokens_per_step": sorted({line["tokens"] for lines in steps for line in lines}),
+        "shares": [lines[-1]["shares"] for lines in steps if "shares" in lines[-1]],
         "peak_rss_bytes": max(line["peak_rss_bytes"] for line in ends),
         "versions": ends[-1]["versions"],
     }

@@ -4,6 +4,7 @@ python bench/meal_step.py --model FOLDER --steps 3
 """
 
 import hashlib
+import itertools
 import time
 
 import torch
@@ -70,6 +71,7 @@ def main() -> None:
             seed=0,
             stream=("bench", step),
         )
+        marks = [time.perf_counter()]
         reward_RK = torch.tensor([reward(rolled.texts)]).T
         score, advantage = ops.group_advantages(
             reward_RK,
@@ -79,15 +81,21 @@ def main() -> None:
             scalarization="linear",
         )
         scored = Scored(reward_RK, reward_RK, score, advantage)
+        marks.append(time.perf_counter())
         optimizer.zero_grad(set_to_none=True)
         grpo(policy, rolled, scored, config, TEMPERATURE)
+        marks.append(time.perf_counter())
         torch.nn.utils.clip_grad_norm_(policy.trainable, config.max_grad_norm)
         optimizer.step()
-        seconds = time.perf_counter() - begin
+        marks.append(time.perf_counter())
+        seconds = marks[-1] - begin
+        names = ("rollout", "reward", "loss", "update")
+        spent = [b - a for a, b in itertools.pairwise([begin, *marks])]
         tokens = int(rolled.mask_RT.sum())
         if tokens != len(PROMPTS) * SAMPLES * NEW_TOKENS:
             raise RuntimeError(f"{tokens} tokens sampled")
-        report_step("meal-fast", step, seconds, tokens)
+        parts = dict(zip(names, spent, strict=True))
+        report_step("meal-fast", step, seconds, tokens, parts)
     report_end(
         "meal-fast",
         torch=torch.__version__,

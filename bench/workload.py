@@ -36,9 +36,13 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def report_step(framework: str, step: int, seconds: float, tokens: int) -> None:
+def report_step(
+    framework: str, step: int, seconds: float, tokens: int, parts: dict[str, float] | None = None
+) -> None:
+    """`parts`: seconds of each part of the step, where they are known."""
     row = {"framework": framework, "step": step, "seconds": round(seconds, 3), "tokens": tokens}
-    print(json.dumps(row), flush=True)
+    shares = {name: round(value / seconds, 3) for name, value in (parts or {}).items()}
+    print(json.dumps(row | ({"shares": shares} if shares else {})), flush=True)
 
 
 def report_end(framework: str, **versions: str) -> None:
