@@ -28,6 +28,8 @@ from ..policy import Network
 from ..tree import behind, causal, pad
 from .requests import Tokens
 
+_MULTIPLE = 16  # sizes of the caches are multiples of it
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -281,3 +283,33 @@ def fill_suffixes(
     ).last_hidden_state
     pool.fill(place_B, places, valid_BS, hidden)
     return sum(map(len, suffixes))
+
+
+def rounded(tokens: int) -> int:
+    return -(-tokens // _MULTIPLE) * _MULTIPLE
+
+
+def shares(budget: int, wanted: tuple[int, ...], each: tuple[int, ...]) -> tuple[int, ...]:
+    """Slots, prompts' places and suffixes' places for a budget of bytes: all that are wanted, or
+    half of it to the slots and a quarter of the rest to the suffixes."""
+    if sum(n * size for n, size in zip(wanted, each, strict=True)) <= budget:
+        return wanted
+    least = each[0] + each[1] + (each[2] if wanted[2] else 0)
+    if least > budget:
+        raise ValueError(
+            f"max_cache_bytes={budget}: one row of these prompts needs {least}; raise it, or lower "
+            "prompts.max_tokens or rollout.max_new_tokens"
+        )
+    rest = budget - least
+    slots = min(wanted[0], 1 + rest // 2 // each[0])
+    rest -= (slots - 1) * each[0]
+    pairs = min(wanted[2], 1 + rest // 4 // each[2]) if wanted[2] else 0
+    rest -= max(pairs - 1, 0) * each[2]
+    return slots, min(wanted[1], 1 + rest // each[1]), pairs
+
+
+def default_budget(device: torch.device) -> int:
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + kept) // 2
+    return 2 << 30

@@ -12,7 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,58 +22,21 @@ from .. import ops
 from ..batch import Rollout
 from ..ops import Groups, dispatch
 from ..policy import Network, Policy
-from .cache import Pool, Shape, Tails, TokenPass, fill_prompts, fill_suffixes
+from .cache import (
+    Pool,
+    Shape,
+    Tails,
+    TokenPass,
+    default_budget,
+    fill_prompts,
+    fill_suffixes,
+    rounded,
+    shares,
+)
 from .graph import FixedStep, bucket
-from .requests import Drawn, Request, Sampling, Tokens, encode, gathered, row_id
+from .requests import Counts, Drawn, Request, Row, Sampling, Tokens, encode, gathered, row_id
 
 _PASS_TOKENS = 4096  # padded tokens of a pass over prompts or suffixes
-_ROUND = 16  # sizes of the caches are multiples of it
-
-
-@dataclass(eq=False)
-class Row:
-    """One response as it grows."""
-
-    request: Request
-    index: int  # of the request
-    sample: int
-    prompt: Tokens  # computed once for all rows that share it
-    suffix: Tokens  # likewise, behind the prompt; () where the prompt holds it
-    attempt: int = 0
-    tokens: list[int] = field(default_factory=list)
-    logp: list[float] = field(default_factory=list)  # under softmax(logits / temperature)
-    finish: str = ""  # "stop", "length" or "cancelled"; "" while it waits or grows
-    place: int = -1
-    key: int = 0  # its id, once it has ended
-
-    def another(self, sample: int, attempt: int) -> Row:
-        """A new row of the same request, behind the same prefix."""
-        return Row(self.request, self.index, sample, self.prompt, self.suffix, attempt)
-
-    def cut(self, keep: int) -> None:
-        """Drops all but the first `keep` tokens; what follows them is drawn anew.
-
-        Its attempt counts up: under the same id the same text would be drawn for ever.
-        """
-        if not 0 <= keep < len(self.tokens):
-            raise ValueError(f"keep={keep}: the row has {len(self.tokens)} tokens; keep fewer")
-        del self.tokens[keep:], self.logp[keep:]
-        self.attempt += 1
-        self.finish = ""
-
-
-@dataclass
-class Counts:
-    """Tokens through the model, and those that did not have to go through it again."""
-
-    prompt: int = 0
-    suffix: int = 0
-    decode: int = 0
-    reused: int = 0  # of the rows' prefixes: what a sampler without caches would compute
-
-    @property
-    def fresh(self) -> int:
-        return self.prompt + self.suffix + self.decode
 
 
 class Engine:
@@ -93,7 +56,7 @@ class Engine:
             raise ValueError(f"max_cache_bytes={max_cache_bytes}: 0 (automatic) or positive")
         self.policy, self.network, self.max_rows, self.join = policy, network, max_rows, join
         self.shape = Shape.of(network)
-        self.max_cache_bytes = max_cache_bytes or _default_budget(self.shape.device)
+        self.max_cache_bytes = max_cache_bytes or default_budget(self.shape.device)
         self.forget()
         self.counts = Counts()
         self.live: list[Row] = []  # the row in each slot
@@ -327,7 +290,7 @@ class Engine:
         """
         suffix = max(len(row.suffix) for row in rows)
         longest = (suffix + new, max(len(row.prompt) for row in rows), suffix)
-        least_rooms = tuple(map(_up, longest))
+        least_rooms = tuple(map(rounded, longest))
         prompts = {row.prompt for row in rows}
         pairs = {(row.prompt, row.suffix) for row in rows if row.suffix}
         here = (self.tails, self.prompts, self.suffixes)
@@ -356,7 +319,7 @@ class Engine:
             self.forget()
             need, rooms = (need[0], len(prompts), len(pairs)), least_rooms
             sizes = tuple(room * token for room in rooms)
-            counts = _share(self.max_cache_bytes, wanted=need, each=sizes)
+            counts = shares(self.max_cache_bytes, wanted=need, each=sizes)
             self._limited = counts != need
         self.prompts = self.prompts.resized(counts[1], rooms[1])
         self.suffixes = self.suffixes.resized(counts[2], rooms[2])
@@ -411,10 +374,6 @@ def rollout(
         return sampler.sample(requests, sampling)
 
 
-def _up(tokens: int) -> int:
-    return -(-tokens // _ROUND) * _ROUND
-
-
 def _passes(items: list[Any], tokens: Callable[[Any], int]) -> list[list[Any]]:
     """Items of like length together, as many as a pass takes with their padding."""
     parts: list[list[Any]] = []
@@ -423,29 +382,3 @@ def _passes(items: list[Any], tokens: Callable[[Any], int]) -> list[list[Any]]:
             parts.append([])
         parts[-1].append(item)
     return parts
-
-
-def _share(budget: int, wanted: tuple[int, ...], each: tuple[int, ...]) -> tuple[int, ...]:
-    """Slots, prompts' places and suffixes' places for a budget of bytes: all that are wanted, or
-    half of it to the slots and a quarter of the rest to the suffixes."""
-    if sum(n * size for n, size in zip(wanted, each, strict=True)) <= budget:
-        return wanted
-    least = each[0] + each[1] + (each[2] if wanted[2] else 0)
-    if least > budget:
-        raise ValueError(
-            f"max_cache_bytes={budget}: one row of these prompts needs {least}; raise it, or lower "
-            "prompts.max_tokens or rollout.max_new_tokens"
-        )
-    rest = budget - least
-    slots = min(wanted[0], 1 + rest // 2 // each[0])
-    rest -= (slots - 1) * each[0]
-    pairs = min(wanted[2], 1 + rest // 4 // each[2]) if wanted[2] else 0
-    rest -= max(pairs - 1, 0) * each[2]
-    return slots, min(wanted[1], 1 + rest // each[1]), pairs
-
-
-def _default_budget(device: torch.device) -> int:
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return (torch.cuda.mem_get_info(device)[0] + kept) // 2
-    return 2 << 30

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -135,3 +135,49 @@ def gathered(
         reused_tokens=reused_tokens,
         seconds=time.perf_counter() - started,
     )
+
+
+@dataclass(eq=False)
+class Row:
+    """One response as it grows."""
+
+    request: Request
+    index: int  # of the request
+    sample: int
+    prompt: Tokens  # computed once for all rows that share it
+    suffix: Tokens  # likewise, behind the prompt; () where the prompt holds it
+    attempt: int = 0
+    tokens: list[int] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)  # under softmax(logits / temperature)
+    finish: str = ""  # "stop", "length" or "cancelled"; "" while it waits or grows
+    place: int = -1
+    key: int = 0  # its id, once it has ended
+
+    def another(self, sample: int, attempt: int) -> Row:
+        """A new row of the same request, behind the same prefix."""
+        return Row(self.request, self.index, sample, self.prompt, self.suffix, attempt)
+
+    def cut(self, keep: int) -> None:
+        """Drops all but the first `keep` tokens; what follows them is drawn anew.
+
+        Its attempt counts up: under the same id the same text would be drawn for ever.
+        """
+        if not 0 <= keep < len(self.tokens):
+            raise ValueError(f"keep={keep}: the row has {len(self.tokens)} tokens; keep fewer")
+        del self.tokens[keep:], self.logp[keep:]
+        self.attempt += 1
+        self.finish = ""
+
+
+@dataclass
+class Counts:
+    """Tokens through the model, and those that did not have to go through it again."""
+
+    prompt: int = 0
+    suffix: int = 0
+    decode: int = 0
+    reused: int = 0  # of the rows' prefixes: what a sampler without caches would compute
+
+    @property
+    def fresh(self) -> int:
+        return self.prompt + self.suffix + self.decode
