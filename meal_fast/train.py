@@ -33,8 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         fail(f"out={str(args.out)!r}: {error}; name a folder that can be written")
     loggers = Loggers(config.logger, args.out, to_dict(config))
-    done = trainer.step * config.meta.tasks * config.meta.n_inner
-    with Display(trainer.updates, done) as display:
+    with Display(trainer.updates, trainer.done, trainer.progress(trainer.done)) as display:
 
         def show(metrics: dict) -> None:
             display.update(metrics)
@@ -58,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     loggers.close()
     if trainer.stop_requested:
         print(
-            f"meal-fast: stopped after meta-step {trainer.step} of {config.meta.steps}; go on with "
+            f"meal-fast: stopped after meta-step {trainer.step} "
+            f"({trainer.progress(trainer.done):.0%}); go on with "
             f"python -m meal_fast.train --resume --out {args.out}",
             file=sys.stderr,
         )
