@@ -130,7 +130,7 @@ class Meal(Sampled):
             )
         rolled, w_hat_RK = kept.rollout, kept.w_hat_RK
         assert w_hat_RK is not None
-        log: dict[str, Any] = {"asked": rolled.w_RK.mean(0).tolist()} | kept.log
+        log: dict[str, Any] = {"w": rolled.w_RK.mean(0).tolist()} | kept.log
         w_star_RK = self._learn_preferences(rolled, w_hat_RK).cpu().numpy()
         w_R = preference.snapped(w_star_RK, self.config.preference.grid)
         rolled, order_R = relabelled(self.policy, rolled, w_R)
@@ -159,7 +159,8 @@ class Meal(Sampled):
         )
         self._learn_preferences(selected(rolled, passed_R), w_hat_RK[passed_R])
         rows = len(passed_R)
-        log = {"acceptance": float(passed_R.float().mean())}
+        log: dict[str, Any] = {"w": rolled.w_RK.mean(0).tolist()}
+        log |= {"acceptance": float(passed_R.float().mean())}
         log |= {f"rejected/{gate}": n / rows for gate, n in rejected.items()}
         return dataclasses.replace(batch, log=log)
 
