@@ -285,7 +285,10 @@ class MealConfig:
 class EvaluationConfig:
     prompts: int = opt(16, "held-out prompts of a sweep")
     samples: int = opt(1, "sampled responses per prompt and weight, beside the greedy one")
-    grid: int = opt(11, "weights a side of the simplex lattice; 28 with K=2: BPS's Table 1 [P]")
+    grid: int = opt(
+        11,
+        "weights a side of the simplex lattice; 28 with K=2: BPS's Table 1; 13 with K=3: RiC's [P]",
+    )
 
     def __post_init__(self) -> None:
         require(self.prompts >= 1, "evaluation.prompts", self.prompts, "must be at least 1")

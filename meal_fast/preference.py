@@ -33,6 +33,13 @@ BPS_EVALUATION = (
     *(0.52, 0.50, 0.45, 0.40, 0.30, 0.20, 0.15, 0.12, 0.11, 0.10, 0.05, 0.02, 0.01, 0.00),
 )
 
+# The 13 preferences of three objectives in the evaluation of "Rewards-in-Context" (RiC), which Meal
+# compares itself in; its (0.33, 0.33, 0.33) is written as thirds [P].
+RIC_EVALUATION = (
+    *((0.0, 0.0, 1.0), (0.0, 1.0, 0.0), (0.1, 0.1, 0.8), (0.1, 0.8, 0.1), (0.2, 0.2, 0.6)),
+    *((0.2, 0.4, 0.4), (0.2, 0.6, 0.2), (1 / 3, 1 / 3, 1 / 3), (0.4, 0.4, 0.2), (0.4, 0.2, 0.4)),
+    *((0.6, 0.2, 0.2), (0.8, 0.1, 0.1), (1.0, 0.0, 0.0)),
+)
 
 _MARKS = "+-*#=~^%&@!?<>/|"  # of the bar, one an objective
 _BAR = 10
@@ -78,9 +85,12 @@ def lattice(k: int, points: int) -> tuple[Weights, ...]:
 
 
 def evaluation_weights(k: int, points: int) -> tuple[Weights, ...]:
-    """The sweep of an evaluation: the simplex lattice, or for K = 2 and 28 points BPS's Table 1."""
+    """The sweep of an evaluation: the simplex lattice with `points` a side; for K = 2 and 28 the
+    weights of BPS's Table 1, for K = 3 and 13 those of RiC's evaluation."""
     if k == 2 and points == 28:
         return tuple((a, round(1.0 - a, 2)) for a in BPS_EVALUATION)
+    if k == 3 and points == 13:
+        return RIC_EVALUATION
     return lattice(k, points)
 
 
