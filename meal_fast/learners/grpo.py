@@ -7,7 +7,6 @@ each is normalised by the step's own count.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from .. import ops, tree
 from ..batch import Rollout, Scored
 from ..config import GRPOConfig
 from ..policy import Network, Policy
+from .sequences import micro_batches, packed, predicts
 
 # Over micro-batches; the other metrics are means over tokens.
 SUMMED = {"loss", "policy_loss", "tokens"}
@@ -58,7 +58,7 @@ def grpo(
         mask = rollout.mask_RT[rows]
         network = policy.network
         with policy.recomputing(config.recompute):
-            hidden_ND = tree.forward(network.body, batch)[_predicts(batch, mask)]
+            hidden_ND = tree.forward(network.body, batch)[predicts(batch, mask)]
         width = mask.shape[1]
         loss, metrics = ops.linear_policy_loss(
             hidden_ND,
@@ -97,7 +97,7 @@ def _of_reference(
 ) -> dict[str, Any]:
     """What the loss needs of the reference: its log-probabilities; all of it for the exact KL."""
     mask = rollout.mask_RT[rows]
-    hidden_ND = tree.forward(network.body, batch)[_predicts(batch, mask)]
+    hidden_ND = tree.forward(network.body, batch)[predicts(batch, mask)]
     if kl == "exact":
         return {
             "ref_hidden": hidden_ND,
@@ -113,39 +113,6 @@ def _of_reference(
         softcap=network.softcap,
     )
     return {"ref_logp": logp_N}
-
-
-def _predicts(batch: tree.Packed, mask_RT: Tensor) -> Tensor:
-    """Places (N,) of the hidden states that predict the sampled tokens, in the tokens' order."""
-    return batch.before_RT[mask_RT[:, : batch.before_RT.shape[1]]]
-
-
-def packed(rollout: Rollout, rows: Tensor) -> tree.Packed:
-    """The prefixes of `rows` and the rows, laid end to end."""
-    groups, group_R = torch.unique_consecutive(rollout.group_R[rows], return_inverse=True)
-    mask = rollout.mask_RT[rows]
-    width = int(mask.sum(1).max())
-    prefixes = [rollout.prefix[g] for g in groups.tolist()]
-    return tree.pack(prefixes, group_R, rollout.tokens_RT[rows, :width], mask[:, :width])
-
-
-def micro_batches(rollout: Rollout, budget: int) -> Iterator[Tensor]:
-    """Runs of rows (int64 indices) of at most `budget` tokens, prefixes counted once a run.
-
-    A single row is never split, so one that is longer than the budget goes alone.
-    """
-    lengths = rollout.mask_RT.sum(1).tolist()
-    groups = rollout.group_R.tolist()
-    run: list[int] = []
-    used, held = 0, -1
-    for row, (length, group) in enumerate(zip(lengths, groups, strict=True)):
-        more = length + (0 if group == held else len(rollout.prefix[group]))
-        if run and used + more > budget:
-            yield torch.tensor(run, device=rollout.group_R.device)
-            run, used, more = [], 0, length + len(rollout.prefix[group])
-        run.append(row)
-        used, held = used + more, group
-    yield torch.tensor(run, device=rollout.group_R.device)
 
 
 def _width(rollout: Rollout) -> int:
