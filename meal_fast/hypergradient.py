@@ -28,7 +28,10 @@ from .ops.checks import require
 from .policy import Policy
 from .preference_net import acceptance_weights
 
-_REACH = 0.01  # ‖εv‖: how far from θ the difference is taken
+# ‖εv‖: how far from θ the difference is taken. On the test's models the error of the hypergradient
+# is 3e-5 in float64 and 1e-4 in float32; at 0.1 it is 4e-3 in both (curvature), at 0.001 in float32
+# 5e-4 (rounding).
+_REACH = 0.01
 
 
 def coefficients(

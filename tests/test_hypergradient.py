@@ -123,6 +123,10 @@ def test_it_is_the_derivative_of_the_two_level_objective(wide):
     got = through(wide, derivative)
     assert error(got, want) < 1e-3
     assert torch.equal(got[2], torch.zeros_like(got[2]))  # its w⁰ was drawn
+    wide.policy.model.float()
+    single, _ = hypergradient(wide.policy, wide.inner, a_R.float(), wide.held_out, **OPTIONS)
+    wide.policy.model.double()
+    assert single.dtype == torch.float32 and error(through(wide, single.double()), want) < 1e-3
     # That v is taken at θ′ is more than this test's tolerance: at θ it is another gradient.
     share = torch.full((6,), -1 / 6, dtype=torch.float64)
     _, v = gradient(wide.policy, wide.held_out, share, TEMPERATURE, micro_tokens=999)
