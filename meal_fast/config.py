@@ -361,10 +361,9 @@ class Config:
             ok = backend == "engine"
             require(ok, "rollout.backend", backend, "recipe 'meal' rejects on the engine alone")
             if self.meal.update == "hypergradient":
-                n, remedy = (
-                    self.rollout.prompts,
-                    "the hypergradient holds half of them out: 2 or more",
-                )
+                policy, n = self.meal.policy, self.rollout.prompts
+                require(policy == "sft", "meal.policy", policy, "the hypergradient needs sft")
+                remedy = "the hypergradient holds half of them out: 2 or more"
                 require(n >= 2, "rollout.prompts", n, remedy)
         else:
             for section in ("rejection", "meal"):

@@ -7,8 +7,6 @@ asked for. What the responses realise is ŵ (`rollout.rejection.realized_prefere
 the two, is what a response is trained under, and what the net is then drawn towards:
 
     prompt -> features -> PreferenceNet -> w⁰ -> rollout, rewards -> ŵ -> learned_preference -> w*
-                               ^                                                                 |
-                               +------------------------- NetTrainer ----------------------------+
 
 That a net maps prompts to weights, that these are updated as learnable parameters from the policy's
 responses, and that the two levels are coupled is what Meta-Aligner states [P]; all formulas here
@@ -119,8 +117,7 @@ def features(policy: Policy, prompts: Sequence[Prompt], micro_tokens: int = 4096
     """h (B, D) float32: the frozen base model's last hidden states, their mean over the prompt.
 
     The prompt is `policy.encode_prompt(text)`: template, system line and the user's text, without
-    any preference. Prompts of like length go through the model together, about `micro_tokens` at a
-    time; the last bits of a row can depend on which.
+    any preference. Prompts of like length go through the model together, `micro_tokens` at a time.
 
     Raises ValueError when there are no prompts.
     """
@@ -130,10 +127,9 @@ def features(policy: Policy, prompts: Sequence[Prompt], micro_tokens: int = 4096
     out: dict[int, Tensor] = {}
     with policy.reference() as base:
         while order:
-            at = [
-                i for n, i in enumerate(order) if n == 0 or (n + 1) * len(rows[i]) <= micro_tokens
-            ]
-            order = order[len(at) :]
+            # As many as fit when padded to the longest; by length, so that these are the first.
+            fits = [n * len(rows[i]) <= micro_tokens for n, i in enumerate(order, 1)]
+            at, order = order[: max(1, sum(fits))], order[max(1, sum(fits)) :]
             none = torch.zeros(0, 1, dtype=torch.int64, device=policy.device)
             batch = tree.pack([rows[i] for i in at], none[:, 0], none, none.bool())
             hidden_ND = tree.forward(base.body, batch).float()
@@ -147,8 +143,7 @@ def features(policy: Policy, prompts: Sequence[Prompt], micro_tokens: int = 4096
 class Features:
     """`features`, kept by prompt id, since the base model is frozen: of the `room` last in use.
 
-    What is kept belongs to a run's checkpoint: computed again beside other prompts, a row may
-    differ in its last bits.
+    It belongs to a run's checkpoint: read again beside other prompts, a row's last bits may differ.
     """
 
     def __init__(self, policy: Policy, room: int = 4096) -> None:
@@ -161,9 +156,8 @@ class Features:
         require(len(prompts) >= 1, "prompts", prompts, "nothing to read")
         new = list({p.id: p for p in prompts if p.id not in self._kept}.values())
         if new:
-            self._kept |= {
-                p.id: h.clone() for p, h in zip(new, features(self.policy, new), strict=True)
-            }
+            read = features(self.policy, new)
+            self._kept |= {p.id: h.clone() for p, h in zip(new, read, strict=True)}
         for prompt in prompts:
             self._kept[prompt.id] = self._kept.pop(prompt.id)
         out = torch.stack([self._kept[prompt.id] for prompt in prompts])
@@ -289,9 +283,9 @@ def net_loss(w_phi_BK: Tensor, target_BK: Tensor, gamma: float) -> Tensor:
 class NetTrainer:
     """The outer update of the net: Adam, and a buffer of the prompts seen last [R].
 
-    The caller counts policy updates and calls `step` every M of them (`alternating`), or `descend`
-    with the surrogate of `hypergradient`. While the buffer is empty nothing moves, Adam's state
-    included.
+    The caller counts policy updates and calls, every M of them, `step` (`alternating`) or `descend`
+    (`hypergradient`). While the buffer is empty nothing moves, Adam's state included, and there are
+    no metrics.
 
     Args:
         buffer: prompts; a prompt that comes again takes its old place's values away.
@@ -343,10 +337,7 @@ class NetTrainer:
         _shorten(self._held, self.buffer)
 
     def step(self) -> dict[str, float]:
-        """`net_steps` Adam steps on `net_loss` over the buffer; loss, entropy, KL before and after.
-
-        Empty without a buffer.
-        """
+        """`net_steps` Adam steps on `net_loss` over the buffer; loss, entropy, KL before, after."""
         if not self._held:
             return {}
         h_BD, target_BK = self._batch()
@@ -362,7 +353,7 @@ class NetTrainer:
         """One Adam step on `surrogate` − γ mean H(w_φ), the entropy over the buffer; as `step`.
 
         `surrogate` is a scalar whose gradient is the one wanted, such as Σ_i a_i stopgrad(g_i).
-        Empty, and nothing moves, without a buffer or where it does not depend on the net.
+        Where it does not depend on the net, nothing moves either.
         """
         if not self._held or not surrogate.requires_grad:
             return {}
