@@ -16,14 +16,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-RecipeName = Literal["weighted-meta-grpo", "weighted-grpo", "grid-meta-grpo", "grid-grpo"]
+RecipeName = Literal[
+    "weighted-meta-grpo",
+    "weighted-grpo",
+    "grid-meta-grpo",
+    "grid-grpo",
+    "rewarded-soups",
+    "morlhf",
+]
 Tuning = Literal["lora", "full"]
 Dtype = Literal["float32", "bfloat16"]
 Normalization = Literal["max", "standard", "tanh", "none"]
 KLEstimator = Literal["k1", "k2", "k3", "exact"]
 Reduce = Literal["grpo", "dapo", "dr_grpo"]
 AdamMode = Literal["persist_v", "reset", "per_preference"]
-PreferenceText = Literal["bar", "numbers"]
+PreferenceText = Literal["bar", "numbers", "none"]
 Logger = Literal["none", "tensorboard", "wandb"]
 RejectionRule = Literal["top-fraction", "threshold", "statistical", "trade-off", "combined"]
 Fallback = Literal["best", "none"]
@@ -61,7 +68,9 @@ class PolicyConfig:
     lora_rank: int = opt(16, "rank of the LoRA factors")
     lora_alpha: int = opt(32, "LoRA scale: the update is alpha/rank * B A")
     dtype: Dtype = opt("float32", "of the frozen weights; what is trained is always float32")
-    preference_text: PreferenceText = opt("bar", "how it reads w; see meal_fast.preference")
+    preference_text: PreferenceText = opt(
+        "bar", "how it reads w, see meal_fast.preference; none: not"
+    )
     device: str = opt("auto", "cpu, cuda, cuda:0, or auto (cuda when there is one)")
 
     def __post_init__(self) -> None:
@@ -95,6 +104,7 @@ class PreferenceConfig:
     alpha: float = opt(1.0, "concentration of Dir(alpha) that draws the training preferences [P]")
     grid: int = opt(11, "points a side of the simplex lattice [P]; 0: continuous preferences")
     rotate: bool = opt(False, "a meta-step's tasks are rotations of one draw, (w, 1 - w) [R]")
+    models: int = opt(3, "morlhf: points a side of the lattice of w, each with a model of its own")
 
     def __post_init__(self) -> None:
         _require(self.alpha > 0, "preference.alpha", self.alpha, "must be positive")
@@ -104,6 +114,7 @@ class PreferenceConfig:
             self.grid,
             "must be 0 (continuous) or at least 2 points",
         )
+        _require(self.models >= 2, "preference.models", self.models, "must be at least 2 points")
 
 
 @dataclass(frozen=True)
@@ -218,7 +229,7 @@ class GRPOConfig:
 @dataclass(frozen=True)
 class MetaConfig:
     steps: int = opt(400, "meta-steps T [P]")
-    tasks: int = opt(2, "preferences of a meta-step, B_w [P]")
+    tasks: int = opt(2, "preferences of a meta-step, B_w [P]; of several models, all")
     n_inner: int = opt(2, "inner updates per preference [R]")
     epsilon: float = opt(1.5, "Reptile's step; falls linearly to zero over the run [P]")
     max_delta: float = opt(0.0, "clip of the norm of the meta-update; 0: none")
@@ -289,6 +300,7 @@ class Config:
             self.score.utopia,
             f"needs {len(names)} numbers, one per objective",
         )
+        self._settle()
         if "meta" in self.recipe:
             _require(
                 self.meta.n_inner >= 2,
@@ -304,6 +316,33 @@ class Config:
         """The objectives' names, in order: the K columns of every reward."""
         return tuple(o.partition("=")[0] for o in self.objectives)
 
+    @property
+    def model_points(self) -> int:
+        """Points a side of the lattice of preferences with a model each; 0: one model reads w."""
+        if self.recipe == "rewarded-soups":
+            return 2  # the corners
+        return self.preference.models if self.recipe == "morlhf" else 0
+
+    def _settle(self) -> None:
+        """What the recipe leaves no choice of, so that config.json says it: `SETTLED`."""
+        if not self.model_points:
+            _require(
+                self.policy.preference_text != "none",
+                "policy.preference_text",
+                "none",
+                f"the policy of {self.recipe} is steered by that text; choose bar or numbers",
+            )
+            return
+        k = len(self.names)
+        values = (math.comb(self.model_points + k - 2, k - 1), "none")
+        for (section, option), value in zip(SETTLED, values, strict=True):
+            changed = dataclasses.replace(getattr(self, section), **{option: value})
+            object.__setattr__(self, section, changed)
+
+
+# Of recipes with a model for each of several preferences: a task is a model, and none reads a w.
+SETTLED = (("meta", "tasks"), ("policy", "preference_text"))
+
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as nested plain values, ready for JSON."""
@@ -312,7 +351,13 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any], base: Config | None = None) -> Config:
     """`base` (default: all defaults) with the nested `values` put in; unknown keys are refused."""
-    return _replace(base or Config(), values, "")
+    config: Config = _replace(base or Config(), values, "")
+    for section, option in SETTLED:
+        held = getattr(getattr(config, section), option)
+        asked = values.get(section, {}).get(option, held)
+        remedy = f"recipe {config.recipe} makes it {held!r}, a model a preference; leave it out"
+        _require(asked == held, f"{section}.{option}", asked, remedy)
+    return config
 
 
 def _replace(base: Any, values: dict[str, Any], where: str) -> Any:
