@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +19,7 @@ import torch
 from . import __version__, ops, preference
 from .batch import Prompt, Rollout, Scored, key
 from .config import Config, to_dict
+from .family import FILE, Family
 from .objectives import Normalizer, Objectives, default_utopia, load_objectives
 from .policy import Policy, load_policy
 from .prompts import load_prompts
@@ -81,7 +82,7 @@ class Trainer:
         self.prompts = fitting(self.policy, prompts, config)
         self.outer = self.recipe.outer(self.policy.trainable, config.meta, config.grpo)
         self.step = 0  # meta-steps done
-        _check_space(out, self.policy)
+        _check_space(out, self.policy, config.meta.tasks if config.model_points else 1)
         out.mkdir(parents=True, exist_ok=True)
         if self._checkpoint is None:
             write_atomic(out / "config.json", json.dumps(to_dict(config), indent=1).encode())
@@ -118,20 +119,25 @@ class Trainer:
         if saved != self.step:
             self.save_checkpoint()
         self._metrics.close()
-        self.policy.save(self.out / "policy")
+        self._save_policy()
         return self.step == meta.steps
+
+    def _save_policy(self) -> None:
+        """`policy/`; of several models the one for equal weights, after a file with all of them."""
+        config, policy, rule = self.config, self.policy, self.recipe.rule
+        served: AbstractContextManager[None] = nullcontext()
+        if rule is not None:
+            models = self.outer.models()
+            named = [dict(zip(policy.named, theta, strict=True)) for theta in models.values()]
+            family = Family(tuple(models), tuple(named), rule)
+            write_atomic(self.out / FILE, family.to_bytes(config.names))
+            served = family.at(policy, (1.0 / len(config.names),) * len(config.names))
+        with served:
+            policy.save(self.out / "policy")
 
     def _meta_step(self, step: int) -> None:
         config = self.config
-        weights = preference.draw(
-            len(config.names),
-            alpha=config.preference.alpha,
-            points=config.preference.grid,
-            seed=config.seed,
-            step=step,
-            count=config.meta.tasks,
-            rotate=config.preference.rotate,
-        )
+        weights = self.recipe.preferences(config, step)
         self.outer.begin()
         for task, w in enumerate(weights):
             self.outer.begin_task(w)
@@ -146,11 +152,12 @@ class Trainer:
 
     def _update(self, step: int, task: int, inner: int, w: tuple[float, ...]) -> dict[str, Any]:
         """Rollout, score, update: one inner step for the preference w."""
-        config = self.config
-        update = (step * config.meta.tasks + task) * config.meta.n_inner + inner
-        requests = [
-            Request(prompt, w, config.rollout.samples) for prompt in self._prompts_of(update)
-        ]
+        config, meta = self.config, self.config.meta
+        update = (step * meta.tasks + task) * meta.n_inner + inner
+        own, whole = update, self.updates
+        if self.recipe.rule is not None:  # each model goes through prompts and schedule as if alone
+            own, whole = step * meta.n_inner + inner, meta.steps * meta.n_inner
+        requests = [Request(prompt, w, config.rollout.samples) for prompt in self._prompts_of(own)]
         rolled = backend(config.rollout.backend)(
             self.policy,
             requests,
@@ -163,7 +170,7 @@ class Trainer:
         clock = Clock()
         scored = self.score(rolled)
         reward_seconds = clock.lap()
-        lr = config.grpo.lr * 0.5 * (1.0 + math.cos(math.pi * update / self.updates))
+        lr = config.grpo.lr * 0.5 * (1.0 + math.cos(math.pi * own / whole))
         for group in self.outer.optimizer.param_groups:
             group["lr"] = lr
         for _ in range(config.grpo.epochs):
@@ -363,12 +370,13 @@ def write_atomic(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def _check_space(out: Path, policy: Policy) -> None:
+def _check_space(out: Path, policy: Policy, models: int) -> None:
     """Room for two checkpoints (parameters, two moments): the old one goes last."""
     place = next(p for p in (out, *out.absolute().parents) if p.exists())
-    trained = sum(p.numel() for p in policy.trainable)
+    trained = sum(p.numel() for p in policy.trainable) * models
     saved = sum(p.numel() * p.element_size() for p in policy.model.parameters())
-    need = 2 * 3 * 4 * trained + 2 * saved
+    family = 4 * trained if models > 1 else 0
+    need = 2 * 3 * 4 * trained + 2 * saved + family
     free = shutil.disk_usage(place).free
     if free < need:
         raise ValueError(
