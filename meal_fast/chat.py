@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from .cli import OneLineParser, one_line_errors, parse_weights
@@ -96,20 +97,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("--stop='': would end every answer; give a text")
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt='': is empty; give a text, or leave it out to read lines")
-    trained = policy_folder(args.run)
+    policy_folder(args.run)  # a clear error, before torch is imported
 
     from .batch import Prompt
-    from .policy import load_policy
-    from .rollout import Request, Sampling, engine
+    from .family import load_served
+    from .rollout import Engine, Request, Sampling, engine
 
-    where = (
-        config.policy
-        if args.device is None
-        else dataclasses.replace(config.policy, device=args.device)
-    )
-    policy = load_policy(where, names, seed=config.seed, trained=trained)
+    if args.device is not None:
+        there = dataclasses.replace(config.policy, device=args.device)
+        config = dataclasses.replace(config, policy=there)
+    policy, family = load_served(args.run, config)
 
-    with engine(policy) as sampler:
+    with ExitStack() as held:
+        serving: dict[tuple[float, ...], Engine] = {}  # one at most, by its models' shares
+
+        def sampler_at(w: tuple[float, ...]) -> Engine:
+            """The engine on what serves w: a new one only where that is other parameters."""
+            shares = () if family is None else family.shares(w)
+            if shares not in serving:
+                serving.clear()
+                held.close()
+                if family is not None:
+                    held.enter_context(family.at(policy, w))
+                serving[shares] = held.enter_context(engine(policy))
+            return serving[shares]
 
         def answer(text: str, w: tuple[float, ...], turn: int) -> str:
             sampling = Sampling(
@@ -122,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 min_p=args.min_p,
                 stop=tuple(args.stop),
             )
+            sampler = sampler_at(w)
             sampler.forget()  # the last prompt: it hardly comes again
             out = sampler.sample([Request(Prompt(id="chat", text=text), w)], sampling)
             return out.texts[0].strip()

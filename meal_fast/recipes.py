@@ -6,8 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from .config import Config
+from .family import Rule
 from .learners import grpo
-from .meta import Joint, Reptile
+from .meta import Joint, Reptile, Separate
+from .preference import Weights, drawn_tasks, model_tasks
 
 Score = Literal["linear", "tchebycheff", "smooth-tchebycheff"]
 
@@ -20,6 +23,8 @@ class Recipe:
     learner: Callable
     outer: type[Joint]
     about: str
+    preferences: Callable[[Config, int], list[Weights]] = drawn_tasks  # of a meta-step's tasks
+    rule: Rule | None = None  # of several models: what stands for a w between theirs
 
 
 RECIPES: dict[str, Recipe] = {
@@ -29,4 +34,21 @@ RECIPES: dict[str, Recipe] = {
     "weighted-grpo": Recipe("smooth-tchebycheff", grpo, Joint, "the same without the outer loop"),
     "grid-meta-grpo": Recipe("linear", grpo, Reptile, "linear score, Reptile over preferences"),
     "grid-grpo": Recipe("linear", grpo, Joint, "linear score, no outer loop"),
+    # The linear score at a corner is the one reward r_k, normalised.
+    "rewarded-soups": Recipe(
+        "linear",
+        grpo,
+        Separate,
+        "a model for each reward, their weights interpolated at w",
+        model_tasks,
+        "interpolate",
+    ),
+    "morlhf": Recipe(
+        "linear",
+        grpo,
+        Separate,
+        "a model for each of a few w, linear score; the nearest one serves",
+        model_tasks,
+        "nearest",
+    ),
 }

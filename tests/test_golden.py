@@ -21,6 +21,7 @@ RUNS = {
     "weighted-grpo": "full",
     "grid-meta-grpo": "full",
     "grid-grpo": "lora",
+    "rewarded-soups": "lora",
 }
 
 

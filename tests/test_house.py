@@ -23,12 +23,13 @@ LAYERS = (
     ("ops",),
     ("assets", "tree", "mapped", "quiet"),
     ("prompts", "objectives", "preference", "policy", "worlds", "measures"),
+    ("family",),
     ("rollout",),
     ("learners",),
     ("meta",),
     ("recipes",),
     ("trainer",),
-    ("train", "evaluate", "chat", "report", "figures", "display"),
+    ("train", "evaluate", "answers", "chat", "report", "figures", "display"),
     ("integrations",),  # for other trainers: no part of ours
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
