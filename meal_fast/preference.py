@@ -14,6 +14,8 @@ spread over ten prompts, the bar by a third of it; runs with numbers alone hardl
 The text starts with a space and a bracket, which the usual byte-level tokenizers never merge with
 the end of a stripped prompt: prompt and suffix are tokenised apart and give the same tokens as
 together.
+
+Where several models have a preference each, none of them reads one: the style `none`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .batch import key
+from .config import Config
 
 Weights = tuple[float, ...]
 Array = np.ndarray
@@ -50,7 +53,10 @@ def preference_text(w: Sequence[float], names: Sequence[str], style: str = "bar"
 
     `numbers`: `[helpful=0.80 harmless=0.20]`. `bar`: the same and ` ++++++++--`, ten marks shared
     out by largest remainder, so that a difference of preferences is one of which tokens are there.
+    `none`: empty.
     """
+    if style == "none":
+        return ""
     pairs = (f"{name}={value:.2f}" for name, value in zip(names, w, strict=True))
     numbers = f"[{' '.join(pairs)}]"
     if style == "numbers":
@@ -92,6 +98,25 @@ def evaluation_weights(k: int, points: int) -> tuple[Weights, ...]:
     if k == 3 and points == 13:
         return RIC_EVALUATION
     return lattice(k, points)
+
+
+def drawn_tasks(config: Config, step: int) -> list[Weights]:
+    """The preferences of meta-step `step` for one model that reads them: see `draw`."""
+    options = config.preference
+    return draw(
+        len(config.names),
+        alpha=options.alpha,
+        points=options.grid,
+        seed=config.seed,
+        step=step,
+        count=config.meta.tasks,
+        rotate=options.rotate,
+    )
+
+
+def model_tasks(config: Config, step: int) -> list[Weights]:
+    """Those of several models with a preference each: at every meta-step, all of them."""
+    return list(lattice(len(config.names), config.model_points))
 
 
 def draw(

@@ -18,20 +18,21 @@ PACKAGE = ROOT / "meal_fast"
 # A module imports from its own row (without cycles) and the rows above; a package counts as one.
 LAYERS = (
     ("options",),
+    ("recipe_options",),
     ("config",),
     ("presets", "batch"),
     ("runs", "cli"),
     ("ops",),
     ("assets", "tree", "mapped", "quiet"),
     ("prompts", "objectives", "preference", "policy", "worlds", "measures"),
-    ("scales",),
+    ("scales", "family"),
     ("rollout",),
     ("learners", "preference_net", "experience"),
     ("meta", "hypergradient"),
     ("meal",),
     ("recipes",),
     ("trainer",),
-    ("train", "evaluate", "chat", "report", "figures", "display"),
+    ("train", "evaluate", "answers", "chat", "report", "figures", "display"),
     ("integrations",),  # for other trainers: no part of ours
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
