@@ -24,7 +24,7 @@ from .policy import Policy, load_policy
 from .prompts import load_prompts
 from .recipes import RECIPES
 from .rollout import Request, backend
-from .runs import read_config
+from .runs import read_config, shared_statistics
 
 # What a resumed run may change: nothing that enters the mathematics of the steps.
 FREE_ON_RESUME = ("checkpoint_every", "logger", "evaluation.")
@@ -72,6 +72,7 @@ class Trainer:
         self.on_update = on_update or (lambda metrics: None)
         self.stop_requested = False
         self._checkpoint = open_run(config, out, resume)
+        shared = shared_statistics(config) if self._checkpoint is None else None
         self.recipe = RECIPES[config.recipe]
         prompts = load_prompts(config.prompts.train, "train")
         self.objectives: Objectives = load_objectives(config.objectives)
@@ -85,7 +86,11 @@ class Trainer:
         out.mkdir(parents=True, exist_ok=True)
         if self._checkpoint is None:
             write_atomic(out / "config.json", json.dumps(to_dict(config), indent=1).encode())
-            self.scales = self._calibrate()
+            if shared is None:
+                self.scales = self._calibrate()
+            else:
+                write_atomic(out / "statistics.json", shared)
+                self.scales = Scales.load(out / "statistics.json")
             self._metrics: BinaryIO = open(out / "metrics.jsonl", "wb")
         else:
             self.scales = Scales.load(out / "statistics.json")
