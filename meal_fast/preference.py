@@ -32,6 +32,8 @@ BPS_EVALUATION = (
     *(0.52, 0.50, 0.45, 0.40, 0.30, 0.20, 0.15, 0.12, 0.11, 0.10, 0.05, 0.02, 0.01, 0.00),
 )
 
+# BPS, Table 2: the four weights at which it shows its answers [P].
+BPS_SHOWN = ((1.0, 0.0), (0.8, 0.2), (0.2, 0.8), (0.0, 1.0))
 
 _MARKS = "+-*#=~^%&@!?<>/|"  # of the bar, one an objective
 _BAR = 10
@@ -81,6 +83,23 @@ def evaluation_weights(k: int, points: int) -> tuple[Weights, ...]:
     if k == 2 and points == 28:
         return tuple((a, round(1.0 - a, 2)) for a in BPS_EVALUATION)
     return lattice(k, points)
+
+
+def on_lattice(weights: Sequence[Weights], points: int) -> list[bool]:
+    """Whether training on that lattice could draw each weight; points = 0, continuous: none."""
+    if not points:
+        return [False] * len(weights)
+    grid = np.asarray(lattice(len(weights[0]), points))
+    return [bool((np.abs(grid - np.asarray(w)).max(1) < 1e-9).any()) for w in weights]
+
+
+def shown_weights(weights: Sequence[Weights]) -> tuple[Weights, ...]:
+    """The weights at which a single prompt's answers are shown: K = 2 BPS's four [P], else corners.
+
+    `weights` are those of the sweep, for its K.
+    """
+    k = len(weights[0])
+    return BPS_SHOWN if k == 2 else tuple(tuple(float(i == j) for j in range(k)) for i in range(k))
 
 
 def draw(
