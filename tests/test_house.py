@@ -18,7 +18,7 @@ PACKAGE = ROOT / "meal_fast"
 # A module imports from its own row (without cycles) and the rows above; a package counts as one.
 LAYERS = (
     ("config",),
-    ("presets", "batch"),
+    ("presets", "batch", "papers"),
     ("runs", "cli"),
     ("ops",),
     ("assets", "tree", "mapped", "quiet"),
@@ -28,7 +28,8 @@ LAYERS = (
     ("meta",),
     ("recipes",),
     ("trainer",),
-    ("train", "evaluate", "chat", "report", "figures", "display"),
+    ("train", "evaluate", "chat", "report", "figures", "page", "display"),
+    ("comparison", "comparison_page", "plan", "schedule", "compare"),
     ("integrations",),  # for other trainers: no part of ours
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
