@@ -2,8 +2,9 @@
 
     python -m meal_fast.chat RUN --w helpful=0.8,harmless=0.2 [--prompt TEXT]
 
-Without --prompt every line of standard input is a prompt; `/w helpful=0.2,harmless=0.8` changes the
-preference. Each prompt stands alone: training saw single turns.
+Without --prompt every line of standard input is a prompt; `/w helpful=0.2,harmless=0.8` changes
+the preference. `--w auto` (and `/w auto`) takes each prompt's from the preference-weight-net of a
+run of the recipe `meal`, and shows it. Each prompt stands alone: training saw single turns.
 """
 
 from __future__ import annotations
@@ -16,10 +17,17 @@ from pathlib import Path
 from .cli import OneLineParser, one_line_errors, parse_weights
 from .runs import policy_folder, read_config
 
-Answer = Callable[[str, tuple[float, ...], int], str]
+Asked = tuple[float, ...] | None  # a preference; None: the net's, for every prompt
+Answer = Callable[[str, Asked, int], str]
 
 
-def talk(lines: Iterator[str], answer: Answer, w: tuple[float, ...], names: Sequence[str]) -> None:
+def talk(
+    lines: Iterator[str],
+    answer: Answer,
+    w: Asked,
+    parse: Callable[[str], Asked],
+    names: Sequence[str],
+) -> None:
     """Answers each line on standard output; a command or prompt that cannot be used is told why."""
     for turn, line in enumerate(lines):
         text = line.strip()
@@ -29,7 +37,7 @@ def talk(lines: Iterator[str], answer: Answer, w: tuple[float, ...], names: Sequ
             if text == "/quit":
                 return
             if text.startswith("/w ") or text == "/w":
-                w = parse_weights(text[2:].strip(), names)
+                w = parse(text[2:].strip())
                 print(f"w is now {shown(w, names)}", file=sys.stderr, flush=True)
             elif text.startswith("/"):
                 raise ValueError(f"{text.split()[0]!r}: unknown; there are /w and /quit")
@@ -39,11 +47,13 @@ def talk(lines: Iterator[str], answer: Answer, w: tuple[float, ...], names: Sequ
             print(f"meal-fast: {error}", file=sys.stderr, flush=True)
 
 
-def shown(w: Sequence[float], names: Sequence[str]) -> str:
+def shown(w: Asked, names: Sequence[str]) -> str:
+    if w is None:
+        return "auto"
     return ",".join(f"{name}={value:g}" for name, value in zip(names, w, strict=True))
 
 
-def prompted_lines(w: tuple[float, ...], names: Sequence[str]) -> Iterator[str]:
+def prompted_lines(w: Asked, names: Sequence[str]) -> Iterator[str]:
     """Lines of standard input; a person at a terminal gets a prompt sign and line editing."""
     if not sys.stdin.isatty():
         yield from sys.stdin
@@ -62,7 +72,9 @@ def prompted_lines(w: tuple[float, ...], names: Sequence[str]) -> Iterator[str]:
 def parser() -> OneLineParser:
     p = OneLineParser(prog="python -m meal_fast.chat", description=__doc__)
     p.add_argument("run", metavar="RUN", type=Path, help="the folder that meal_fast.train wrote")
-    p.add_argument("--w", metavar="W", help="NAME=VALUE,… summing to 1 (default: all equal)")
+    p.add_argument(
+        "--w", metavar="W", help="NAME=VALUE,… summing to 1, or auto (default: all equal)"
+    )
     p.add_argument("--prompt", metavar="TEXT", help="answer this and end")
     p.add_argument("--temperature", type=float, help="0: greedy (default: the run's own)")
     p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling")
@@ -80,7 +92,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     config = read_config(args.run)
     names = config.names
-    w = (1.0 / len(names),) * len(names) if args.w is None else parse_weights(args.w, names)
+    net_file = args.run / "preference_net.safetensors"
+
+    def parse(text: str) -> Asked:
+        if text != "auto":
+            return parse_weights(text, names)
+        if not net_file.is_file():
+            raise ValueError(
+                f"w='auto': {str(args.run)!r} holds no preference-weight-net; a run of recipe meal "
+                "with meal.rho below 1 trains one"
+            )
+        return None
+
+    w = (1.0 / len(names),) * len(names) if args.w is None else parse(args.w)
     temperature = config.rollout.temperature if args.temperature is None else args.temperature
     length = config.rollout.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
     if not 0 <= temperature < float("inf"):
@@ -100,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from .batch import Prompt
     from .policy import load_policy
+    from .preference import snapped
+    from .preference_net import PreferenceNet, features
     from .rollout import Request, Sampling, engine
 
     where = (
@@ -109,27 +135,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     policy = load_policy(where, names, seed=config.seed, trained=trained)
 
-    with engine(policy) as sampler:
+    net = PreferenceNet.load(net_file, names) if net_file.is_file() else None
 
-        def answer(text: str, w: tuple[float, ...], turn: int) -> str:
-            sampling = Sampling(
-                max_new_tokens=length,
-                temperature=temperature,
-                seed=args.seed,
-                stream=("chat", turn),
-                top_k=args.top_k,
-                top_p=args.top_p,
-                min_p=args.min_p,
-                stop=tuple(args.stop),
-            )
-            sampler.forget()  # the last prompt: it hardly comes again
-            out = sampler.sample([Request(Prompt(id="chat", text=text), w)], sampling)
-            return out.texts[0].strip()
+    def answer(text: str, w: Asked, turn: int) -> str:
+        prompt = Prompt(id=f"chat {turn}", text=text)
+        if w is None:
+            assert net is not None
+            predicted = net(features(policy, [prompt]).cpu()).tolist()
+            (w,) = snapped(predicted, config.preference.grid)
+            print(f"w is {shown(w, names)}", file=sys.stderr, flush=True)
+        sampling = Sampling(
+            max_new_tokens=length,
+            temperature=temperature,
+            seed=args.seed,
+            stream=("chat", turn),
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_p=args.min_p,
+            stop=tuple(args.stop),
+        )
+        # Its caches last for one answer: the same prompt hardly comes again.
+        with engine(policy) as sampler:
+            return sampler.sample([Request(prompt, w)], sampling).texts[0].strip()
 
-        if args.prompt is not None:
-            print(answer(args.prompt.strip(), w, 0))
-        else:
-            talk(prompted_lines(w, names), answer, w, names)
+    if args.prompt is not None:
+        print(answer(args.prompt.strip(), w, 0))
+    else:
+        talk(prompted_lines(w, names), answer, w, parse, names)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from . import __version__
 from .cli import fail, one_line_errors
 from .comparison import Finished, compare
 from .plan import Plan, Run, parse
-from .runs import read_json, read_metrics, read_statistics
+from .runs import read_json, read_metrics, read_statistics, write_atomic
 from .schedule import Outcome, run_all
 
 
@@ -67,13 +66,7 @@ class Record:
         self.save()
 
     def save(self) -> None:
-        write(self.path, json.dumps(self.values, indent=1))
-
-
-def write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+        write_atomic(self.path, json.dumps(self.values, indent=1).encode())
 
 
 def collect(plan: Plan, runs: Sequence[Run], record: Record) -> list[Finished]:
@@ -140,8 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for run in runs:
                 made = run.folder / "statistics.json"
                 if made.exists() and not run.own_scale:
-                    shutil.copyfile(made, plan.statistics.with_suffix(".tmp"))
-                    plan.statistics.with_suffix(".tmp").replace(plan.statistics)
+                    write_atomic(plan.statistics, made.read_bytes())
                     break
         return plan.statistics.exists()
 
@@ -188,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "command": f"python -m meal_fast.compare {shlex.join(argv)}",
         "code": code,
     }
-    write(plan.out / "compare.json", json.dumps(result, allow_nan=False))
+    write_atomic(plan.out / "compare.json", json.dumps(result, allow_nan=False).encode())
     from .comparison_page import headline, write_page
 
     print(headline(result))

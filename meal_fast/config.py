@@ -16,7 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-RecipeName = Literal["weighted-meta-grpo", "weighted-grpo", "grid-meta-grpo", "grid-grpo"]
+from .options import opt, replaced, require
+
+RecipeName = Literal[
+    "weighted-meta-grpo", "weighted-grpo", "grid-meta-grpo", "grid-grpo", "meal", "mo-odpo"
+]
 Tuning = Literal["lora", "full"]
 Dtype = Literal["float32", "bfloat16"]
 Normalization = Literal["max", "standard", "tanh", "none"]
@@ -27,6 +31,10 @@ PreferenceText = Literal["bar", "numbers"]
 Logger = Literal["none", "tensorboard", "wandb"]
 RejectionRule = Literal["top-fraction", "threshold", "statistical", "trade-off", "combined"]
 Fallback = Literal["best", "none"]
+WeightMode = Literal["closed", "gradient"]
+PolicyUpdate = Literal["sft", "grpo"]
+MealOuter = Literal["net", "reptile+net"]
+NetUpdate = Literal["alternating", "hypergradient"]
 Backend = Literal["engine", "generate", "vllm"]
 _CHOICES = {
     "RecipeName": RecipeName,
@@ -41,17 +49,11 @@ _CHOICES = {
     "RejectionRule": RejectionRule,
     "Fallback": Fallback,
     "Backend": Backend,
+    "WeightMode": WeightMode,
+    "PolicyUpdate": PolicyUpdate,
+    "MealOuter": MealOuter,
+    "NetUpdate": NetUpdate,
 }
-
-
-def opt(default: Any, help: str) -> Any:
-    """A dataclass field with its help text."""
-    return field(default=default, metadata={"help": help})
-
-
-def _require(ok: bool, option: str, value: object, remedy: str) -> None:
-    if not ok:
-        raise ValueError(f"{option}={value!r}: {remedy}")
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,10 @@ class PolicyConfig:
     device: str = opt("auto", "cpu, cuda, cuda:0, or auto (cuda when there is one)")
 
     def __post_init__(self) -> None:
-        _require(self.lora_rank >= 1, "policy.lora_rank", self.lora_rank, "must be at least 1")
-        _require(self.lora_alpha > 0, "policy.lora_alpha", self.lora_alpha, "must be positive")
+        require(self.lora_rank >= 1, "policy.lora_rank", self.lora_rank, "must be at least 1")
+        require(self.lora_alpha > 0, "policy.lora_alpha", self.lora_alpha, "must be positive")
         full_bf16 = self.tuning == "full" and self.dtype != "float32"
-        _require(
+        require(
             not full_bf16,
             "policy.dtype",
             self.dtype,
@@ -86,8 +88,8 @@ class PromptConfig:
     max_tokens: int = opt(256, "longer prompts are left out")
 
     def __post_init__(self) -> None:
-        _require(bool(self.train), "prompts.train", self.train, "name a prompt set")
-        _require(self.max_tokens >= 1, "prompts.max_tokens", self.max_tokens, "must be positive")
+        require(bool(self.train), "prompts.train", self.train, "name a prompt set")
+        require(self.max_tokens >= 1, "prompts.max_tokens", self.max_tokens, "must be positive")
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,8 @@ class PreferenceConfig:
     rotate: bool = opt(False, "a meta-step's tasks are rotations of one draw, (w, 1 - w) [R]")
 
     def __post_init__(self) -> None:
-        _require(self.alpha > 0, "preference.alpha", self.alpha, "must be positive")
-        _require(
+        require(self.alpha > 0, "preference.alpha", self.alpha, "must be positive")
+        require(
             self.grid == 0 or self.grid >= 2,
             "preference.grid",
             self.grid,
@@ -118,16 +120,16 @@ class RolloutConfig:
     backend: Backend = opt("engine", "what samples; see meal_fast.rollout.backends")
 
     def __post_init__(self) -> None:
-        _require(self.prompts >= 1, "rollout.prompts", self.prompts, "must be at least 1")
-        _require(
+        require(self.prompts >= 1, "rollout.prompts", self.prompts, "must be at least 1")
+        require(
             self.samples >= 2,
             "rollout.samples",
             self.samples,
             "must be at least 2: a group-relative advantage compares the samples of a prompt",
         )
-        _require(self.max_new_tokens >= 1, "rollout.max_new_tokens", self.max_new_tokens, "≥ 1")
-        _require(self.temperature > 0, "rollout.temperature", self.temperature, "must be positive")
-        _require(
+        require(self.max_new_tokens >= 1, "rollout.max_new_tokens", self.max_new_tokens, "≥ 1")
+        require(self.temperature > 0, "rollout.temperature", self.temperature, "must be positive")
+        require(
             self.max_cache_bytes >= 0,
             "rollout.max_cache_bytes",
             self.max_cache_bytes,
@@ -137,10 +139,15 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class RejectionConfig:
-    """Which sampled responses are kept; the rules are in meal_fast.rollout.rejection."""
+    """Which sampled responses are kept; the rules are in meal_fast.rollout.rejection.
+
+    Meta-Aligner ablates a constant τ of 1, 0.5, 0.3 and 0.2 [P], and its public text does not say
+    of what: it could be the temperature of the realised preference (`tau`), or the fraction of the
+    responses that is accepted (`q`). They are two options [R].
+    """
 
     rule: RejectionRule = opt("combined", "combined: top-fraction and trade-off [R]")
-    q: float = opt(0.5, "top-fraction: the share of a group's scores that passes [R]")
+    q: float = opt(0.5, "acceptance fraction: the share of a group's scores that passes [R]")
     threshold: float = opt(0.0, "threshold: the lowest score that passes [R]")
     tau_a: float = opt(0.2, "statistical: passes with probability exp((S - S_max)/tau_a) [R]")
     tau: float = opt(0.5, "trade-off: temperature of the realised preference; 1, .5, .3 or .2 [P]")
@@ -157,7 +164,7 @@ class RejectionConfig:
     def __post_init__(self) -> None:
         for name in ("keep", "rounds", "draws", "segment", "slack"):
             value = getattr(self, name)
-            _require(0 <= value < math.inf, f"rejection.{name}", value, "must not be negative")
+            require(0 <= value < math.inf, f"rejection.{name}", value, "must not be negative")
         rules, enough = get_args(RejectionRule), self.draws == 0 or self.draws >= self.keep
         for name, ok, remedy in (
             ("q", 0 < self.q <= 1, "must be in (0, 1]"),
@@ -170,7 +177,7 @@ class RejectionConfig:
             ("rule", self.rule in rules, f"choose from {', '.join(rules)}"),
             ("fallback", self.fallback in get_args(Fallback), "choose from best, none"),
         ):
-            _require(ok, f"rejection.{name}", getattr(self, name), remedy)
+            require(ok, f"rejection.{name}", getattr(self, name), remedy)
 
 
 @dataclass(frozen=True)
@@ -186,11 +193,11 @@ class ScoreConfig:
     )
 
     def __post_init__(self) -> None:
-        _require(self.mu > 0, "score.mu", self.mu, "must be positive")
-        _require(
+        require(self.mu > 0, "score.mu", self.mu, "must be positive")
+        require(
             all(math.isfinite(z) for z in self.utopia), "score.utopia", self.utopia, "not finite"
         )
-        _require(self.calibration >= 2, "score.calibration", self.calibration, "must be at least 2")
+        require(self.calibration >= 2, "score.calibration", self.calibration, "must be at least 2")
 
 
 @dataclass(frozen=True)
@@ -209,13 +216,13 @@ class GRPOConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr",):
-            _require(getattr(self, name) > 0, f"grpo.{name}", getattr(self, name), "positive")
+            require(getattr(self, name) > 0, f"grpo.{name}", getattr(self, name), "positive")
         for name in ("weight_decay", "beta", "clip_low", "clip_high", "max_grad_norm"):
             value = getattr(self, name)
-            _require(value >= 0, f"grpo.{name}", value, "must not be negative")
-        _require(self.clip_low < 1, "grpo.clip_low", self.clip_low, "must be below 1")
-        _require(self.epochs >= 1, "grpo.epochs", self.epochs, "must be at least 1")
-        _require(self.micro_tokens >= 1, "grpo.micro_tokens", self.micro_tokens, "must be positive")
+            require(value >= 0, f"grpo.{name}", value, "must not be negative")
+        require(self.clip_low < 1, "grpo.clip_low", self.clip_low, "must be below 1")
+        require(self.epochs >= 1, "grpo.epochs", self.epochs, "must be at least 1")
+        require(self.micro_tokens >= 1, "grpo.micro_tokens", self.micro_tokens, "must be positive")
 
 
 @dataclass(frozen=True)
@@ -226,13 +233,55 @@ class MetaConfig:
     epsilon: float = opt(1.5, "Reptile's step; falls linearly to zero over the run [P]")
     max_delta: float = opt(0.0, "clip of the norm of the meta-update; 0: none")
     adam: AdamMode = opt("persist_v", "what a task inherits of Adam's state")
+    tokens: int = opt(0, "ends the run after so many generated tokens; 0: meta.steps does")
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, "meta.steps", self.steps, "must be at least 1")
-        _require(self.tasks >= 1, "meta.tasks", self.tasks, "must be at least 1")
-        _require(self.n_inner >= 1, "meta.n_inner", self.n_inner, "must be at least 1")
-        _require(self.epsilon > 0, "meta.epsilon", self.epsilon, "must be positive")
-        _require(self.max_delta >= 0, "meta.max_delta", self.max_delta, "must not be negative")
+        require(self.steps >= 1, "meta.steps", self.steps, "must be at least 1")
+        require(self.tasks >= 1, "meta.tasks", self.tasks, "must be at least 1")
+        require(self.n_inner >= 1, "meta.n_inner", self.n_inner, "must be at least 1")
+        require(self.epsilon > 0, "meta.epsilon", self.epsilon, "must be positive")
+        require(self.max_delta >= 0, "meta.max_delta", self.max_delta, "must not be negative")
+        require(self.tokens >= 0, "meta.tokens", self.tokens, "must be 0 (meta.steps) or positive")
+
+
+@dataclass(frozen=True)
+class MealConfig:
+    """The preference-weight-net and what couples it to the policy: meal_fast.meal [R]."""
+
+    policy: PolicyUpdate = opt("sft", "policy's learner: on kept responses, or GRPO on all [R]")
+    outer: MealOuter = opt("net", "the outer loop: the net, or Reptile over preferences as well")
+    update: NetUpdate = opt("alternating", "how the net learns; see meal_fast.meal [R]")
+    lam: float = opt(0.5, "λ: 1 keeps the asked preference, 0 takes the realised one [R]")
+    mode: WeightMode = opt("closed", "how the preference learns: closed form, or gradient steps")
+    rho: float = opt(0.5, "chance that a prompt's preference is drawn, not the net's [R]")
+    gamma: float = opt(0.01, "weight of the net's entropy in its loss [R]")
+    every: int = opt(8, "policy steps between two updates of the net, M [R]")
+    net_steps: int = opt(8, "Adam steps of an update of the net, each over the whole buffer [R]")
+    buffer: int = opt(256, "recent prompts that the net learns from [R]")
+    net_lr: float = opt(1e-3, "learning rate of the net's own Adam [R]")
+    hidden: int = opt(256, "units of the net's one hidden layer [R]")
+    eta: float = opt(0.1, "hypergradient: step of the policy's one-step look-ahead, plain SGD [R]")
+
+    def __post_init__(self) -> None:
+        for name in ("every", "net_steps", "buffer", "hidden"):
+            value = getattr(self, name)
+            require(value >= 1, f"meal.{name}", value, "must be at least 1")
+        for name, ok, remedy in (
+            ("lam", 0 <= self.lam <= 1, "λ must be in [0, 1]"),
+            ("policy", self.policy in get_args(PolicyUpdate), "choose from sft, grpo"),
+            ("outer", self.outer in get_args(MealOuter), "choose from net, reptile+net"),
+            (
+                "update",
+                self.update in get_args(NetUpdate),
+                "choose from alternating, hypergradient",
+            ),
+            ("mode", self.mode in get_args(WeightMode), "choose from closed, gradient"),
+            ("rho", 0 <= self.rho <= 1, "a chance, in [0, 1]"),
+            ("gamma", 0 <= self.gamma < math.inf, "must not be negative"),
+            ("net_lr", 0 < self.net_lr < math.inf, "must be positive"),
+            ("eta", 0 < self.eta < math.inf, "must be positive"),
+        ):
+            require(ok, f"meal.{name}", getattr(self, name), remedy)
 
 
 @dataclass(frozen=True)
@@ -246,9 +295,9 @@ class EvaluationConfig:
     )
 
     def __post_init__(self) -> None:
-        _require(self.prompts >= 1, "evaluation.prompts", self.prompts, "must be at least 1")
-        _require(self.samples >= 1, "evaluation.samples", self.samples, "must be at least 1")
-        _require(self.grid >= 2, "evaluation.grid", self.grid, "must be at least 2")
+        require(self.prompts >= 1, "evaluation.prompts", self.prompts, "must be at least 1")
+        require(self.samples >= 1, "evaluation.samples", self.samples, "must be at least 1")
+        require(self.grid >= 2, "evaluation.grid", self.grid, "must be at least 2")
 
 
 @dataclass(frozen=True)
@@ -268,43 +317,66 @@ class Config:
     score: ScoreConfig = field(default_factory=ScoreConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     meta: MetaConfig = field(default_factory=MetaConfig)
+    rejection: RejectionConfig = field(default_factory=RejectionConfig)
+    meal: MealConfig = field(default_factory=MealConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.recipe in get_args(RecipeName),
             "recipe",
             self.recipe,
             f"unknown; choose from {', '.join(get_args(RecipeName))}",
         )
         names = [o.partition("=")[0] for o in self.objectives]
-        _require(
+        require(
             len(names) >= 2 and all("=" in o for o in self.objectives),
             "objectives",
             self.objectives,
             "two or more, each NAME=SOURCE",
         )
-        _require(
+        require(
             len(set(names)) == len(names) and all(n.isidentifier() for n in names),
             "objectives",
             self.objectives,
             "names must differ and be plain words: the policy reads them",
         )
-        _require(
+        require(
             len(self.score.utopia) in (0, len(names)),
             "score.utopia",
             self.score.utopia,
             f"needs {len(names)} numbers, one per objective",
         )
         if "meta" in self.recipe:
-            _require(
+            require(
                 self.meta.n_inner >= 2,
                 "meta.n_inner",
                 self.meta.n_inner,
                 "Reptile needs at least 2 inner updates; with 1 it is joint training "
                 "(use the recipe without 'meta')",
             )
-        _require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "≥ 1")
+        require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "≥ 1")
+        if self.recipe == "mo-odpo":
+            n, remedy = self.rollout.samples, "recipe 'mo-odpo' pairs a prompt's samples: even"
+            require(n % 2 == 0, "rollout.samples", n, remedy)
+            require(self.grpo.beta > 0, "grpo.beta", self.grpo.beta, "DPO's beta must be positive")
+        if self.recipe == "meal":
+            backend = self.rollout.backend
+            ok = backend == "engine"
+            require(ok, "rollout.backend", backend, "recipe 'meal' rejects on the engine alone")
+            if self.meal.update == "hypergradient":
+                n, remedy = (
+                    self.rollout.prompts,
+                    "the hypergradient holds half of them out: 2 or more",
+                )
+                require(n >= 2, "rollout.prompts", n, remedy)
+        else:
+            for section in ("rejection", "meal"):
+                held = getattr(self, section)
+                for f in dataclasses.fields(held):
+                    value = getattr(held, f.name)
+                    unused = f"recipe {self.recipe!r} has no use for it; leave it out, or use meal"
+                    require(value == f.default, f"{section}.{f.name}", value, unused)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -319,46 +391,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any], base: Config | None = None) -> Config:
     """`base` (default: all defaults) with the nested `values` put in; unknown keys are refused."""
-    return _replace(base or Config(), values, "")
-
-
-def _replace(base: Any, values: dict[str, Any], where: str) -> Any:
-    known = {f.name: f for f in dataclasses.fields(base)}
-    changes: dict[str, Any] = {}
-    for key, value in values.items():
-        _require(key in known, f"{where}{key}", value, f"unknown option; known: {', '.join(known)}")
-        old = getattr(base, key)
-        if dataclasses.is_dataclass(old):
-            _require(isinstance(value, dict), f"{where}{key}", value, "must be a table")
-            changes[key] = _replace(old, value, f"{where}{key}.")
-        else:
-            changes[key] = _coerce(value, known[key].type, f"{where}{key}")
-    return dataclasses.replace(base, **changes)
-
-
-def _coerce(value: Any, annotation: Any, option: str) -> Any:
-    """`value` as the type that the field's annotation (a string) names; a wrong type is refused."""
-    kind = str(annotation)
-    if kind.startswith("tuple"):
-        _require(isinstance(value, list | tuple), option, value, "must be a list")
-        item = kind[len("tuple[") :].split(",")[0]
-        return tuple(_coerce(v, item, option) for v in value)
-    if kind == "float":
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        _require(number and math.isfinite(value), option, value, "must be a finite number")
-        return float(value)
-    if kind == "bool":
-        _require(isinstance(value, bool), option, value, "must be true or false")
-        return value
-    if kind == "int":
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        _require(whole, option, value, "must be a whole number")
-        return value
-    _require(isinstance(value, str), option, value, "must be a string")
-    choices = choices_of(kind)
-    if choices:
-        _require(value in choices, option, value, f"choose from {', '.join(choices)}")
-    return value
+    return replaced(base or Config(), values, choices_of)
 
 
 def choices_of(annotation: str) -> tuple[str, ...]:

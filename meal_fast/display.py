@@ -17,9 +17,9 @@ from .trainer import flat
 class Display:
     """A live line on a terminal, one plain line an update elsewhere."""
 
-    def __init__(self, updates: int, done: int) -> None:
-        self.updates = updates
-        self._started, self._first = time.perf_counter(), done
+    def __init__(self, updates: int | None, done: int, progress: float) -> None:
+        self.updates = updates  # None: a budget of tokens ends the run
+        self._started, self._first = time.perf_counter(), progress
         self._live = sys.stderr.isatty()
         self._bar = Progress(
             TextColumn("[bold]update"),
@@ -41,13 +41,14 @@ class Display:
 
     def update(self, metrics: dict[str, Any]) -> None:
         done = metrics["update"] + 1
-        pace = (time.perf_counter() - self._started) / (done - self._first)
-        left = pace * (self.updates - done)
-        line = f"{describe(metrics)}  left {clock(left)}"
+        progress = metrics["progress"]
+        pace = (time.perf_counter() - self._started) / (progress - self._first)
+        line = f"{describe(metrics)}  left {clock(pace * (1.0 - progress))}"
         if self._live:
             self._bar.update(self._task, completed=done, line=line)
         else:
-            print(f"update {done}/{self.updates}  {line}", file=sys.stderr, flush=True)
+            of = f"{progress:.0%}" if self.updates is None else f"{done}/{self.updates}"
+            print(f"update {of}  {line}", file=sys.stderr, flush=True)
 
 
 def describe(metrics: dict[str, Any]) -> str:
@@ -55,8 +56,10 @@ def describe(metrics: dict[str, Any]) -> str:
     w = "/".join(f"{x:.2f}" for x in metrics["w"])
     rewards = "  ".join(f"{name} {value:+.2f}" for name, value in metrics["rewards"].items())
     delta = f"  |Δ| {metrics['delta_norm']:.3f}" if "delta_norm" in metrics else ""
+    kl = f"  KL {metrics['kl']:.4f}" if "kl" in metrics else ""
+    kept = f"  kept {metrics['acceptance']:.0%}" if "acceptance" in metrics else ""
     speed = metrics["tokens"] / sum(metrics["seconds"].values())
-    return f"w {w}  {rewards}  KL {metrics['kl']:.4f}{delta}  {speed:.0f} tok/s"
+    return f"w {w}  {rewards}{kl}{kept}{delta}  {speed:.0f} tok/s"
 
 
 def clock(seconds: float) -> str:

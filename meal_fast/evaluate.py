@@ -385,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.run, config, statistics, lambda line: print(line, file=sys.stderr, flush=True)
     )
     from .report import headline, scope, write_report
-    from .trainer import write_atomic
+    from .runs import write_atomic
 
     write_atomic(out / "evaluation.json", json.dumps(result, allow_nan=False).encode())
     print(headline(result), scope(result), sep="\n")

@@ -308,9 +308,12 @@ def training(metrics: Sequence[dict[str, Any]], names: Sequence[str]) -> list[tu
         )
     for key, title in (
         ("score", "Score"),
+        ("nll", "Negative log-likelihood of kept tokens"),
         ("kl", "KL to the base model"),
         ("entropy", "Entropy, nats a token"),
         ("length", "Tokens an answer"),
+        ("acceptance", "Share of responses kept"),
+        ("net_entropy", "Entropy of the preference-weight-net, nats"),
         ("delta_norm", "Norm of the meta-update ‖Δ‖"),
         ("delta_cosine", "cos(Δ₁, Δ₂) of the tasks"),
     ):

@@ -46,8 +46,11 @@ class Joint:
     def end_task(self, w: tuple[float, ...]) -> None:
         """Called after them."""
 
-    def end(self, step: int) -> dict[str, float]:
-        """Called after all tasks of meta-step `step` (from 0); returns metrics."""
+    def end(self, progress: float) -> dict[str, float]:
+        """Called after all tasks of a meta-step; `progress`: the share of the run done before it.
+
+        Returns metrics.
+        """
         return {}
 
     def state(self) -> dict[str, Any]:
@@ -121,15 +124,16 @@ class Reptile(Joint):
             self._by_preference[w] = self._adam()
 
     @torch.no_grad()
-    def end(self, step: int) -> dict[str, float]:
+    def end(self, progress: float) -> dict[str, float]:
         deltas = self._deltas
-        epsilon = self.meta.epsilon * (1.0 - step / self.meta.steps)
+        epsilon = self.meta.epsilon * (1.0 - progress)
         mean = [torch.stack(parts).mean(0) for parts in zip(*deltas, strict=True)]
         norm = float(_norm(mean)) * epsilon
         if self.meta.max_delta and norm > self.meta.max_delta:
             epsilon *= self.meta.max_delta / norm
         torch._foreach_copy_(self.parameters, self._theta)
         torch._foreach_add_(self.parameters, mean, alpha=epsilon)
+        self._ends = [end for end in self._ends if end]  # a task of skipped updates has none
         if self._ends:
             merged = {
                 name: [torch.stack(parts).mean(0) for parts in zip(*per_task, strict=True)]

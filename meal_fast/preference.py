@@ -25,6 +25,7 @@ import numpy as np
 from .batch import key
 
 Weights = tuple[float, ...]
+Array = np.ndarray
 
 # BPS, Table 1: the 28 weights of its evaluation (the first entry; the second is one minus it) [P].
 BPS_EVALUATION = (
@@ -125,8 +126,13 @@ def draw(
     if rotate:
         turns = [np.roll(drawn, shift, axis=1) for shift in range(k)]
         drawn = np.stack(turns, 1).reshape(-1, k)[:count]
+    return snapped(drawn, points)
+
+
+def snapped(w: Sequence[Sequence[float]] | Array, points: int) -> list[Weights]:
+    """Each preference's nearest lattice point (points = 0: itself); the first of equally near."""
+    w_RK = np.asarray(w, dtype=np.float64)
     if points:
-        grid = np.asarray(lattice(k, points))
-        nearest = ((drawn[:, None, :] - grid[None]) ** 2).sum(-1).argmin(-1)
-        drawn = grid[nearest]
-    return [tuple(float(x) for x in row) for row in drawn]
+        grid = np.asarray(lattice(w_RK.shape[1], points))
+        w_RK = grid[((w_RK[:, None, :] - grid[None]) ** 2).sum(-1).argmin(-1)]
+    return [tuple(float(x) for x in row) for row in w_RK]

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
-from .learners import grpo
+from .config import Config
+from .experience import Sampled, Score
+from .learners import dpo, grpo, sft
+from .meal import Meal
 from .meta import Joint, Reptile
-
-Score = Literal["linear", "tchebycheff", "smooth-tchebycheff"]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One method of "Barriers to Pareto Steerability" (BPS A.7 [P])."""
+    """One method of "Barriers to Pareto Steerability" (BPS A.7 [P]) or "Meta-Aligner" [P]."""
 
     score: Score
     learner: Callable
     outer: type[Joint]
     about: str
+    experience: type[Sampled] = Sampled
 
 
 RECIPES: dict[str, Recipe] = {
@@ -29,4 +30,23 @@ RECIPES: dict[str, Recipe] = {
     "weighted-grpo": Recipe("smooth-tchebycheff", grpo, Joint, "the same without the outer loop"),
     "grid-meta-grpo": Recipe("linear", grpo, Reptile, "linear score, Reptile over preferences"),
     "grid-grpo": Recipe("linear", grpo, Joint, "linear score, no outer loop"),
+    "meal": Recipe(
+        "smooth-tchebycheff",
+        sft,
+        Joint,
+        "a preference-weight-net and the policy teach each other, by rejection sampling",
+        Meal,
+    ),
+    "mo-odpo": Recipe("linear", dpo, Joint, "online DPO on pairs ordered by the linear score"),
 }
+
+
+def recipe_of(config: Config) -> Recipe:
+    """The run's recipe, with the switches of `config.meal` set."""
+    recipe = RECIPES[config.recipe]
+    if config.recipe == "meal":
+        if config.meal.policy == "grpo":
+            recipe = replace(recipe, learner=grpo)
+        if config.meal.outer == "reptile+net":
+            recipe = replace(recipe, outer=Reptile)
+    return recipe

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from .cli import fail, one_line_errors, parse_train
-from .runs import read_json
+from .runs import read_json, write_atomic
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         fail(f"out={str(args.out)!r}: {error}; name a folder that can be written")
     loggers = Loggers(config.logger, args.out, to_dict(config))
-    done = trainer.step * config.meta.tasks * config.meta.n_inner
-    with Display(trainer.updates, done) as display:
+    with Display(trainer.updates, trainer.done, trainer.progress(trainer.done)) as display:
 
         def show(metrics: dict) -> None:
             display.update(metrics)
@@ -65,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     loggers.close()
     if trainer.stop_requested:
         print(
-            f"meal-fast: stopped after meta-step {trainer.step} of {config.meta.steps}; go on with "
+            f"meal-fast: stopped after meta-step {trainer.step} "
+            f"({trainer.progress(trainer.done):.0%}); go on with "
             f"python -m meal_fast.train --resume --out {args.out}",
             file=sys.stderr,
         )
@@ -85,8 +85,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _note_cost(out: Path, device: torch.device) -> None:
     """cost.json: the most memory that training held, of the GPU or of the process."""
     import torch
-
-    from .trainer import write_atomic
 
     status = Path("/proc/self/status")
     if device.type == "cuda":

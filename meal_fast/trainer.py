@@ -7,50 +7,28 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
-from . import __version__, ops, preference
-from .batch import Prompt, Rollout, Scored, key
+from . import __version__, preference
+from .batch import Prompt, key
 from .config import Config, to_dict
-from .objectives import Normalizer, Objectives, default_utopia, load_objectives
+from .experience import Experience
+from .objectives import Objectives, load_objectives
 from .policy import Policy, load_policy
 from .prompts import load_prompts
-from .recipes import RECIPES
+from .recipes import recipe_of
 from .rollout import Request, backend
-from .runs import read_config, shared_statistics
+from .runs import read_config, replacing, shared_statistics, write_atomic
+from .scales import Scales
 
 # What a resumed run may change: nothing that enters the mathematics of the steps.
 FREE_ON_RESUME = ("checkpoint_every", "logger", "evaluation.")
-
-
-@dataclass(frozen=True)
-class Scales:
-    """What turns raw rewards into scores: fixed once, from the base model, saved with the run."""
-
-    normalizer: Normalizer
-    utopia: tuple[float, ...]
-
-    def save(self, path: Path, names: tuple[str, ...], mu: float, sample: dict[str, Any]) -> None:
-        values = {
-            "names": names,
-            "normalizer": self.normalizer.to_dict(),
-            "utopia": self.utopia,
-            "mu_evaluation": mu,
-            "calibration": sample,
-        }
-        write_atomic(path, json.dumps(values, indent=1).encode())
-
-    @staticmethod
-    def load(path: Path) -> Scales:
-        values = json.loads(path.read_text())
-        return Scales(Normalizer.from_dict(values["normalizer"]), tuple(values["utopia"]))
 
 
 class Trainer:
@@ -73,7 +51,7 @@ class Trainer:
         self.stop_requested = False
         self._checkpoint = open_run(config, out, resume)
         shared = shared_statistics(config) if self._checkpoint is None else None
-        self.recipe = RECIPES[config.recipe]
+        self.recipe = recipe_of(config)
         prompts = load_prompts(config.prompts.train, "train")
         self.objectives: Objectives = load_objectives(config.objectives)
         # A broken one fails here; two rows, so that one number for all of them is noticed.
@@ -82,40 +60,62 @@ class Trainer:
         self.prompts = fitting(self.policy, prompts, config)
         self.outer = self.recipe.outer(self.policy.trainable, config.meta, config.grpo)
         self.step = 0  # meta-steps done
+        self.tokens = 0  # generated
         _check_space(out, self.policy)
         out.mkdir(parents=True, exist_ok=True)
         if self._checkpoint is None:
             write_atomic(out / "config.json", json.dumps(to_dict(config), indent=1).encode())
             if shared is None:
-                self.scales = self._calibrate()
+                scales = self._calibrate()
             else:
                 write_atomic(out / "statistics.json", shared)
-                self.scales = Scales.load(out / "statistics.json")
+                scales = Scales.load(out / "statistics.json")
             self._metrics: BinaryIO = open(out / "metrics.jsonl", "wb")
         else:
-            self.scales = Scales.load(out / "statistics.json")
-            self.outer.load_state(self._checkpoint["outer"])
-            self.step = self._checkpoint["step"]
+            scales = Scales.load(out / "statistics.json")
             self._metrics = open(out / "metrics.jsonl", "r+b")
             self._metrics.truncate(self._checkpoint["metrics_bytes"])
             self._metrics.seek(0, os.SEEK_END)
+        self.experience = self.recipe.experience(
+            self.policy, self.objectives, scales, config, self.recipe.score
+        )
+        if self._checkpoint is not None:
+            self.outer.load_state(self._checkpoint["outer"])
+            self.experience.load_state(self._checkpoint["experience"])
+            self.step, self.tokens = self._checkpoint["step"], self._checkpoint["tokens"]
             self._checkpoint = None
 
     @property
-    def updates(self) -> int:
-        """Inner updates of the whole run: the same with and without an outer loop."""
+    def updates(self) -> int | None:
+        """Inner updates of the whole run, the same with and without an outer loop; None where a
+        budget of tokens ends it."""
         meta = self.config.meta
-        return meta.steps * meta.tasks * meta.n_inner
+        return None if meta.tokens else meta.steps * meta.tasks * meta.n_inner
+
+    @property
+    def done(self) -> int:
+        """Inner updates done."""
+        return self.step * self.config.meta.tasks * self.config.meta.n_inner
+
+    @property
+    def finished(self) -> bool:
+        meta = self.config.meta
+        return self.tokens >= meta.tokens if meta.tokens else self.step >= meta.steps
+
+    def progress(self, update: int) -> float:
+        """The share of the run that is done before `update`: what the schedules follow."""
+        if self.updates is None:
+            return min(self.tokens / self.config.meta.tokens, 1.0)
+        return update / self.updates
 
     def train(self) -> bool:
         """Runs to the end (True), or to the end of the meta-step in which a stop was requested."""
-        meta = self.config.meta
         saved = self.step if (self.out / "checkpoint.pt").exists() else -1
-        while self.step < meta.steps:
+        while not self.finished:
             self._meta_step(self.step)
             self.step += 1
             due = self.step % self.config.checkpoint_every == 0
-            if due or self.stop_requested or self.step == meta.steps:
+            if due or self.stop_requested or self.finished:
                 self.save_checkpoint()
                 saved = self.step
             if self.stop_requested:
@@ -124,7 +124,8 @@ class Trainer:
             self.save_checkpoint()
         self._metrics.close()
         self.policy.save(self.out / "policy")
-        return self.step == meta.steps
+        self.experience.save(self.out)
+        return self.finished
 
     def _meta_step(self, step: int) -> None:
         config = self.config
@@ -137,6 +138,7 @@ class Trainer:
             count=config.meta.tasks,
             rotate=config.preference.rotate,
         )
+        progress = self.progress(self.done)
         self.outer.begin()
         for task, w in enumerate(weights):
             self.outer.begin_task(w)
@@ -144,7 +146,7 @@ class Trainer:
                 metrics = self._update(step, task, inner, w)
                 if task + 1 == len(weights) and inner + 1 == config.meta.n_inner:
                     self.outer.end_task(w)
-                    metrics |= self.outer.end(step)
+                    metrics |= self.outer.end(progress)
                 self._log(metrics)
             if task + 1 < len(weights):
                 self.outer.end_task(w)
@@ -153,73 +155,63 @@ class Trainer:
         """Rollout, score, update: one inner step for the preference w."""
         config = self.config
         update = (step * config.meta.tasks + task) * config.meta.n_inner + inner
-        requests = [
-            Request(prompt, w, config.rollout.samples) for prompt in self._prompts_of(update)
-        ]
-        rolled = backend(config.rollout.backend)(
-            self.policy,
-            requests,
-            max_new_tokens=config.rollout.max_new_tokens,
-            temperature=config.rollout.temperature,
-            seed=config.seed,
-            stream=("train", step, task, inner),
-            max_cache_bytes=config.rollout.max_cache_bytes,
-        )
         clock = Clock()
-        scored = self.score(rolled)
-        reward_seconds = clock.lap()
-        lr = config.grpo.lr * 0.5 * (1.0 + math.cos(math.pi * update / self.updates))
-        for group in self.outer.optimizer.param_groups:
-            group["lr"] = lr
-        for _ in range(config.grpo.epochs):
-            self.outer.optimizer.zero_grad(set_to_none=True)
-            learned = self.recipe.learner(
-                self.policy, rolled, scored, config.grpo, config.rollout.temperature
-            )
-            limit = config.grpo.max_grad_norm or float("inf")
-            learned["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.policy.trainable, limit)
-            self.outer.optimizer.step()
-        self.outer.optimizer.zero_grad(set_to_none=True)
-        values = torch.stack([v.detach().float().cpu() for v in learned.values()]).tolist()
-        names, raw, normal = config.names, scored.reward_RK, scored.normalized_RK
+        batch = self.experience.collect(self._prompts_of(update), w, ("train", step, task, inner))
+        rolled, scored = batch.rolled, batch.scored
+        collecting = clock.lap()
+        lr = config.grpo.lr * 0.5 * (1.0 + math.cos(math.pi * self.progress(update)))
+        learned = self._learn(batch, lr) if len(rolled.group_R) else {}
+        if not learned:  # no step: Adam's state stays as it is
+            warnings.warn(f"update {update}: no response was kept; it is skipped", stacklevel=2)
+        self.tokens += batch.tokens
+        more = self.experience.learned(update)
+        names, raw = config.names, batch.reward_RK
+        normal = self.experience.scales.normalizer.apply(raw)
         return {
             "update": update,
             "meta_step": step,
             "task": task,
             "inner": inner,
+            "progress": self.progress(update + 1),
             "w": w,
-            **dict(zip(learned, values, strict=True)),
+            **(learned or {"skipped": True}),
             "lr": lr,
-            "score": float(scored.score_R.mean()),
+            "score": float(scored.score_R.mean()) if learned else None,
             "rewards": dict(zip(names, raw.mean(0).tolist(), strict=True)),
             "normalized": dict(zip(names, normal.mean(0).tolist(), strict=True)),
-            "above_utopia": int((normal > torch.tensor(self.scales.utopia)).any(1).sum()),
-            "tokens": int(rolled.mask_RT.sum()),
+            "above_utopia": int(
+                (normal > torch.tensor(self.experience.scales.utopia)).any(1).sum()
+            ),
+            "tokens": batch.tokens,
             "prefill_tokens": rolled.prefill_tokens,
-            "length": float(rolled.mask_RT.sum(1).float().mean()),
-            "stopped": sum(f == "stop" for f in rolled.finish) / len(rolled.finish),
+            "length": float(rolled.mask_RT.sum(1).float().mean()) if learned else None,
+            "stopped": sum(f == "stop" for f in rolled.finish) / max(len(rolled.finish), 1),
+            **batch.log,
+            **more,
             "seconds": {
                 "rollout": rolled.seconds,
-                "reward": reward_seconds,
+                "reward": max(collecting - rolled.seconds, 0.0),
                 "learn": clock.lap(),
             },
         }
 
-    def score(self, rolled: Rollout) -> Scored:
-        """Raw and normalised rewards, scores and group-relative advantages of a rollout."""
-        reward = self.objectives.score(
-            [rolled.prompts[g].text for g in rolled.group_R.tolist()], rolled.texts
-        )
-        normalized = self.scales.normalizer.apply(reward)
-        score, advantage = ops.group_advantages(
-            normalized,
-            rolled.w_RK.to(normalized.device),
-            rolled.group_R.to(normalized.device),
-            utopia=torch.tensor(self.scales.utopia),
-            mu=self.config.score.mu,
-            scalarization=self.recipe.score,
-        )
-        return Scored(reward, normalized, score, advantage.to(rolled.mask_RT.device))
+    def _learn(self, batch: Experience, lr: float) -> dict[str, float]:
+        """The learner's gradient and Adam's step, `grpo.epochs` times; metrics of the last."""
+        options = self.config.grpo
+        optimizer = self.outer.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for _ in range(options.epochs):
+            optimizer.zero_grad(set_to_none=True)
+            learned = self.recipe.learner(
+                self.policy, batch.rolled, batch.scored, options, self.config.rollout.temperature
+            )
+            limit = options.max_grad_norm or float("inf")
+            learned["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.policy.trainable, limit)
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        values = torch.stack([v.detach().float().cpu() for v in learned.values()]).tolist()
+        return dict(zip(learned, values, strict=True))
 
     def _prompts_of(self, update: int) -> list[Prompt]:
         """The next prompts, reshuffled whenever all have been seen; depends on (seed, update)."""
@@ -253,20 +245,8 @@ class Trainer:
             )
         texts = [rolled.prompts[g].text for g in rolled.group_R.tolist()]
         reward = self.objectives.score(texts, rolled.texts)
-        normalizer = Normalizer.fit(reward, config.score.normalization)
-        normalized = normalizer.apply(reward)
-        utopia = config.score.utopia or tuple(default_utopia(normalized).tolist())
-        scales = Scales(normalizer, utopia)
-        sample = {
-            "responses": len(texts),
-            "mean": reward.mean(0).tolist(),
-            "std": reward.std(0).tolist(),
-            "min": reward.amin(0).tolist(),
-            "max": reward.amax(0).tolist(),
-            # of a reward that never varies: undefined, written as 0 for JSON's sake
-            "correlation": torch.nan_to_num(torch.corrcoef(reward.T)).tolist(),
-        }
-        scales.save(self.out / "statistics.json", config.names, config.score.mu, sample)
+        scales = Scales.fit(reward, config.score, standard=self.recipe.experience.standardizes)
+        scales.save(self.out / "statistics.json", config.names, config.score.mu, reward)
         return scales
 
     def _log(self, metrics: dict[str, Any]) -> None:
@@ -280,8 +260,10 @@ class Trainer:
         state = {
             "version": __version__,
             "step": self.step,
+            "tokens": self.tokens,
             "metrics_bytes": self._metrics.tell(),
             "outer": self.outer.state(),
+            "experience": self.experience.state(),
         }
         path = self.out / "checkpoint.pt"
         with replacing(path) as file:
@@ -344,28 +326,6 @@ def flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
     for name, value in values.items():
         out |= flat(value, f"{where}{name}.") if isinstance(value, dict) else {where + name: value}
     return out
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Any]:
-    """A file that takes `path`'s place when it is whole and on the disk, or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:  # of a failure: on a full disk its remains are in the way
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    with replacing(path) as file:
-        file.write(content)
 
 
 def _check_space(out: Path, policy: Policy) -> None:

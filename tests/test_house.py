@@ -17,15 +17,17 @@ PACKAGE = ROOT / "meal_fast"
 
 # A module imports from its own row (without cycles) and the rows above; a package counts as one.
 LAYERS = (
+    ("options",),
     ("config",),
     ("presets", "batch", "papers"),
     ("runs", "cli"),
     ("ops",),
     ("assets", "tree", "mapped", "quiet"),
     ("prompts", "objectives", "preference", "policy", "worlds", "measures"),
+    ("scales",),
     ("rollout",),
-    ("learners",),
-    ("meta",),
+    ("learners", "preference_net", "experience"),
+    ("meta", "meal"),
     ("recipes",),
     ("trainer",),
     ("train", "evaluate", "chat", "report", "figures", "page", "display"),

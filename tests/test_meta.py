@@ -39,7 +39,7 @@ def test_the_step_is_epsilon_times_the_mean_of_the_deltas():
         assert torch.equal(theta(loop), start)  # every task starts from the snapshot
         run_task(loop, w, gradient)
         ends.append(theta(loop))
-    metrics = loop.end(1)
+    metrics = loop.end(0.25)
     epsilon = 1.5 * (1 - 1 / 4)
     want = start + epsilon * (torch.stack(ends).mean(0) - start)
     torch.testing.assert_close(theta(loop), want)
@@ -52,7 +52,7 @@ def test_opposed_tasks_cancel_and_the_clip_bounds_the_step():
     loop.begin()
     run_task(loop, (1.0, 0.0), 1.0)
     run_task(loop, (0.0, 1.0), -1.0)
-    metrics = loop.end(0)
+    metrics = loop.end(0.0)
     assert metrics["delta_cosine"] == pytest.approx(-1.0, abs=1e-4)
     torch.testing.assert_close(theta(loop), torch.tensor([1.0, 2.0, 0.0]))
 
@@ -61,7 +61,7 @@ def test_opposed_tasks_cancel_and_the_clip_bounds_the_step():
     loop.begin()
     run_task(loop, (1.0, 0.0), 1.0)
     run_task(loop, (0.0, 1.0), 1.0)
-    assert loop.end(0)["delta_norm"] > 0.01  # as it was before the clip
+    assert loop.end(0.0)["delta_norm"] > 0.01  # as it was before the clip
     assert float((theta(loop) - start).norm()) == pytest.approx(0.01, rel=1e-4)
 
 
@@ -73,7 +73,7 @@ def test_persist_v_does_not_depend_on_the_order_of_the_tasks():
             loop.begin()
             for task in order:
                 run_task(loop, (1.0 - task, float(task)), (0.3, -2.0)[task])
-            loop.end(step)
+            loop.end(step / 4)
         ends.append((theta(loop), loop.state()["adam"]["exp_avg_sq"]))
     torch.testing.assert_close(ends[0], ends[1])
     assert all((v > 0).all() for v in ends[0][1])
@@ -86,7 +86,7 @@ def test_adam_state_at_the_start_of_a_task(mode):
     loop.begin()
     run_task(loop, w, 1.0)
     run_task(loop, (0.0, 1.0), 3.0)
-    loop.end(0)
+    loop.end(0.0)
     loop.begin()
     loop.begin_task(w)
     state = loop._adam()
@@ -106,7 +106,7 @@ def test_saved_state_goes_on_to_the_same_bits(outer, mode):
             loop.begin()
             run_task(loop, (1.0, 0.0), 0.7)
             run_task(loop, (0.5, 0.5), -0.2)
-            loop.end(step)
+            loop.end(step / 4)
 
     whole, first, second = (make(outer, adam=mode) for _ in range(3))
     advance(whole, range(4))

@@ -1,7 +1,10 @@
 """The train command on the tiny world: what it leaves behind, stopping, going on, and mistakes."""
 
 import collections
+import dataclasses
+import itertools
 import json
+import math
 import resource
 import shutil
 import signal
@@ -395,3 +398,25 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_good(tmp_path):
         assert not trainer.train()
     assert updates(run) == updates(tmp_path / "straight")
     assert len(updates(run)) == 4 * reached
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_budget_of_tokens_ends_the_run_and_leads_its_schedules(tmp_path):
+    tiny = preset("tiny")
+    config = dataclasses.replace(
+        tiny, meta=dataclasses.replace(tiny.meta, tokens=900), recipe="weighted-meta-grpo"
+    )
+    trainer = Trainer(config, tmp_path / "run")
+    assert trainer.updates is None
+    assert trainer.train()
+    rows = updates(tmp_path / "run")
+    spent = list(itertools.accumulate(row["tokens"] for row in rows))
+    ends = spent[3::4]  # of the meta-steps, two tasks of two updates
+    assert len(rows) % 4 == 0 and ends[-1] >= 900 and all(n < 900 for n in ends[:-1])
+    assert rows[-1]["progress"] == 1.0
+    before = [0, *spent[:-1]]
+    for row, tokens in zip(rows, before, strict=True):
+        cosine = 0.5 * (1 + math.cos(math.pi * min(tokens / 900, 1)))
+        assert row["lr"] == pytest.approx(config.grpo.lr * cosine)
+    for i, row in enumerate(rows[3::4]):
+        assert row["epsilon"] == pytest.approx(1.5 * (1 - before[4 * i] / 900))

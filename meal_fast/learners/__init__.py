@@ -1,5 +1,7 @@
 """Learners: (policy, rollout, scores) -> gradients and metrics."""
 
+from .dpo import dpo
 from .grpo import grpo
+from .sft import sft
 
-__all__ = ["grpo"]
+__all__ = ["dpo", "grpo", "sft"]

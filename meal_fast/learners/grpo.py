@@ -36,13 +36,7 @@ def grpo(
             "rollout: its rows were truncated, selected or redrawn, so that logp_RT is not the "
             "behaviour policy's; sample without top_k, top_p, min_p and rejection"
         )
-    sequences = len(rollout.group_R)
-    tokens = rollout.mask_RT.sum()
-    normalizer: dict[str, float | Tensor] = {
-        "grpo": sequences,
-        "dapo": tokens,
-        "dr_grpo": sequences * _width(rollout),
-    }
+    normalizer = divisor(rollout, config.reduce)
     totals: dict[str, Tensor] = {}
     batches = [
         (rows, packed(rollout, rows)) for rows in micro_batches(rollout, config.micro_tokens)
@@ -58,7 +52,7 @@ def grpo(
         mask = rollout.mask_RT[rows]
         network = policy.network
         with policy.recomputing(config.recompute):
-            hidden_ND = tree.forward(network.body, batch)[_predicts(batch, mask)]
+            hidden_ND = hidden(network, rollout, rows, batch)
         width = mask.shape[1]
         loss, metrics = ops.linear_policy_loss(
             hidden_ND,
@@ -71,7 +65,7 @@ def grpo(
             kl=config.kl,
             clip=(config.clip_low, config.clip_high),
             reduce=config.reduce,
-            normalizer=normalizer[config.reduce],
+            normalizer=normalizer,
             temperature=temperature,
             bias=network.bias,
             softcap=network.softcap,
@@ -96,28 +90,43 @@ def _of_reference(
     temperature: float,
 ) -> dict[str, Any]:
     """What the loss needs of the reference: its log-probabilities; all of it for the exact KL."""
-    mask = rollout.mask_RT[rows]
-    hidden_ND = tree.forward(network.body, batch)[_predicts(batch, mask)]
     if kl == "exact":
         return {
-            "ref_hidden": hidden_ND,
+            "ref_hidden": hidden(network, rollout, rows, batch),
             "ref_weight": network.weight,
             "ref_bias": network.bias,
         }
+    return {"ref_logp": token_logp(network, rollout, rows, batch, temperature)}
+
+
+def token_logp(
+    network: Network, rollout: Rollout, rows: Tensor, batch: tree.Packed, temperature: float
+) -> Tensor:
+    """Log-probabilities (N,) of the sampled tokens of `rows`, in their order."""
     logp_N, _ = ops.linear_logprob(
-        hidden_ND,
+        hidden(network, rollout, rows, batch),
         network.weight,
-        rollout.tokens_RT[rows][mask],
+        rollout.tokens_RT[rows][rollout.mask_RT[rows]],
         temperature=temperature,
         bias=network.bias,
         softcap=network.softcap,
     )
-    return {"ref_logp": logp_N}
+    return logp_N
 
 
-def _predicts(batch: tree.Packed, mask_RT: Tensor) -> Tensor:
-    """Places (N,) of the hidden states that predict the sampled tokens, in the tokens' order."""
-    return batch.before_RT[mask_RT[:, : batch.before_RT.shape[1]]]
+def hidden(network: Network, rollout: Rollout, rows: Tensor, batch: tree.Packed) -> Tensor:
+    """The hidden states (N, D) that predict the sampled tokens of `rows`, in their order."""
+    mask = rollout.mask_RT[rows]
+    places_N = batch.before_RT[mask[:, : batch.before_RT.shape[1]]]
+    return tree.forward(network.body, batch)[places_N]
+
+
+def divisor(rollout: Rollout, reduce: str) -> float | Tensor:
+    """What the whole step's sum of terms is divided by, so that micro-batches add up."""
+    if reduce == "dapo":
+        return rollout.mask_RT.sum()
+    rows, width = rollout.mask_RT.shape
+    return rows if reduce == "grpo" else rows * width
 
 
 def packed(rollout: Rollout, rows: Tensor) -> tree.Packed:
@@ -129,24 +138,22 @@ def packed(rollout: Rollout, rows: Tensor) -> tree.Packed:
     return tree.pack(prefixes, group_R, rollout.tokens_RT[rows, :width], mask[:, :width])
 
 
-def micro_batches(rollout: Rollout, budget: int) -> Iterator[Tensor]:
+def micro_batches(rollout: Rollout, budget: int, unit: int = 1) -> Iterator[Tensor]:
     """Runs of rows (int64 indices) of at most `budget` tokens, prefixes counted once a run.
 
-    A single row is never split, so one that is longer than the budget goes alone.
+    Rows are taken `unit` at a time, and a unit is never split, so one that is longer than the
+    budget goes alone.
     """
     lengths = rollout.mask_RT.sum(1).tolist()
     groups = rollout.group_R.tolist()
     run: list[int] = []
     used, held = 0, -1
-    for row, (length, group) in enumerate(zip(lengths, groups, strict=True)):
+    for row in range(0, len(groups), unit):
+        length, group = sum(lengths[row : row + unit]), groups[row]
         more = length + (0 if group == held else len(rollout.prefix[group]))
         if run and used + more > budget:
             yield torch.tensor(run, device=rollout.group_R.device)
             run, used, more = [], 0, length + len(rollout.prefix[group])
-        run.append(row)
+        run += range(row, min(row + unit, len(groups)))
         used, held = used + more, group
     yield torch.tensor(run, device=rollout.group_R.device)
-
-
-def _width(rollout: Rollout) -> int:
-    return rollout.mask_RT.shape[1]

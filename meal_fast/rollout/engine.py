@@ -149,6 +149,7 @@ class Engine:
             min_p=sampling.min_p,
         )
         ended = torch.isin(token, self._stop)
+        self.counts.sampled += len(live)
         drawn = zip(live, token.tolist(), logp.tolist(), ended.tolist(), strict=True)
         for row, t, lp, stop in drawn:
             row.tokens.append(t)

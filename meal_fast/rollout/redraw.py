@@ -41,6 +41,7 @@ class Kept:
     reward_RK: Tensor  # float32, raw
     score_R: Tensor
     w_hat_RK: Tensor | None  # realised preferences, as the judge gave them
+    ended_RK: Tensor  # raw rewards of all rows that ended, kept or not
     log: dict[str, float]
 
 
@@ -191,8 +192,8 @@ def rejection_sample(
             realised preferences (R, K), or None where the rule does not ask for them.
 
     `log` holds: rounds; drawn, ended, cancelled and kept rows, acceptance (kept / ended) and
-    rejected/GATE (a share of those that ended); cuts; prompt, suffix, decode and reused tokens, and
-    tokens through the model for each row kept.
+    rejected/GATE (a share of those that ended); cuts; prompt, suffix, decode and reused tokens,
+    sampled tokens (kept or not), and tokens through the model for each row kept.
 
     Raises:
         ValueError: as `Engine.rows` and `accept` do; config.draws below a request's samples.
@@ -245,6 +246,7 @@ def rejection_sample(
         "prompt_tokens": prompt,
         "suffix_tokens": suffix,
         "decode_tokens": decode,
+        "sampled_tokens": used.sampled - before.sampled,
         "reused_tokens": used.reused - before.reused,
         "tokens_per_kept": (prompt + suffix + decode) / max(len(kept), 1),
     }
@@ -264,6 +266,7 @@ def rejection_sample(
         reward_RK=judged.reward_RK[index].to(device),
         score_R=judged.score_R[index].to(device),
         w_hat_RK=None if w_hat_RK is None else w_hat_RK[index].to(device),
+        ended_RK=judged.reward_RK,
         log=log | {f"rejected/{gate}": n / ended for gate, n in rejected.items()},
     )
 

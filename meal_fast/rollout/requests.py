@@ -176,6 +176,7 @@ class Counts:
     prompt: int = 0
     suffix: int = 0
     decode: int = 0
+    sampled: int = 0  # drawn from its distributions, kept or not
     reused: int = 0  # of the rows' prefixes: what a sampler without caches would compute
 
     @property

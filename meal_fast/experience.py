@@ -1,0 +1,92 @@
+"""Where an update's responses come from: sampled, scored and made ready for the learner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .batch import Prompt, Rollout, Scored
+from .config import Config
+from .objectives import Objectives
+from .policy import Policy
+from .preference import Weights
+from .rollout import Request, backend
+from .scales import Scales
+
+Score = Literal["linear", "tchebycheff", "smooth-tchebycheff"]
+Stream = tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What one policy update learns from."""
+
+    rolled: Rollout  # what the learner sees; it may hold no row
+    scored: Scored
+    reward_RK: Tensor  # raw, of all responses that were sampled, kept or not
+    tokens: int  # generated, for all of them
+    log: dict[str, Any] = field(default_factory=dict)
+
+
+class Sampled:
+    """Every prompt under the task's preference, `rollout.samples` times; nothing is rejected."""
+
+    standardizes: ClassVar[bool] = False  # whether it needs `Scales.standard`
+
+    def __init__(
+        self, policy: Policy, objectives: Objectives, scales: Scales, config: Config, score: Score
+    ) -> None:
+        self.policy, self.objectives, self.scales = policy, objectives, scales
+        self.config, self.kind = config, score
+
+    def collect(self, prompts: Sequence[Prompt], w: Weights, stream: Stream) -> Experience:
+        """Samples and scores; `stream` keys the randomness, with the prompt, w and the sample."""
+        return self._all_of([Request(p, w, self.config.rollout.samples) for p in prompts], stream)
+
+    def learned(self, update: int) -> dict[str, float]:
+        """Called after each policy update, which is number `update`; returns metrics."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What the next updates depend on, beside the policy."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        pass
+
+    def save(self, folder: Path) -> None:
+        """What a user of the finished policy needs beside it."""
+
+    def _all_of(self, requests: Sequence[Request], stream: Stream) -> Experience:
+        options = self.config.rollout
+        rolled = backend(options.backend)(
+            self.policy,
+            requests,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seed=self.config.seed,
+            stream=stream,
+            max_cache_bytes=options.max_cache_bytes,
+        )
+        texts = [rolled.prompts[g].text for g in rolled.group_R.tolist()]
+        scored = self.score(self.objectives.score(texts, rolled.texts), rolled)
+        return Experience(rolled, scored, scored.reward_RK, int(rolled.mask_RT.sum()))
+
+    def score(self, reward_RK: Tensor, rolled: Rollout) -> Scored:
+        """Normalised rewards, scores and group-relative advantages of a rollout's rewards."""
+        normalized = self.scales.normalizer.apply(reward_RK)
+        score, advantage = ops.group_advantages(
+            normalized,
+            rolled.w_RK.to(normalized.device),
+            rolled.group_R.to(normalized.device),
+            utopia=torch.tensor(self.scales.utopia),
+            mu=self.config.score.mu,
+            scalarization=self.kind,
+        )
+        return Scored(reward_RK, normalized, score, advantage.to(rolled.mask_RT.device))

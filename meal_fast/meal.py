@@ -1,0 +1,227 @@
+"""Meal: the preference-weight-net and the policy teach each other (Meta-Aligner [P]; form [R]).
+
+For every prompt x of an update:
+
+    w0      softmax(net(x)), or with probability rho a draw from Dir(alpha)
+    y_1..N  sampled under w0; kept where the rejection rules let them pass
+    w_hat   softmax(standardised rewards / tau): the preference that a response realises
+    w*      proportional to w0^lam * w_hat^(1 - lam): the preference learns from the response
+    policy  learns the kept y as answers under w* (`learners.sft`), or all of them by GRPO under w0
+    net     every M policy updates: see `_Net` below
+
+What the policy reads are preferences on the run's lattice (`preference.grid`), w0 and w* too: they
+are written with two digits, and nearby ones as one text share one prefix.
+
+`lam=1` keeps the preference that was asked for; with `rho=1` as well there is no net, which is the
+static baseline. The net learns in one of two ways: `alternating` fits the mean w* of the prompts in
+its buffer; `hypergradient` lowers the loss that the policy would have after one step on the kept
+responses, each weighted by softmax(S(r, w0)/tau_a), on responses kept under drawn preferences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import preference
+from .batch import Prompt, Rollout, Scored, key
+from .config import Config
+from .experience import Experience, Sampled, Score, Stream
+from .objectives import Objectives
+from .ops.reference import scalarize
+from .policy import Policy
+from .preference import Weights
+from .preference_net import Features, NetTrainer, PreferenceNet, learned_preference
+from .rollout import Request, Sampling, engine, rejection_sample
+from .rollout.rejection import accept, acceptance_uniform, realized_preference
+from .scales import Scales
+
+
+class Meal(Sampled):
+    """An update's responses, sampled under the net's preferences, kept and relabelled."""
+
+    standardizes: ClassVar[bool] = True
+
+    def __init__(
+        self, policy: Policy, objectives: Objectives, scales: Scales, config: Config, score: Score
+    ) -> None:
+        super().__init__(policy, objectives, scales, config, score)
+        options = config.meal
+        self.features = Features(policy, room=options.buffer)
+        self.net: NetTrainer | None = None
+        if options.rho < 1:  # else every preference is drawn: the static baseline needs no net
+            width = policy.network.weight.shape[1]
+            net = PreferenceNet(config.names, width, options.hidden, seed=config.seed)
+            self.net = NetTrainer(
+                net.to(policy.device),
+                lr=options.net_lr,
+                gamma=options.gamma,
+                buffer=options.buffer,
+                net_steps=options.net_steps,
+            )
+
+    def collect(self, prompts: Sequence[Prompt], w: Weights, stream: Stream) -> Experience:
+        asked = self._asked(prompts, w, stream)
+        requests = [
+            Request(p, own, self.config.rollout.samples)
+            for p, own in zip(prompts, asked, strict=True)
+        ]
+        if self.config.meal.policy == "grpo":
+            return self._all_rows(requests, stream)
+        return self._kept_rows(requests, stream)
+
+    def learned(self, update: int) -> dict[str, float]:
+        due = (update + 1) % self.config.meal.every == 0
+        return self.net.step() if self.net is not None and due else {}
+
+    def state(self) -> dict[str, Any]:
+        if self.net is None:
+            return {}
+        return {"net": self.net.state(), "features": self.features.state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if self.net is not None:
+            self.net.load_state(state["net"])
+            self.features.load_state(state["features"])
+
+    def save(self, folder: Path) -> None:
+        if self.net is not None:
+            self.net.net.save(folder / "preference_net.safetensors")
+
+    def _asked(self, prompts: Sequence[Prompt], w: Weights, stream: Stream) -> list[Weights]:
+        """w0 of each prompt. Under Reptile a drawn one is the task's, elsewhere one of its own."""
+        options, k = self.config.meal, len(self.config.names)
+        seed = key(self.config.seed, "meal", *stream)
+        drawn = [w] * len(prompts)
+        if options.outer == "net":
+            drawn = preference.draw(
+                k,
+                alpha=self.config.preference.alpha,
+                points=self.config.preference.grid,
+                seed=seed,
+                step=0,
+                count=len(prompts),
+            )
+        if self.net is None:
+            return drawn
+        uniform = np.random.Generator(np.random.Philox(key=seed)).random(len(prompts))
+        with torch.no_grad():
+            predicted = self.net.net(self.features(prompts)).cpu()
+        own = preference.snapped(predicted.numpy(), self.config.preference.grid)
+        return [d if u < options.rho else o for u, d, o in zip(uniform, drawn, own, strict=True)]
+
+    def _kept_rows(self, requests: Sequence[Request], stream: Stream) -> Experience:
+        options = self.config.rollout
+        sampling = Sampling(options.max_new_tokens, options.temperature, self.config.seed, stream)
+        with engine(self.policy, max_cache_bytes=options.max_cache_bytes, join=True) as sampler:
+            kept = rejection_sample(
+                sampler,
+                requests,
+                sampling,
+                self.config.rejection,
+                self.objectives.score,
+                self._judge,
+            )
+        rolled, w_hat_RK = kept.rollout, kept.w_hat_RK
+        assert w_hat_RK is not None
+        log: dict[str, Any] = {"w": rolled.w_RK.mean(0).tolist()} | kept.log
+        w_star_RK = self._learn_preferences(rolled, w_hat_RK).cpu().numpy()
+        w_R = preference.snapped(w_star_RK, self.config.preference.grid)
+        rolled, order_R = relabelled(self.policy, rolled, w_R)
+        log["learnt"] = rolled.w_RK.mean(0).tolist()
+        reward_RK, score_R = kept.reward_RK[order_R], kept.score_R[order_R]
+        normalized = self.scales.normalizer.apply(reward_RK)
+        scored = Scored(reward_RK, normalized, score_R, torch.ones_like(score_R))
+        return Experience(rolled, scored, kept.ended_RK, int(log["sampled_tokens"]), log)
+
+    def _all_rows(self, requests: Sequence[Request], stream: Stream) -> Experience:
+        """GRPO learns from every row under w0; the rejection rules choose for the net alone."""
+        batch = self._all_of(requests, stream)
+        rolled = batch.rolled
+        score_R, w_hat_RK = self._judge(batch.reward_RK, rolled.w_RK.cpu())
+        passed_R, rejected = accept(
+            self.config.rejection,
+            score_R,
+            rolled.group_R.cpu(),
+            w_hat_RK=w_hat_RK,
+            w_RK=rolled.w_RK.cpu(),
+            uniform_R=acceptance_uniform(
+                self.config.seed,
+                torch.tensor([key(*stream, "accepted", r) for r in range(len(score_R))]),
+            ),
+            last=True,
+        )
+        self._learn_preferences(selected(rolled, passed_R), w_hat_RK[passed_R])
+        rows = len(passed_R)
+        log: dict[str, Any] = {"w": rolled.w_RK.mean(0).tolist()}
+        log |= {"acceptance": float(passed_R.float().mean())}
+        log |= {f"rejected/{gate}": n / rows for gate, n in rejected.items()}
+        return dataclasses.replace(batch, log=log)
+
+    def _judge(self, reward_RK: Tensor, w_RK: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores S(r, w0) and realised preferences."""
+        assert self.scales.standard is not None
+        score_R = scalarize(
+            self.scales.normalizer.apply(reward_RK),
+            w_RK.to(reward_RK.device),
+            torch.tensor(self.scales.utopia, device=reward_RK.device),
+            self.config.score.mu,
+            self.kind,
+        )
+        standardized_RK = self.scales.standard.apply(reward_RK)
+        return score_R, realized_preference(standardized_RK, self.config.rejection.tau)
+
+    def _learn_preferences(self, rolled: Rollout, w_hat_RK: Tensor) -> Tensor:
+        """w* (R, K) of the rows; the net's buffer gets their mean for each prompt."""
+        options = self.config.meal
+        w_star_RK = learned_preference(rolled.w_RK, w_hat_RK, options.lam, options.mode)
+        if self.net is not None:
+            self.net.add(rolled.prompts, self.features(rolled.prompts), w_star_RK, rolled.group_R)
+        return w_star_RK
+
+
+def relabelled(policy: Policy, rollout: Rollout, w_R: Sequence[Weights]) -> tuple[Rollout, Tensor]:
+    """The same responses as answers under other preferences, one a row; and the rows' new order.
+
+    Rows of a prompt that are given the same preference are one group; logp_RT stays the sampler's.
+    """
+    of = rollout.group_R.tolist()
+    order = sorted(range(len(w_R)), key=lambda r: (of[r], w_R[r]))
+    groups = list(dict.fromkeys((of[r], w_R[r]) for r in order))
+    number = {group: g for g, group in enumerate(groups)}
+    device, k = rollout.group_R.device, rollout.w_RK.shape[1]
+    order_R = torch.tensor(order, dtype=torch.int64, device=device)
+    group = [number[of[r], w_R[r]] for r in order]
+    new = dataclasses.replace(
+        selected(rollout, order_R),
+        prompts=tuple(rollout.prompts[b] for b, _ in groups),
+        prefix=tuple(
+            policy.encode_prompt(rollout.prompts[b].text) + policy.encode_suffix(w)
+            for b, w in groups
+        ),
+        group_R=torch.tensor(group, dtype=torch.int64, device=device),
+        w_RK=torch.tensor([w_R[r] for r in order], device=device).view(-1, k),
+    )
+    return new, order_R
+
+
+def selected(rollout: Rollout, rows: Tensor) -> Rollout:
+    """Some rows (bool or int64) of a rollout, its groups left as they are."""
+    at = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
+    at = at.to(rollout.group_R.device)
+    return dataclasses.replace(
+        rollout,
+        group_R=rollout.group_R[at],
+        w_RK=rollout.w_RK[at],
+        tokens_RT=rollout.tokens_RT[at],
+        mask_RT=rollout.mask_RT[at],
+        logp_RT=rollout.logp_RT[at],
+        finish=tuple(rollout.finish[i] for i in at.tolist()),
+        texts=tuple(rollout.texts[i] for i in at.tolist()),
+    )

@@ -1,0 +1,65 @@
+"""Options as fields of dataclasses: their help, their checks, and values from outside. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import field
+from typing import Any
+
+# The values that a field with this annotation (a string) allows; empty where it is no choice.
+Choices = Callable[[str], tuple[str, ...]]
+
+
+def opt(default: Any, help: str) -> Any:
+    """A dataclass field with its help text."""
+    return field(default=default, metadata={"help": help})
+
+
+def require(ok: bool, option: str, value: object, remedy: str) -> None:
+    if not ok:
+        raise ValueError(f"{option}={value!r}: {remedy}")
+
+
+def replaced(base: Any, values: dict[str, Any], choices: Choices, where: str = "") -> Any:
+    """The dataclass `base` with the nested `values` put in; `where` names its section.
+
+    Raises ValueError for an unknown option and a value of the wrong type.
+    """
+    known = {f.name: f for f in dataclasses.fields(base)}
+    changes: dict[str, Any] = {}
+    for key, value in values.items():
+        require(key in known, f"{where}{key}", value, f"unknown option; known: {', '.join(known)}")
+        old = getattr(base, key)
+        if dataclasses.is_dataclass(old):
+            require(isinstance(value, dict), f"{where}{key}", value, "must be a table")
+            changes[key] = replaced(old, value, choices, f"{where}{key}.")
+        else:
+            changes[key] = coerced(value, known[key].type, choices, f"{where}{key}")
+    return dataclasses.replace(base, **changes)
+
+
+def coerced(value: Any, annotation: Any, choices: Choices, option: str) -> Any:
+    """`value` as the type that the field's annotation (a string) names; a wrong type is refused."""
+    kind = str(annotation)
+    if kind.startswith("tuple"):
+        require(isinstance(value, list | tuple), option, value, "must be a list")
+        item = kind[len("tuple[") :].split(",")[0]
+        return tuple(coerced(v, item, choices, option) for v in value)
+    if kind == "float":
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        require(number and math.isfinite(value), option, value, "must be a finite number")
+        return float(value)
+    if kind == "bool":
+        require(isinstance(value, bool), option, value, "must be true or false")
+        return value
+    if kind == "int":
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        require(whole, option, value, "must be a whole number")
+        return value
+    require(isinstance(value, str), option, value, "must be a string")
+    allowed = choices(kind)
+    if allowed:
+        require(value in allowed, option, value, f"choose from {', '.join(allowed)}")
+    return value
