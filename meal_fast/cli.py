@@ -15,7 +15,7 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -102,12 +102,8 @@ def parse_train(argv: Sequence[str] | None = None) -> tuple[Config, TrainArgs]:
     found = vars(_train_parser(shown).parse_args(argv))
     named, file, out = found.pop("PRESET", None), found.pop("config"), found.pop("out")
     args = {name: found.pop(name) for name in ("resume", "evaluate")}
-    if named is not None and named not in PRESETS:
-        near = difflib.get_close_matches(named, PRESETS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(
-            f"preset={named!r}: unknown{hint} (presets: {', '.join(PRESETS)}; for a file, --config)"
-        )
+    if named is not None:
+        known("preset", named, PRESETS, "; for a file, --config")
     folder = Path(out or Path("runs", named or (Path(file).stem if file else DEFAULT_PRESET)))
     if args["resume"] and named is None and file is None:
         base = read_config(folder)
@@ -115,11 +111,39 @@ def parse_train(argv: Sequence[str] | None = None) -> tuple[Config, TrainArgs]:
         base = preset(named or DEFAULT_PRESET)
     if file is not None:
         base = load_toml(file, base)
-    flags: dict[str, Any] = {}
-    for option, value in found.items():
+    return from_dict(nested(found), base), TrainArgs(out=folder, **args)
+
+
+def known(what: str, name: str, names: Iterable[str], more: str = "") -> None:
+    """Raises ValueError, with the nearest of `names`, where `name` is none of them."""
+    names = list(names)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{what}={name!r}: unknown{hint} ({what}s: {', '.join(names)}{more})")
+
+
+def nested(options: Mapping[str, Any]) -> dict[str, Any]:
+    """{"section.option": value} as the nested tables that `config.from_dict` reads."""
+    tables: dict[str, Any] = {}
+    for option, value in options.items():
         section, _, name = option.rpartition(".")
-        (flags.setdefault(section, {}) if section else flags)[name] = value
-    return from_dict(flags, base), TrainArgs(out=folder, **args)
+        (tables.setdefault(section, {}) if section else tables)[name] = value
+    return tables
+
+
+def as_flags(config: Config, base: Config) -> list[str]:
+    """The command line that makes `config` of the preset `base`: every option that differs."""
+    flags: list[str] = []
+    before = values_of(base)
+    for option, value in values_of(config).items():
+        if value == before[option]:
+            continue
+        if isinstance(value, tuple):
+            flags += [f"--{option}", *map(str, value)]
+        else:
+            flags.append(f"--{option}={str(value).lower() if isinstance(value, bool) else value}")
+    return flags
 
 
 def parse_weights(text: str, names: Sequence[str]) -> tuple[float, ...]:
@@ -190,18 +214,67 @@ def _train_parser(shown: str) -> OneLineParser:
     parser.add_argument(
         "--no-evaluate", dest="evaluate", action="store_false", help="train only, without a report"
     )
+    add_options(parser, preset(shown))
+    return parser
+
+
+def add_options(
+    parser: argparse.ArgumentParser, shown: Config, leave_out: Container[str] = ()
+) -> None:
+    """Every option of a Config but those of `leave_out`, with the defaults of `shown`."""
     groups: dict[str, argparse._ArgumentGroup] = {}
-    for section, field, value in options(preset(shown)):
+    for section, field, value in options(shown):
+        option = _dotted(section, field)
+        if option in leave_out:
+            continue
         if section not in groups:
             groups[section] = parser.add_argument_group(section or "run")
         groups[section].add_argument(
-            f"--{section}.{field.name}" if section else f"--{field.name}",
-            dest=f"{section}.{field.name}" if section else field.name,
+            f"--{option}",
+            dest=option,
             default=argparse.SUPPRESS,
             type=functools.partial(_typed, kind=_unit(field)),
             **_shape(field, value),
         )
-    return parser
+
+
+# What the papers' constants are called, where the last word of an option does not say which.
+_SHORT = {
+    "alpha": "preference.alpha",
+    "beta": "grpo.beta",
+    "normalization": "score.normalization",
+}
+
+
+def option_named(name: str, config: Config) -> str:
+    """`section.option` for that itself, its last word, or a paper's constant.
+
+    Raises ValueError where there is no such option, or more than one.
+    """
+    known = values_of(config)
+    if name in known or name in _SHORT:
+        return _SHORT.get(name, name)
+    same = [option for option in known if option.rpartition(".")[2] == name]
+    if len(same) > 1:
+        raise ValueError(f"{name}: is it {' or '.join(same)}? Write the section too")
+    if not same:
+        raise ValueError(f"{name}: unknown option{_nearest(name, list(known))}")
+    return same[0]
+
+
+def typed(option: str, text: str, config: Config) -> Any:
+    """`text` as a value of the option `section.option`; config.py refuses what is none."""
+    field = next(f for section, f, _ in options(config) if _dotted(section, f) == option)
+    return _typed(text, _unit(field))
+
+
+def values_of(config: Config) -> dict[str, Any]:
+    """Every option's value, by `section.option`."""
+    return {_dotted(section, field): value for section, field, value in options(config)}
+
+
+def _dotted(section: str, field: dataclasses.Field[Any]) -> str:
+    return f"{section}.{field.name}" if section else field.name
 
 
 def options(config: Config) -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:

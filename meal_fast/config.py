@@ -145,6 +145,9 @@ class ScoreConfig:
         (), "z*, one number per objective, in normalised units; empty: from the calibration sample"
     )
     calibration: int = opt(64, "responses of the base model that fix the statistics and z* [R]")
+    statistics: str = opt(
+        "", "another run's statistics.json, to share its statistics and z*; empty: calibrate"
+    )
 
     def __post_init__(self) -> None:
         require(self.mu > 0, "score.mu", self.mu, "must be positive")
@@ -205,6 +208,10 @@ class EvaluationConfig:
     grid: int = opt(
         11,
         "weights a side of the simplex lattice; 28 with K=2: BPS's Table 1; 13 with K=3: RiC's [P]",
+    )
+    ask: str = opt("", "one more prompt, answered at four weights; empty: none")
+    statistics: str = opt(
+        "", "another run's statistics.json, to be measured by its statistics; empty: the run's own"
     )
 
     def __post_init__(self) -> None:

@@ -30,8 +30,8 @@ from .batch import Prompt
 from .cli import OneLineParser, one_line_errors
 from .config import Config
 from .measures import Array
-from .preference import Weights, evaluation_weights, lattice
-from .runs import policy_folder, read_config, read_json
+from .preference import Weights, evaluation_weights, on_lattice, shown_weights
+from .runs import policy_folder, read_config, read_statistics
 
 if TYPE_CHECKING:
     from .family import Family
@@ -75,7 +75,7 @@ def evaluate(
     options = config.evaluation
     chosen = tuple(sorted(fitting, key=lambda p: p.id)[: options.prompts])
     weights = evaluation_weights(len(config.names), options.grid)
-    seen = _seen(config, weights)
+    seen = on_lattice(weights, config.preference.grid)
     sweeps: dict[tuple[str, str], Sweep] = {}
     for model in MODELS:
         base = model == "base"
@@ -83,6 +83,13 @@ def evaluate(
             of = None if base else family
             found = answers(policy, network, model, chosen, weights, config, say, of)
         sweeps |= {(model, mode): sweep for mode, sweep in found.items()}
+    shown, asked = shown_weights(weights), None
+    if options.ask:
+        prompt = (Prompt("asked", options.ask),)
+        found = answers(
+            policy, None, "trained, one more prompt", prompt, shown, config, say, family
+        )
+        asked = list(zip(shown, found["greedy"].texts, strict=True))
     scoring = time.perf_counter()
     rewards = {k: _score(objectives, chosen, weights, s, say) for k, s in sweeps.items()}
     scoring = time.perf_counter() - scoring
@@ -134,7 +141,9 @@ def evaluate(
             "prompts": [{"id": p.id, "text": p.text} for p in chosen],
             "settings": {
                 "grid": options.grid,
+                "prompts": options.prompts,
                 "samples": options.samples,
+                "ask": options.ask,
                 "temperature": config.rollout.temperature,
                 "max_new_tokens": config.rollout.max_new_tokens,
                 "seed": config.seed,
@@ -143,6 +152,7 @@ def evaluate(
             "results": results,
             "difference": difference,
             "answers": _answers(config.names, chosen, weights, sweeps, rewards),
+            "asked": asked,
             "seconds": {"all": time.perf_counter() - started, "scoring": scoring},
             "versions": versions(str(policy.device)),
         }
@@ -193,18 +203,6 @@ def _shortfall(
         "smooth-tchebycheff",
     )
     return -score.numpy().reshape(normalized.shape[:-1]).mean(-1)
-
-
-def _seen(config: Config, weights: Sequence[Weights]) -> list[bool]:
-    """Whether training could draw each weight (a continuous draw meets no weight exactly).
-
-    The training grid is the same one for a family of models, whatever their own preferences are:
-    seen and unseen are then the same weights for every method.
-    """
-    if not config.preference.grid:
-        return [False] * len(weights)
-    grid = np.asarray(lattice(len(config.names), config.preference.grid))
-    return [bool((np.abs(grid - np.asarray(w)).max(1) < 1e-9).any()) for w in weights]
 
 
 def _answers(
@@ -284,6 +282,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prompts", type=int, metavar="N", help="held-out prompts")
     p.add_argument("--samples", type=int, metavar="S", help="sampled answers a prompt and weight")
     p.add_argument("--grid", type=int, help="weights a side; 28 with K=2: BPS's Table 1")
+    p.add_argument("--ask", metavar="TEXT", help="one more prompt, answered at four weights")
     p.add_argument(
         "--seed", type=int, help="of the sampling and the bootstrap (default: the run's)"
     )
@@ -295,9 +294,11 @@ def parser() -> argparse.ArgumentParser:
 @one_line_errors
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    config, statistics = read_config(args.run), read_json(args.run, "statistics.json")
+    config = read_config(args.run)
+    shared = config.evaluation.statistics
+    statistics = read_statistics(Path(shared) if shared else args.run / "statistics.json")
     policy_folder(args.run)
-    asked = {k: getattr(args, k) for k in ("prompts", "samples", "grid")}
+    asked = {k: getattr(args, k) for k in ("prompts", "samples", "grid", "ask")}
     options = {k: v for k, v in asked.items() if v is not None}
     config = dataclasses.replace(
         config,

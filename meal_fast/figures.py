@@ -25,6 +25,8 @@ from matplotlib.transforms import Bbox
 INK, MUTED, GRID, PAPER = "#1b1f24", "#6b7480", "#dde1e6", "#fefefe"
 BASE = "#8d96a0"
 SERIES = ("#0b62c4", "#c4500b", "#1f8a5b", "#8a4bbd", "#b0892b", "#c02f6b")
+# beside those where there are more than six methods
+MORE = ("#2aa5b8", "#6d4c2f", "#7a8f12", "#3d3d9e")
 # light → dark, by the name of the CSS variable
 THEME = {
     "ink": (INK, "#e8eaed"),
@@ -38,6 +40,10 @@ THEME = {
     "s3": (SERIES[3], "#bd93e6"),
     "s4": (SERIES[4], "#d9bb6c"),
     "s5": (SERIES[5], "#ee7fac"),
+    "s6": (MORE[0], "#63d0e0"),
+    "s7": (MORE[1], "#c79f7c"),
+    "s8": (MORE[2], "#c2d65a"),
+    "s9": (MORE[3], "#9c9cf0"),
 }
 STYLE: dict[Any, Any] = {
     "font.size": 9.0,

@@ -237,7 +237,10 @@ def summarise(
             "between": [weights[i] for i in pairs[widest]],
         },
         "violations": {n: {"count": c, "of": m} for n, (c, m) in zip(names, broken, strict=True)},
-        "prompt_rewards": raw_WPK,  # (W, P, K): for a later comparison of runs, paired by prompt
+        # for a later comparison of runs, paired by prompt
+        "prompt_rewards": raw_WPK,
+        "prompt_normalized": norm_WPK,
+        "prompt_pu": pu_WP,
     }
     return summary, compared
 

@@ -43,6 +43,8 @@ RIC_EVALUATION = (
     *((0.2, 0.4, 0.4), (0.2, 0.6, 0.2), (1 / 3, 1 / 3, 1 / 3), (0.4, 0.4, 0.2), (0.4, 0.2, 0.4)),
     *((0.6, 0.2, 0.2), (0.8, 0.1, 0.1), (1.0, 0.0, 0.0)),
 )
+# BPS, Table 2: the four weights at which it shows its answers [P].
+BPS_SHOWN = ((1.0, 0.0), (0.8, 0.2), (0.2, 0.8), (0.0, 1.0))
 
 _MARKS = "+-*#=~^%&@!?<>/|"  # of the bar, one an objective
 _BAR = 10
@@ -117,6 +119,23 @@ def drawn_tasks(config: Config, step: int) -> list[Weights]:
 def model_tasks(config: Config, step: int) -> list[Weights]:
     """Those of several models with a preference each: at every meta-step, all of them."""
     return list(lattice(len(config.names), config.model_points))
+
+
+def on_lattice(weights: Sequence[Weights], points: int) -> list[bool]:
+    """Whether training on that lattice could draw each weight; points = 0, continuous: none."""
+    if not points:
+        return [False] * len(weights)
+    grid = np.asarray(lattice(len(weights[0]), points))
+    return [bool((np.abs(grid - np.asarray(w)).max(1) < 1e-9).any()) for w in weights]
+
+
+def shown_weights(weights: Sequence[Weights]) -> tuple[Weights, ...]:
+    """The weights at which a single prompt's answers are shown: K = 2 BPS's four [P], else corners.
+
+    `weights` are those of the sweep, for its K.
+    """
+    k = len(weights[0])
+    return BPS_SHOWN if k == 2 else tuple(tuple(float(i == j) for j in range(k)) for i in range(k))
 
 
 def draw(

@@ -36,6 +36,40 @@ def read_json(run: Path, name: str) -> dict[str, Any]:
     return values
 
 
+def read_statistics(path: Path) -> dict[str, Any]:
+    """A run's statistics.json. Raises ValueError where `path` is none."""
+    if not path.is_file():
+        raise ValueError(f"statistics={str(path)!r}: no such file; name a run's statistics.json")
+    values = read_json(path.parent, path.name)
+    missing = {"names", "normalizer", "utopia", "mu_evaluation"} - values.keys()
+    if missing:
+        raise ValueError(f"statistics={str(path)!r}: lacks {', '.join(sorted(missing))}")
+    return values
+
+
+def shared_statistics(config: Config) -> bytes | None:
+    """What `score.statistics` names, as it will stand in the run's folder; None where it is empty.
+
+    Raises ValueError where those statistics are of other objectives, another normalisation or
+    another z* than the config asks for.
+    """
+    score = config.score
+    if not score.statistics:
+        return None
+    path = Path(score.statistics)
+    values = read_statistics(path)
+    for option, asked, found in (
+        ("objectives", config.names, tuple(values["names"])),
+        ("score.normalization", score.normalization, values["normalizer"].get("mode")),
+        ("score.utopia", score.utopia or tuple(values["utopia"]), tuple(values["utopia"])),
+    ):
+        if asked != found:
+            raise ValueError(
+                f"score.statistics={str(path)!r}: made with {option} {found!r}, not {asked!r}"
+            )
+    return path.read_bytes()
+
+
 def policy_folder(run: Path) -> Path:
     """The trained policy of a finished run. Raises ValueError where there is none yet."""
     folder = run / "policy"

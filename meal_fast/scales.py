@@ -21,7 +21,7 @@ class Scales:
 
     `standard` are its mean and standard deviation, whatever normalisation the score uses: by them a
     response realises a preference (`rollout.rejection.realized_preference`). Recipes that ask for
-    no such preference have None.
+    no such preference fit none; a file has it for whoever does, unless a reward never varied.
     """
 
     normalizer: Normalizer
@@ -60,5 +60,9 @@ class Scales:
     @staticmethod
     def load(path: Path) -> Scales:
         values = json.loads(path.read_text())
-        standard = Normalizer.from_dict(values["standard"]) if "standard" in values else None
+        standard, sample = None, values.get("calibration", {})
+        if "standard" in values:
+            standard = Normalizer.from_dict(values["standard"])
+        elif sample and min(sample["std"]) > 0:  # of a run whose recipe did not ask for it
+            standard = Normalizer("standard", tuple(sample["mean"]), tuple(sample["std"]))
         return Scales(Normalizer.from_dict(values["normalizer"]), tuple(values["utopia"]), standard)

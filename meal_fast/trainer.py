@@ -26,7 +26,7 @@ from .policy import Policy, load_policy
 from .prompts import load_prompts
 from .recipes import recipe_of
 from .rollout import Request, backend
-from .runs import read_config, replacing, write_atomic
+from .runs import read_config, replacing, shared_statistics, write_atomic
 from .scales import Scales
 
 # What a resumed run may change: nothing that enters the mathematics of the steps.
@@ -52,6 +52,7 @@ class Trainer:
         self.on_update = on_update or (lambda metrics: None)
         self.stop_requested = False
         self._checkpoint = open_run(config, out, resume)
+        shared = shared_statistics(config) if self._checkpoint is None else None
         self.recipe = recipe_of(config)
         prompts = load_prompts(config.prompts.train, "train")
         self.objectives: Objectives = load_objectives(config.objectives)
@@ -66,7 +67,11 @@ class Trainer:
         out.mkdir(parents=True, exist_ok=True)
         if self._checkpoint is None:
             write_atomic(out / "config.json", json.dumps(to_dict(config), indent=1).encode())
-            scales = self._calibrate()
+            if shared is None:
+                scales = self._calibrate()
+            else:
+                write_atomic(out / "statistics.json", shared)
+                scales = Scales.load(out / "statistics.json")
             self._metrics: BinaryIO = open(out / "metrics.jsonl", "wb")
         else:
             scales = Scales.load(out / "statistics.json")

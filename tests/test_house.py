@@ -20,7 +20,7 @@ LAYERS = (
     ("options",),
     ("recipe_options",),
     ("config",),
-    ("presets", "batch"),
+    ("presets", "batch", "papers"),
     ("runs", "cli"),
     ("ops",),
     ("assets", "tree", "mapped", "quiet"),
@@ -32,7 +32,8 @@ LAYERS = (
     ("meal",),
     ("recipes",),
     ("trainer",),
-    ("train", "evaluate", "answers", "chat", "report", "figures", "display"),
+    ("train", "evaluate", "answers", "chat", "report", "figures", "page", "display"),
+    ("comparison", "comparison_page", "plan", "schedule", "compare"),
     ("integrations",),  # for other trainers: no part of ours
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
