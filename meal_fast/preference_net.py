@@ -116,13 +116,16 @@ class PreferenceNet(nn.Module):
 def features(policy: Policy, prompts: Sequence[Prompt], micro_tokens: int = 4096) -> Tensor:
     """h (B, D) float32: the frozen base model's last hidden states, their mean over the prompt.
 
-    The prompt is `policy.encode_prompt(text)`: template, system line and the user's text, without
-    any preference. Prompts of like length go through the model together, `micro_tokens` at a time.
+    What is read is `policy.encode_prompt(text)`: template, system line and the user's text, without
+    any preference. The mean is over the user's tokens [R]: those before them have the same states
+    for every prompt, and would drown the rest (cosine between prompts of SmolLM2-135M: 0.97 with
+    them, 0.79 without). Prompts of like length go through the model together, by `micro_tokens`.
 
     Raises ValueError when there are no prompts.
     """
     require(len(prompts) >= 1, "prompts", prompts, "nothing to read")
     rows = [policy.encode_prompt(prompt.text) for prompt in prompts]
+    starts = [_start(row, policy.encode_prompt("")) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     out: dict[int, Tensor] = {}
     with policy.reference() as base:
@@ -133,11 +136,20 @@ def features(policy: Policy, prompts: Sequence[Prompt], micro_tokens: int = 4096
             none = torch.zeros(0, 1, dtype=torch.int64, device=policy.device)
             batch = tree.pack([rows[i] for i in at], none[:, 0], none, none.bool())
             hidden_ND = tree.forward(base.body, batch).float()
-            valid_BP = batch.valid_BP
-            hidden_BPD = torch.where(valid_BP[..., None], hidden_ND[batch.prefix_BP], 0.0)
-            mean_BD = hidden_BPD.sum(1) / valid_BP.sum(1, keepdim=True)
+            start_B1 = torch.tensor([[starts[i]] for i in at], device=policy.device)
+            places_P = torch.arange(batch.valid_BP.shape[1], device=policy.device)
+            read_BP = batch.valid_BP & (places_P >= start_B1)
+            hidden_BPD = torch.where(read_BP[..., None], hidden_ND[batch.prefix_BP], 0.0)
+            mean_BD = hidden_BPD.sum(1) / read_BP.sum(1, keepdim=True)
             out |= zip(at, mean_BD, strict=True)
     return torch.stack([out[i] for i in range(len(rows))])
+
+
+def _start(row: Sequence[int], template: Sequence[int]) -> int:
+    """How many tokens of a prompt are the template's; 0 where it holds nothing else."""
+    same = [a == b for a, b in zip(row, template, strict=False)]
+    start = (*same, False).index(False)
+    return start if start < len(row) else 0
 
 
 class Features:
@@ -209,12 +221,8 @@ def learned_preference(
     checks.choice("mode", mode, ("closed", "gradient"))
     require(steps >= 1, "steps", steps, "must be at least 1")
     require(0.0 < lr <= 1.0, "lr", lr, "must be in (0, 1]")
-    require(
-        w0_RK.dim() == 2 and w0_RK.shape[1] >= 2,
-        "w0_RK.shape",
-        tuple(w0_RK.shape),
-        "must be (R, K), K at least 2",
-    )
+    shape = tuple(w0_RK.shape)
+    require(len(shape) == 2 and shape[1] >= 2, "w0_RK.shape", shape, "must be (R, K), K ≥ 2")
     checks.shape("w_hat_RK", w_hat_RK, tuple(w0_RK.shape))
     for name, value in (("w0_RK", w0_RK), ("w_hat_RK", w_hat_RK)):
         require(bool(value.isfinite().all()), name, value.tolist(), "must be finite")
@@ -233,11 +241,8 @@ def acceptance_weights(score_R: Tensor, group_R: Tensor, tau_a: float) -> Tensor
 
     They sum to 1 in each group. Differentiable in S, and through S in the w⁰ that it was taken at.
 
-    Args:
-        score_R: floating. group_R: int64, any numbers in any order.
-
-    Raises:
-        ValueError: shapes that differ, τ_a not positive.
+    score_R: floating. group_R: int64, any numbers in any order. Raises ValueError for shapes that
+    differ and τ_a not positive.
     """
     checks.floating("score_R", score_R)
     require(score_R.dim() == 1, "score_R.shape", tuple(score_R.shape), "must be (R,)")
@@ -268,11 +273,8 @@ def entropy(w_BK: Tensor) -> Tensor:
 def net_loss(w_phi_BK: Tensor, target_BK: Tensor, gamma: float) -> Tensor:
     """mean_B [KL(stopgrad target ‖ w_φ) − γ H(w_φ)], a scalar [R].
 
-    Args:
-        w_phi_BK: the net's output (B, K). target_BK: w̄*(x), the mean w* of each prompt's rows.
-
-    Raises:
-        ValueError: shapes that differ, no prompt, γ negative.
+    w_phi_BK: the net's output (B, K). target_BK: w̄*(x), the mean w* of each prompt's rows. Raises
+    ValueError for shapes that differ, no prompt and γ negative.
     """
     require(len(w_phi_BK) >= 1, "w_phi_BK.shape", tuple(w_phi_BK.shape), "no prompt")
     checks.shape("target_BK", target_BK, tuple(w_phi_BK.shape))
@@ -307,14 +309,11 @@ class NetTrainer:
         require(net_steps >= 1, "net_steps", net_steps, "must be at least 1")
         self.net, self.gamma, self.buffer, self.net_steps = net, gamma, buffer, net_steps
         self.optimizer = torch.optim.Adam(net.parameters(), lr=lr)
+        self.device = net.inner.weight.device
         self._held: dict[str, tuple[Tensor, Tensor]] = {}  # (D,), (K,); the oldest first
 
     def __len__(self) -> int:
         return len(self._held)
-
-    @property
-    def device(self) -> torch.device:
-        return self.net.inner.weight.device
 
     def add(
         self, prompts: Sequence[Prompt], h_BD: Tensor, w_star_RK: Tensor, group_R: Tensor

@@ -139,10 +139,20 @@ def test_features_are_the_base_models_mean_hidden_states(policy, micro_tokens):
         ids = torch.tensor([policy.encode_prompt(prompt.text)])
         with torch.no_grad(), policy.reference() as base:
             hidden = base.body(input_ids=ids, use_cache=False).last_hidden_state[0]
+        hidden = hidden[len(policy.encode_prompt("")) :]  # the user's tokens
         torch.testing.assert_close(row, hidden.mean(0), atol=1e-5, rtol=1e-4)
         with torch.no_grad():
             ours = policy.network.body(input_ids=ids, use_cache=False).last_hidden_state[0]
+        ours = ours[len(policy.encode_prompt("")) :]
         assert (ours.mean(0) - row).abs().max() > 1e-2  # the base's, not the policy's
+
+
+def test_a_prompt_without_text_is_its_template(policy):
+    ids = torch.tensor([policy.encode_prompt("")])
+    with torch.no_grad(), policy.reference() as base:
+        hidden = base.body(input_ids=ids, use_cache=False).last_hidden_state[0]
+    got = features(policy, [PROMPTS[0], Prompt("", "")])
+    torch.testing.assert_close(got[1], hidden.mean(0), atol=1e-5, rtol=1e-4)
 
 
 def test_features_are_kept_by_prompt_the_last_in_use_longest(policy):
@@ -220,7 +230,7 @@ def test_fewer_steps_stop_on_the_way():
         ({"lr": 1.5}, r"lr=1\.5"),
         ({"w_hat_RK": torch.ones(2, 3) / 3}, "w_hat_RK: shape"),
         ({"w_hat_RK": torch.tensor([[math.nan, 1.0]] * 2)}, "w_hat_RK=.*must be finite"),
-        ({"w0_RK": torch.ones(2, 1), "w_hat_RK": torch.ones(2, 1)}, "K at least 2"),
+        ({"w0_RK": torch.ones(2, 1), "w_hat_RK": torch.ones(2, 1)}, "K ≥ 2"),
     ],
 )
 def test_what_w_star_cannot_be_taken_of(change, match):
