@@ -17,7 +17,7 @@ Score = Literal["linear", "tchebycheff", "smooth-tchebycheff"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """One method of "Barriers to Pareto Steerability" (BPS A.7 [P])."""
+    """One method: of BPS (A.7 [P]), or one that the two papers compare theirs with."""
 
     score: Score
     learner: Callable
