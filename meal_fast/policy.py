@@ -197,8 +197,8 @@ class Policy:
         """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads, safetensors, whole.
 
         LoRA: the merged weights, and the factors in `adapter/`, PEFT's own format. The tokenizer's
-        chat template takes `preference=preference_text(w, names, style)`. The folder appears at
-        once, complete, or not at all.
+        chat template takes `preference=preference_text(w, names, style)`, unless the style is none.
+        The folder appears at once, complete, or not at all.
         """
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)

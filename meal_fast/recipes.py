@@ -16,7 +16,7 @@ from .preference import Weights, drawn_tasks, model_tasks
 
 @dataclass(frozen=True)
 class Recipe:
-    """One method of "Barriers to Pareto Steerability" (BPS A.7 [P]) or "Meta-Aligner" [P]."""
+    """One method: of BPS (A.7 [P]), of Meta-Aligner [P], or one that these compare theirs with."""
 
     score: Score
     learner: Callable
