@@ -238,8 +238,8 @@ def _measures(result: Result) -> Iterator[str]:
     yield (
         '<p class="note">PU is the mean shortfall −S, in normalised rewards. Spearman is of w and '
         "the mean reward, 0 where the reward does not move. The largest gap between neighbours "
-        "shows a hollow front only where the ends lie apart: see the reach, what the whole weight on an "
-        "objective buys of it against none. In parentheses 95 % intervals over seeds"
+        "shows a hollow front only where the ends lie apart: see the reach, what the whole weight "
+        "on an objective buys of it against none. In parentheses 95 % intervals over seeds"
         f"{_and_prompts(result)}, by Student's t on the bootstrap's standard error; none below "
         "three seeds.</p>"
     )

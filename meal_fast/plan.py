@@ -149,11 +149,7 @@ def budgeted(config: Config, tokens: int) -> Config:
     step = meta.tasks * meta.n_inner * rollout.prompts * rollout.samples * rollout.max_new_tokens
     if tokens < step:
         raise ValueError(f"tokens={tokens}: a meta-step alone makes up to {step}; allow more")
-    # Until the trainer counts tokens itself: as many steps as they suffice for at full length.
-    changed = (
-        {"tokens": tokens} if "meta.tokens" in values_of(config) else {"steps": tokens // step}
-    )
-    return from_dict({"meta": changed}, config)
+    return from_dict({"meta": {"tokens": tokens}}, config)
 
 
 def _parser(shown: str, about: str) -> argparse.ArgumentParser:
