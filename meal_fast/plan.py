@@ -128,9 +128,9 @@ class Run:
         if stage == "unevaluated":
             e = self.config.evaluation
             size = [f"--prompts={e.prompts}", f"--samples={e.samples}", f"--grid={e.grid}"]
-            return Job("evaluate", (folder, *size, f"--ask={e.ask}"))
+            return Job("evaluate", (folder, "--no-report", *size, f"--ask={e.ask}"))
         if stage == "interrupted":
-            return Job("train", ("--resume", "--out", folder))
+            return Job("train", ("--resume", "--no-report", "--out", folder))
         config = self.config
         shared = str(self.plan.statistics)
         if self.own_scale:
@@ -140,7 +140,7 @@ class Run:
             score = dataclasses.replace(config.score, statistics=shared)
             config = dataclasses.replace(config, score=score)
         flags = as_flags(config, preset(self.plan.preset))
-        return Job("train", (self.plan.preset, "--out", folder, *flags))
+        return Job("train", (self.plan.preset, "--no-report", "--out", folder, *flags))
 
 
 def budgeted(config: Config, tokens: int) -> Config:
