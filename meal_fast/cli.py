@@ -87,7 +87,8 @@ class TrainArgs:
 
     out: Path  # the run folder; runs/PRESET unless named
     resume: bool  # go on with the run in `out`
-    evaluate: bool  # sweep the preferences and write the report when training ends
+    evaluate: bool  # sweep the preferences when training ends
+    report: bool = True  # and write the report of it
 
 
 def parse_train(argv: Sequence[str] | None = None) -> tuple[Config, TrainArgs]:
@@ -101,7 +102,7 @@ def parse_train(argv: Sequence[str] | None = None) -> tuple[Config, TrainArgs]:
     shown = next((a for a in argv if a in PRESETS), DEFAULT_PRESET)
     found = vars(_train_parser(shown).parse_args(argv))
     named, file, out = found.pop("PRESET", None), found.pop("config"), found.pop("out")
-    args = {name: found.pop(name) for name in ("resume", "evaluate")}
+    args = {name: found.pop(name) for name in ("resume", "evaluate", "report")}
     if named is not None:
         known("preset", named, PRESETS, "; for a file, --config")
     folder = Path(out or Path("runs", named or (Path(file).stem if file else DEFAULT_PRESET)))
@@ -213,6 +214,9 @@ def _train_parser(shown: str) -> OneLineParser:
     parser.add_argument("--resume", action="store_true", help="go on with the run in DIR")
     parser.add_argument(
         "--no-evaluate", dest="evaluate", action="store_false", help="train only, without a report"
+    )
+    parser.add_argument(
+        "--no-report", dest="report", action="store_false", help="evaluate, but draw nothing"
     )
     add_options(parser, preset(shown))
     return parser

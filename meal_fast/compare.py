@@ -6,7 +6,8 @@
 Every recipe and seed is a run of its own, `OUT/runs/RECIPE/seed-N`, trained and evaluated by
 meal_fast.train. The same command again keeps what is finished and goes on with the rest. The first
 run's statistics and z*, taken from the base model, are those of all. Writes compare.json,
-compare.html and front.png; exit code 1 where a run failed, which costs the others nothing.
+compare.html and front.png; exit code 1 where a run failed, which costs the others nothing. A run's
+own report is drawn by `python -m meal_fast.report OUT/runs/RECIPE/seed-N`.
 """
 
 from __future__ import annotations

@@ -214,8 +214,8 @@ def _ablations(result: Result) -> Iterator[str]:
 # --- tables ------------------------------------------------------------------------------------
 
 
-def _table(head: Sequence[str], rows: Iterator[Sequence[str]], kind: str = "key") -> Iterator[str]:
-    yield f'<div class="scroll"><table class="{kind}"><thead><tr>'
+def _table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> Iterator[str]:
+    yield '<div class="scroll"><table class="fit"><thead><tr>'
     yield "".join(f"<th>{escape(h)}</th>" for h in head) + "</tr></thead><tbody>"
     for first, *cells in rows:
         values = "".join(f"<td>{escape(c)}</td>" for c in cells)
@@ -286,7 +286,7 @@ def _claims(result: Result) -> Iterator[str]:
             yield c["claim"], c["source"], LABELS[c["measure"]], sides, gain, c["verdict"]
 
     head = ["claim", "source", "measure", "runs", "gain, as claimed if +", "verdict"]
-    yield from _table(head, rows(), kind="")
+    yield from _table(head, rows())
     yield (
         '<p class="note">Sampled answers, differences paired by seed. A claim held, or was '
         "contradicted, where the 95 % interval of the difference excludes zero; these are many "
@@ -303,7 +303,7 @@ def _utilities(result: Result) -> Iterator[str]:
 
     def rows() -> Iterator[Sequence[str]]:
         for i, w in enumerate(result["weights"]):
-            said = " ".join(f"{x:.2f}" for x in w) + " (seen)" * result["seen"][i]
+            said = " ".join(f"{x:.2f}" for x in w) + " seen" * result["seen"][i]
             own = (number(m["points"]["sampled"][i]["pu"]["value"]) for m in methods)
             theirs = (f"{x:.3f}" for x in BPS_TABLE_1[w[0]]) if published else ()
             yield said, *own, *theirs

@@ -288,6 +288,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--device", help="cpu, cuda, … (default: the run's own)")
     p.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: RUN)")
+    p.add_argument("--no-report", action="store_true", help="write evaluation.json alone")
     return p
 
 
@@ -318,7 +319,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     write_atomic(out / "evaluation.json", json.dumps(result, allow_nan=False).encode())
     print(headline(result), scope(result), sep="\n")
-    print(write_report(args.run, out))
+    if not args.no_report:
+        print(write_report(args.run, out))
 
 
 if __name__ == "__main__":

@@ -37,12 +37,16 @@ th,td{padding:.28rem .9rem .28rem 0;border-bottom:1px solid var(--grid);vertical
  font-weight:400}
 table.key{width:100%}
 table.key td{white-space:nowrap;font-variant-numeric:tabular-nums}
+table.fit{width:100%;font-size:.82rem}
+table.fit th,table.fit td{padding-right:.6rem}
+table.fit td{font-variant-numeric:tabular-nums}
+table.fit th[scope=row]{min-width:9rem}
 thead th{padding-top:1rem;font-weight:600;border-bottom-color:var(--muted)}
 details th{color:var(--muted);white-space:nowrap}
 details td{overflow-wrap:anywhere}
 .grid{display:grid;gap:1.1rem;grid-template-columns:repeat(auto-fit,minmax(min(20rem,100%),1fr))}
 .grid.wide{grid-template-columns:repeat(auto-fit,minmax(min(27rem,100%),1fr))}
-figure{margin:0;min-width:0}
+figure{margin:0;min-width:0;max-width:40rem}
 figure svg{display:block;width:100%;height:auto}
 .prompt{margin:0 0 1.8rem}
 .answers{display:grid;grid-auto-flow:column;grid-auto-columns:minmax(11.5rem,1fr);gap:.7rem;

@@ -128,9 +128,9 @@ class Run:
         if stage == "unevaluated":
             e = self.config.evaluation
             size = [f"--prompts={e.prompts}", f"--samples={e.samples}", f"--grid={e.grid}"]
-            return Job("evaluate", (folder, *size, f"--ask={e.ask}"))
+            return Job("evaluate", (folder, "--no-report", *size, f"--ask={e.ask}"))
         if stage == "interrupted":
-            return Job("train", ("--resume", "--out", folder))
+            return Job("train", ("--resume", "--no-report", "--out", folder))
         config = self.config
         shared = str(self.plan.statistics)
         if self.own_scale:
@@ -140,7 +140,7 @@ class Run:
             score = dataclasses.replace(config.score, statistics=shared)
             config = dataclasses.replace(config, score=score)
         flags = as_flags(config, preset(self.plan.preset))
-        return Job("train", (self.plan.preset, "--out", folder, *flags))
+        return Job("train", (self.plan.preset, "--no-report", "--out", folder, *flags))
 
 
 def budgeted(config: Config, tokens: int) -> Config:
@@ -149,11 +149,7 @@ def budgeted(config: Config, tokens: int) -> Config:
     step = meta.tasks * meta.n_inner * rollout.prompts * rollout.samples * rollout.max_new_tokens
     if tokens < step:
         raise ValueError(f"tokens={tokens}: a meta-step alone makes up to {step}; allow more")
-    # Until the trainer counts tokens itself: as many steps as they suffice for at full length.
-    changed = (
-        {"tokens": tokens} if "meta.tokens" in values_of(config) else {"steps": tokens // step}
-    )
-    return from_dict({"meta": changed}, config)
+    return from_dict({"meta": {"tokens": tokens}}, config)
 
 
 def _parser(shown: str, about: str) -> argparse.ArgumentParser:

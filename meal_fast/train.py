@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         del trainer  # its memory; the evaluation loads what was saved, as a user's would
-        evaluate([str(args.out)])
+        evaluate([str(args.out), *([] if args.report else ["--no-report"])])
         print(f"meal-fast: {clock(wall.lap())} for evaluation and report")
 
 

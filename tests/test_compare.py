@@ -1,18 +1,24 @@
 """The comparison's command line: runs, resuming, failures, and what is wrong with what is asked."""
 
 import json
+import signal
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from meal_fast import compare, plan
 from meal_fast.comparison import Method
-from tests.processes import ENVIRONMENT, ROOT, one_thread  # noqa: F401
+from meal_fast.config import from_dict
+from meal_fast.presets import preset
+from meal_fast.runs import shared_statistics
+from tests.processes import ENVIRONMENT, ROOT, one_thread, wait_for_updates  # noqa: F401
 
 CHEAP = [
     "--rollout.prompts", "1", "--rollout.samples", "4", "--score.calibration", "4",
     "--evaluation.grid", "5", "--evaluation.prompts", "2", "--evaluation.samples", "1",
+    "--evaluation.ask", "Who are you?",
 ]  # fmt: skip
 STEP = 2 * 2 * 1 * 4 * 6  # tasks, updates, prompts, samples, tokens
 BASE = ["tiny", "--tokens", str(2 * STEP), "--jobs", "0", *CHEAP]
@@ -69,8 +75,10 @@ def test_two_recipes_two_seeds_and_going_on(tmp_path, capsys, one_thread, monkey
         {"options": ["grpo.beta"], "methods": ["grid-grpo", "grid-grpo beta=0.5"]}
     ]
     meta = result["methods"][1]
-    assert meta["seeds"] == [0, 1] and meta["cost"]["updates"] == 8
-    assert 0 < meta["cost"]["tokens"] <= 2 * STEP and meta["cost"]["peak_bytes"] is None
+    assert meta["seeds"] == [0, 1] and meta["cost"]["updates"] >= 8
+    # a run ends with the meta-step that reaches the budget
+    assert 2 * STEP <= meta["cost"]["tokens"] < 3 * STEP and meta["cost"]["peak_bytes"] is None
+    assert [w for w, _ in meta["asked"]] == [[1, 0], [0.8, 0.2], [0.2, 0.8], [0, 1]]
     # the mean of the runs' own figures, at each weight
     own = [
         json.loads((out / f"runs/weighted-meta-grpo/seed-{s}/evaluation.json").read_text())
@@ -117,20 +125,25 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, capsys, one_th
 
 
 @pytest.mark.slow
-def test_runs_in_processes_of_their_own_side_by_side(tmp_path):
+def test_runs_in_processes_of_their_own_stopped_and_gone_on_with(tmp_path):
     out = tmp_path / "c"
-    argv = [*BASE[:3], "--jobs", "2", *CHEAP, *TWO, "--seeds", "0,1", "--out", str(out)]
-    ran = subprocess.run(
-        [sys.executable, "-m", "meal_fast.compare", *argv],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    argv = ["tiny", "--tokens", str(40 * STEP), "--jobs", "2", *CHEAP, *TWO, "--seeds", "0,1"]
+    command = [sys.executable, "-m", "meal_fast.compare", *argv, "--out", str(out)]
+    options = {"cwd": ROOT, "env": ENVIRONMENT, "text": True}
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    wait_for_updates(first, out / "runs/weighted-meta-grpo/seed-0", 4)
+    first.send_signal(signal.SIGINT)
+    assert "the same command goes on" in first.communicate(timeout=300)[1]
+    assert first.returncode == 130 and not (out / "compare.json").exists()
+    begun = out / "runs/weighted-meta-grpo/seed-0/metrics.jsonl"
+    kept = begun.read_text().splitlines()
+    assert len(kept) >= 4
+
+    ran = subprocess.run(command, capture_output=True, check=True, **options)
     result = json.loads((out / "compare.json").read_text())
     assert ran.stdout.splitlines()[-1] == str(out / "compare.html")
     assert all(m["seeds"] == [0, 1] and m["cost"]["peak_bytes"] > 0 for m in result["methods"][1:])
+    assert begun.read_text().splitlines()[: len(kept)] == kept
 
 
 @pytest.mark.parametrize(
@@ -184,6 +197,48 @@ def test_what_ablations_mean():
     assert Method("grid-grpo", two).folder == "grid-grpo/preference.alpha=0.5+meta.epsilon=1"
     names = [m.name for m in methods("normalization=tanh@grid-grpo", "grpo.lr=1e-3@grid-grpo")[2:]]
     assert names == ["grid-grpo normalization=tanh", "grid-grpo lr=0.001"]
+
+
+def test_statistics_of_another_run_must_be_of_the_same_rewards(tmp_path):
+    path = tmp_path / "statistics.json"
+    config = from_dict({"score": {"statistics": str(path)}}, preset("tiny"))
+    with pytest.raises(ValueError, match=r"no such file"):
+        shared_statistics(config)
+    values = {
+        "names": ["first", "second"],
+        "normalizer": {"mode": "none", "offset": [0, 0], "divisor": [1, 1]},
+        "utopia": [1.1, 1.1],
+        "mu_evaluation": 0.1,
+        "calibration": {"mean": [0.5, 0.25], "std": [0.125, 0.5]},
+    }
+    path.write_text(json.dumps(values))
+    assert shared_statistics(config) == path.read_bytes()
+    assert shared_statistics(preset("tiny")) is None
+    for changes, said in (
+        ({"names": ["first", "third"]}, "made with objectives"),
+        ({"normalizer": {"mode": "max"}}, "made with score.normalization 'max', not 'none'"),
+        ({"utopia": [1.2, 1.1]}, "made with score.utopia"),
+    ):
+        path.write_text(json.dumps(values | changes))
+        with pytest.raises(ValueError, match=said):
+            shared_statistics(config)
+    del values["utopia"]
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="lacks utopia"):
+        shared_statistics(config)
+
+
+def test_shared_statistics_serve_recipes_that_need_the_standard_ones(tmp_path):
+    """Meal asks for mean and deviation; the first run's recipe may not have."""
+    from meal_fast.scales import Scales
+
+    path = tmp_path / "statistics.json"
+    reward = torch.tensor([[0.0, 1.0], [0.5, 3.0], [1.0, 2.0]])
+    Scales.fit(reward, preset("tiny").score, standard=False).save(path, ("a", "b"), 0.1, reward)
+    standard = Scales.load(path).standard
+    assert standard.mode == "standard"
+    assert standard.offset == pytest.approx((0.5, 2.0))
+    assert standard.divisor == pytest.approx((0.5, 1.0))
 
 
 def test_help_needs_no_torch():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from meal_fast import comparison, papers
+from meal_fast.cli import option_named
 from meal_fast.comparison import Finished, Method, compare, over_seeds, quantities
 from meal_fast.comparison_page import headline, render
 from meal_fast.config import from_dict
@@ -166,6 +167,9 @@ def test_a_claim_finds_its_variant_and_the_value_that_all_runs_have():
 
 def test_every_claim_is_of_a_known_measure_and_table_1_of_the_weights_of_the_sweep():
     assert {claim.measure for claim in papers.CLAIMS} <= set(comparison.MEASURES)
+    for claim in papers.CLAIMS:
+        for side in (claim.better, claim.worse):
+            assert all(option_named(short, TINY) for short, _ in side.options)
     assert list(papers.BPS_TABLE_1) == list(BPS_EVALUATION)
     # the means that the columns have, as a guard against a slip of the finger
     columns = np.array(list(papers.BPS_TABLE_1.values()))
