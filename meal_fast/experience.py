@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from . import ops
-from .batch import Prompt, Rollout, Scored
+from . import ops, preference
+from .batch import Prompt, Rollout, Scored, key
 from .config import Config
 from .objectives import Objectives
-from .policy import Policy
+from .policy import Network, Policy
 from .preference import Weights
 from .rollout import Request, backend
 from .scales import Scales
@@ -63,7 +63,9 @@ class Sampled:
     def save(self, folder: Path) -> None:
         """What a user of the finished policy needs beside it."""
 
-    def _all_of(self, requests: Sequence[Request], stream: Stream) -> Experience:
+    def _all_of(
+        self, requests: Sequence[Request], stream: Stream, network: Network | None = None
+    ) -> Experience:
         options = self.config.rollout
         rolled = backend(options.backend)(
             self.policy,
@@ -72,6 +74,7 @@ class Sampled:
             temperature=options.temperature,
             seed=self.config.seed,
             stream=stream,
+            network=network,
             max_cache_bytes=options.max_cache_bytes,
         )
         texts = [rolled.prompts[g].text for g in rolled.group_R.tolist()]
@@ -90,3 +93,26 @@ class Sampled:
             scalarization=self.kind,
         )
         return Scored(reward_RK, normalized, score, advantage.to(rolled.mask_RT.device))
+
+
+class BaseSamples(Sampled):
+    """Samples of the base model, for a guide: every prompt has a preference of its own.
+
+    w ~ Dir(`parm.alpha`), on the whole simplex. The base model reads no preference: it decides
+    which loss the guide is trained by, and nothing about the samples.
+    """
+
+    def collect(self, prompts: Sequence[Prompt], w: Weights, stream: Stream) -> Experience:
+        drawn = preference.draw(
+            len(self.config.names),
+            alpha=self.config.parm.alpha,
+            points=0,
+            seed=key(self.config.seed, "parm", *stream),
+            step=0,
+            count=len(prompts),
+        )
+        samples = self.config.rollout.samples
+        requests = [Request(p, own, samples) for p, own in zip(prompts, drawn, strict=True)]
+        with self.policy.reference() as base:
+            batch = self._all_of(requests, stream, base)
+        return replace(batch, log={"w": batch.rolled.w_RK.mean(0).tolist()})  # not the task's

@@ -108,3 +108,18 @@ class MealConfig:
             ("eta", 0 < self.eta < math.inf, "must be positive"),
         ):
             require(ok, f"meal.{name}", getattr(self, name), remedy)
+
+
+@dataclass(frozen=True)
+class ParmConfig:
+    """PARM's guide: meal_fast.bilinear and meal_fast.learners.parm."""
+
+    alpha: float = opt(0.5, "w ~ Dir(alpha), for each prompt of an update [P]")
+    # 0.01 in the paper's runs, for responses of some hundred tokens; ours are shorter.
+    beta_r: float = opt(0.1, "scale of the guide's reward in the loss of a pair [R]")
+    beta: float = opt(1.0, "decoding: logits = base + guide / beta [P]")
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta_r", "beta"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"parm.{name}", value, "must be positive and finite")
