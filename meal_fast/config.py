@@ -17,9 +17,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .options import opt, replaced, require
+from .recipe_options import RicConfig
 
 RecipeName = Literal[
-    "weighted-meta-grpo", "weighted-grpo", "grid-meta-grpo", "grid-grpo", "meal", "mo-odpo"
+    "weighted-meta-grpo",
+    "weighted-grpo",
+    "grid-meta-grpo",
+    "grid-grpo",
+    "meal",
+    "mo-odpo",
+    "ric",
 ]
 Tuning = Literal["lora", "full"]
 Dtype = Literal["float32", "bfloat16"]
@@ -27,7 +34,7 @@ Normalization = Literal["max", "standard", "tanh", "none"]
 KLEstimator = Literal["k1", "k2", "k3", "exact"]
 Reduce = Literal["grpo", "dapo", "dr_grpo"]
 AdamMode = Literal["persist_v", "reset", "per_preference"]
-PreferenceText = Literal["bar", "numbers"]
+PreferenceText = Literal["bar", "numbers", "scores"]
 Logger = Literal["none", "tensorboard", "wandb"]
 RejectionRule = Literal["top-fraction", "threshold", "statistical", "trade-off", "combined"]
 Fallback = Literal["best", "none"]
@@ -63,7 +70,9 @@ class PolicyConfig:
     lora_rank: int = opt(16, "rank of the LoRA factors")
     lora_alpha: int = opt(32, "LoRA scale: the update is alpha/rank * B A")
     dtype: Dtype = opt("float32", "of the frozen weights; what is trained is always float32")
-    preference_text: PreferenceText = opt("bar", "how it reads w; see meal_fast.preference")
+    preference_text: PreferenceText = opt(
+        "bar", "how it reads w, see meal_fast.preference; scores: recipe ric's"
+    )
     device: str = opt("auto", "cpu, cuda, cuda:0, or auto (cuda when there is one)")
 
     def __post_init__(self) -> None:
@@ -240,6 +249,12 @@ class MetaConfig:
         require(self.max_delta >= 0, "meta.max_delta", self.max_delta, "must not be negative")
         require(self.tokens >= 0, "meta.tokens", self.tokens, "must be 0 (meta.steps) or positive")
 
+    def progress(self, updates: int, tokens: int) -> float:
+        """The share of the run that is done after so many inner updates and generated tokens."""
+        if self.tokens:
+            return min(tokens / self.tokens, 1.0)
+        return updates / (self.steps * self.tasks * self.n_inner)
+
 
 @dataclass(frozen=True)
 class MealConfig:
@@ -312,6 +327,7 @@ class Config:
     meta: MetaConfig = field(default_factory=MetaConfig)
     rejection: RejectionConfig = field(default_factory=RejectionConfig)
     meal: MealConfig = field(default_factory=MealConfig)
+    ric: RicConfig = field(default_factory=RicConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
@@ -363,18 +379,30 @@ class Config:
                     "the hypergradient holds half of them out: 2 or more",
                 )
                 require(n >= 2, "rollout.prompts", n, remedy)
-        else:
-            for section in ("rejection", "meal"):
-                held = getattr(self, section)
-                for f in dataclasses.fields(held):
-                    value = getattr(held, f.name)
-                    unused = f"recipe {self.recipe!r} has no use for it; leave it out, or use meal"
-                    require(value == f.default, f"{section}.{f.name}", value, unused)
+        for section, user in (("rejection", "meal"), ("meal", "meal"), ("ric", "ric")):
+            held = getattr(self, section)
+            for f in dataclasses.fields(held) if self.recipe != user else ():
+                value = getattr(held, f.name)
+                unused = f"recipe {self.recipe!r} has no use for it; leave it out, or use {user}"
+                require(value == f.default, f"{section}.{f.name}", value, unused)
+        self._settle()
+
+    def _settle(self) -> None:
+        """What the recipe leaves no choice of, so that config.json says it: `SETTLED`."""
+        if self.recipe == "ric":
+            read = dataclasses.replace(self.policy, preference_text="scores")
+            object.__setattr__(self, "policy", read)
+            return
+        text, remedy = self.policy.preference_text, "is recipe ric's; choose bar or numbers"
+        require(text != "scores", "policy.preference_text", text, remedy)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The objectives' names, in order: the K columns of every reward."""
         return tuple(o.partition("=")[0] for o in self.objectives)
+
+
+SETTLED = (("policy", "preference_text"),)  # by recipe ric
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -384,7 +412,13 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any], base: Config | None = None) -> Config:
     """`base` (default: all defaults) with the nested `values` put in; unknown keys are refused."""
-    return replaced(base or Config(), values, choices_of)
+    config: Config = replaced(base or Config(), values, choices_of)
+    for section, option in SETTLED:
+        held = getattr(getattr(config, section), option)
+        asked = values.get(section, {}).get(option, held)
+        remedy = f"recipe {config.recipe} makes it {held!r}; leave it out"
+        require(asked == held, f"{section}.{option}", asked, remedy)
+    return config
 
 
 def choices_of(annotation: str) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from .experience import Sampled, Score
 from .learners import dpo, grpo, sft
 from .meal import Meal
 from .meta import Joint, Reptile
+from .ric import RiC
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ RECIPES: dict[str, Recipe] = {
         Meal,
     ),
     "mo-odpo": Recipe("linear", dpo, Joint, "online DPO on pairs ordered by the linear score"),
+    "ric": Recipe("linear", sft, Joint, "rewards in the prompt: SFT on what they were", RiC),
 }
 
 

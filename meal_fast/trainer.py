@@ -99,9 +99,7 @@ class Trainer:
 
     def progress(self, update: int) -> float:
         """The share of the run that is done before `update`: what the schedules follow."""
-        if self.updates is None:
-            return min(self.tokens / self.config.meta.tokens, 1.0)
-        return update / self.updates
+        return self.config.meta.progress(update, self.tokens)
 
     def train(self) -> bool:
         """Runs to the end (True), or to the end of the meta-step in which a stop was requested."""
@@ -118,8 +116,8 @@ class Trainer:
         if saved != self.step:
             self.save_checkpoint()
         self._metrics.close()
-        self.policy.save(self.out / "policy")
         self.experience.save(self.out)
+        self.policy.save(self.out / "policy")
         return self.finished
 
     def _meta_step(self, step: int) -> None:

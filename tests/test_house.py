@@ -18,6 +18,7 @@ PACKAGE = ROOT / "meal_fast"
 # A module imports from its own row (without cycles) and the rows above; a package counts as one.
 LAYERS = (
     ("options",),
+    ("recipe_options",),
     ("config",),
     ("presets", "batch"),
     ("runs", "cli"),
@@ -27,7 +28,7 @@ LAYERS = (
     ("scales",),
     ("rollout",),
     ("learners", "preference_net", "experience"),
-    ("meta", "meal"),
+    ("meta", "meal", "ric"),
     ("recipes",),
     ("trainer",),
     ("train", "evaluate", "chat", "report", "figures", "display"),
