@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .options import opt, replaced, require
-from .recipe_options import CHOICES, MealConfig, ParmConfig, RejectionConfig
+from .recipe_options import CHOICES, MealConfig, ParmConfig, RejectionConfig, RicConfig
 
 RecipeName = Literal[
     "weighted-meta-grpo",
@@ -29,6 +29,7 @@ RecipeName = Literal[
     "rewarded-soups",
     "morlhf",
     "parm",
+    "ric",
 ]
 Tuning = Literal["lora", "full", "bilinear"]
 Dtype = Literal["float32", "bfloat16"]
@@ -36,7 +37,7 @@ Normalization = Literal["max", "standard", "tanh", "none"]
 KLEstimator = Literal["k1", "k2", "k3", "exact"]
 Reduce = Literal["grpo", "dapo", "dr_grpo"]
 AdamMode = Literal["persist_v", "reset", "per_preference"]
-PreferenceText = Literal["bar", "numbers", "none"]
+PreferenceText = Literal["bar", "numbers", "scores", "none"]
 Logger = Literal["none", "tensorboard", "wandb"]
 Backend = Literal["engine", "generate", "vllm"]
 _CHOICES = CHOICES | {
@@ -61,7 +62,7 @@ class PolicyConfig:
     lora_alpha: int = opt(32, "LoRA scale: the update is alpha/rank * B A")
     dtype: Dtype = opt("float32", "of the frozen weights; what is trained is always float32")
     preference_text: PreferenceText = opt(
-        "bar", "how it reads w, see meal_fast.preference; none: not"
+        "bar", "how it reads w, see meal_fast.preference; none: not; scores: recipe ric's"
     )
     device: str = opt("auto", "cpu, cuda, cuda:0, or auto (cuda when there is one)")
 
@@ -201,6 +202,12 @@ class MetaConfig:
         require(self.max_delta >= 0, "meta.max_delta", self.max_delta, "must not be negative")
         require(self.tokens >= 0, "meta.tokens", self.tokens, "must be 0 (meta.steps) or positive")
 
+    def progress(self, updates: int, tokens: int) -> float:
+        """The share of the run that is done after so many inner updates and generated tokens."""
+        if self.tokens:
+            return min(tokens / self.tokens, 1.0)
+        return updates / (self.steps * self.tasks * self.n_inner)
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -241,6 +248,7 @@ class Config:
     rejection: RejectionConfig = field(default_factory=RejectionConfig)
     meal: MealConfig = field(default_factory=MealConfig)
     parm: ParmConfig = field(default_factory=ParmConfig)
+    ric: RicConfig = field(default_factory=RicConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
@@ -296,7 +304,12 @@ class Config:
                 require(policy == "sft", "meal.policy", policy, "the hypergradient needs sft")
                 remedy = "the hypergradient holds half of them out: 2 or more"
                 require(n >= 2, "rollout.prompts", n, remedy)
-        for section, recipe in (("rejection", "meal"), ("meal", "meal"), ("parm", "parm")):
+        for section, recipe in (
+            ("rejection", "meal"),
+            ("meal", "meal"),
+            ("parm", "parm"),
+            ("ric", "ric"),
+        ):
             held = getattr(self, section)
             for f in dataclasses.fields(held) if self.recipe != recipe else ():
                 value = getattr(held, f.name)
@@ -323,6 +336,8 @@ class Config:
             return {("meta", "tasks"): tasks, ("policy", "preference_text"): "none"}
         if self.recipe == "parm":  # the guide's weights say w
             return {("policy", "tuning"): "bilinear", ("policy", "preference_text"): "none"}
+        if self.recipe == "ric":  # it reads rewards
+            return {("policy", "preference_text"): "scores"}
         return {}
 
     def _settle(self) -> None:
@@ -331,7 +346,8 @@ class Config:
             object.__setattr__(self, section, changed)
         text, tuning = self.policy.preference_text, self.policy.tuning
         steered = f"the policy of {self.recipe} is steered by that text; choose bar or numbers"
-        require(bool(self.settled) or text != "none", "policy.preference_text", text, steered)
+        ok = bool(self.settled) or text not in ("none", "scores")
+        require(ok, "policy.preference_text", text, steered)
         guide = "is for the guide of recipe 'parm'; choose lora or full"
         require(self.recipe == "parm" or tuning != "bilinear", "policy.tuning", tuning, guide)
 

@@ -13,6 +13,7 @@ from .learners import dpo, grpo, parm, sft
 from .meal import Meal
 from .meta import Joint, Reptile, Separate
 from .preference import Weights, drawn_tasks, model_tasks
+from .ric import RiC
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ RECIPES: dict[str, Recipe] = {
         "a guide whose weights depend on w, added to the frozen base model at decoding",
         BaseSamples,
     ),
+    "ric": Recipe("linear", sft, Joint, "rewards in the prompt: SFT on what they were", RiC),
 }
 
 

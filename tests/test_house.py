@@ -31,6 +31,7 @@ LAYERS = (
     ("learners", "preference_net", "experience"),
     ("meta", "hypergradient"),
     ("meal",),
+    ("ric",),
     ("recipes",),
     ("trainer",),
     ("train", "evaluate", "answers", "chat", "report", "figures", "page", "display"),
