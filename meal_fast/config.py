@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .options import opt, replaced, require
-from .recipe_options import CHOICES, MealConfig, RejectionConfig
+from .recipe_options import CHOICES, MealConfig, RejectionConfig, RicConfig
 
 RecipeName = Literal[
     "weighted-meta-grpo",
@@ -28,6 +28,7 @@ RecipeName = Literal[
     "mo-odpo",
     "rewarded-soups",
     "morlhf",
+    "ric",
 ]
 Tuning = Literal["lora", "full"]
 Dtype = Literal["float32", "bfloat16"]
@@ -35,7 +36,7 @@ Normalization = Literal["max", "standard", "tanh", "none"]
 KLEstimator = Literal["k1", "k2", "k3", "exact"]
 Reduce = Literal["grpo", "dapo", "dr_grpo"]
 AdamMode = Literal["persist_v", "reset", "per_preference"]
-PreferenceText = Literal["bar", "numbers", "none"]
+PreferenceText = Literal["bar", "numbers", "none", "scores"]
 Logger = Literal["none", "tensorboard", "wandb"]
 Backend = Literal["engine", "generate", "vllm"]
 _CHOICES = CHOICES | {
@@ -60,7 +61,7 @@ class PolicyConfig:
     lora_alpha: int = opt(32, "LoRA scale: the update is alpha/rank * B A")
     dtype: Dtype = opt("float32", "of the frozen weights; what is trained is always float32")
     preference_text: PreferenceText = opt(
-        "bar", "how it reads w, see meal_fast.preference; none: not"
+        "bar", "how it reads w, see meal_fast.preference; none: not; scores: recipe ric's"
     )
     device: str = opt("auto", "cpu, cuda, cuda:0, or auto (cuda when there is one)")
 
@@ -200,6 +201,12 @@ class MetaConfig:
         require(self.max_delta >= 0, "meta.max_delta", self.max_delta, "must not be negative")
         require(self.tokens >= 0, "meta.tokens", self.tokens, "must be 0 (meta.steps) or positive")
 
+    def progress(self, updates: int, tokens: int) -> float:
+        """The share of the run that is done after so many inner updates and generated tokens."""
+        if self.tokens:
+            return min(tokens / self.tokens, 1.0)
+        return updates / (self.steps * self.tasks * self.n_inner)
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -239,6 +246,7 @@ class Config:
     meta: MetaConfig = field(default_factory=MetaConfig)
     rejection: RejectionConfig = field(default_factory=RejectionConfig)
     meal: MealConfig = field(default_factory=MealConfig)
+    ric: RicConfig = field(default_factory=RicConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
@@ -290,13 +298,12 @@ class Config:
                 require(policy == "sft", "meal.policy", policy, "the hypergradient needs sft")
                 remedy = "the hypergradient holds half of them out: 2 or more"
                 require(n >= 2, "rollout.prompts", n, remedy)
-        else:
-            for section in ("rejection", "meal"):
-                held = getattr(self, section)
-                for f in dataclasses.fields(held):
-                    value = getattr(held, f.name)
-                    unused = f"recipe {self.recipe!r} has no use for it; leave it out, or use meal"
-                    require(value == f.default, f"{section}.{f.name}", value, unused)
+        for section, user in (("rejection", "meal"), ("meal", "meal"), ("ric", "ric")):
+            held = getattr(self, section)
+            for f in dataclasses.fields(held) if self.recipe != user else ():
+                value = getattr(held, f.name)
+                unused = f"recipe {self.recipe!r} has no use for it; leave it out, or use {user}"
+                require(value == f.default, f"{section}.{f.name}", value, unused)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -312,22 +319,22 @@ class Config:
 
     def _settle(self) -> None:
         """What the recipe leaves no choice of, so that config.json says it: `SETTLED`."""
-        if not self.model_points:
-            require(
-                self.policy.preference_text != "none",
-                "policy.preference_text",
-                "none",
-                f"the policy of {self.recipe} is steered by that text; choose bar or numbers",
-            )
+        settled: tuple[int | str, ...] = (self.meta.tasks, "scores")
+        if self.model_points:
+            k = len(self.names)
+            settled = (math.comb(self.model_points + k - 2, k - 1), "none")
+        elif self.recipe != "ric":
+            text = self.policy.preference_text
+            remedy = f"the policy of {self.recipe} is steered by another; choose bar or numbers"
+            require(text not in ("none", "scores"), "policy.preference_text", text, remedy)
             return
-        k = len(self.names)
-        values = (math.comb(self.model_points + k - 2, k - 1), "none")
-        for (section, option), value in zip(SETTLED, values, strict=True):
+        for (section, option), value in zip(SETTLED, settled, strict=True):
             changed = dataclasses.replace(getattr(self, section), **{option: value})
             object.__setattr__(self, section, changed)
 
 
 # Of recipes with a model for each of several preferences: a task is a model, and none reads a w.
+# The policy of ric reads rewards.
 SETTLED = (("meta", "tasks"), ("policy", "preference_text"))
 
 
@@ -342,7 +349,7 @@ def from_dict(values: dict[str, Any], base: Config | None = None) -> Config:
     for section, option in SETTLED:
         held = getattr(getattr(config, section), option)
         asked = values.get(section, {}).get(option, held)
-        remedy = f"recipe {config.recipe} makes it {held!r}, a model a preference; leave it out"
+        remedy = f"recipe {config.recipe} makes it {held!r}; leave it out"
         require(asked == held, f"{section}.{option}", asked, remedy)
     return config
 

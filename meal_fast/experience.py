@@ -14,7 +14,7 @@ from . import ops
 from .batch import Prompt, Rollout, Scored
 from .config import Config
 from .objectives import Objectives
-from .policy import Policy
+from .policy import Network, Policy
 from .preference import Weights
 from .rollout import Request, backend
 from .scales import Scales
@@ -61,22 +61,33 @@ class Sampled:
         pass
 
     def save(self, folder: Path) -> None:
-        """What a user of the finished policy needs beside it."""
+        """What a user of the finished policy needs beside it; or in it: it is saved after this."""
 
     def _all_of(self, requests: Sequence[Request], stream: Stream) -> Experience:
+        rolled = self._sampled(requests, stream)
+        scored = self.score(self._rewards(rolled), rolled)
+        return Experience(rolled, scored, scored.reward_RK, int(rolled.mask_RT.sum()))
+
+    def _sampled(
+        self, requests: Sequence[Request], stream: Stream, network: Network | None = None
+    ) -> Rollout:
+        """The policy's responses, or another network's."""
         options = self.config.rollout
-        rolled = backend(options.backend)(
+        return backend(options.backend)(
             self.policy,
             requests,
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             seed=self.config.seed,
             stream=stream,
+            network=network,
             max_cache_bytes=options.max_cache_bytes,
         )
+
+    def _rewards(self, rolled: Rollout) -> Tensor:
+        """Raw rewards (R, K)."""
         texts = [rolled.prompts[g].text for g in rolled.group_R.tolist()]
-        scored = self.score(self.objectives.score(texts, rolled.texts), rolled)
-        return Experience(rolled, scored, scored.reward_RK, int(rolled.mask_RT.sum()))
+        return self.objectives.score(texts, rolled.texts)
 
     def score(self, reward_RK: Tensor, rolled: Rollout) -> Scored:
         """Normalised rewards, scores and group-relative advantages of a rollout's rewards."""

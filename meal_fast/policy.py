@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from .assets import asset
 from .config import PolicyConfig
 from .mapped import FrozenCopy
 from .ops.gemm import accelerate, linear, lora_linear
-from .preference import preference_text
+from .preference import Goals, preference_text
 from .quiet import quiet
 from .worlds import build_world
 
@@ -59,18 +59,20 @@ class Policy:
         names: Sequence[str],
         frozen: FrozenCopy | None = None,
         style: str = "bar",
+        goals: Goals | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.names = tuple(names)
         self.style = style
+        self.goals = goals  # of style `scores`; None in training, whose requests hold rewards
         self.lora = hasattr(model, "peft_config")
         self._base: Any = model.get_base_model() if self.lora else model
         self._frozen = frozen
         self.trainable = list(self.named.values())
         self._before, self._after = split_template(tokenizer)
         self.encode_prompt = lru_cache(maxsize=4096)(self._encode_prompt)
-        self.encode_suffix = lru_cache(maxsize=4096)(self._encode_suffix)
+        self._encode_said = lru_cache(maxsize=4096)(self._encode_said_text)
 
     @property
     def device(self) -> torch.device:
@@ -183,11 +185,20 @@ class Policy:
         ids = self.tokenizer(self._before + text, add_special_tokens=False)["input_ids"]
         return tuple(ids)
 
-    def _encode_suffix(self, w: tuple[float, ...] | None) -> tuple[int, ...]:
+    def said(self, w: tuple[float, ...] | None) -> str:
+        """The text by which it reads a preference; none: no text."""
+        if w is None:
+            return ""
+        read = w if self.goals is None else self.goals.of(w)
+        return preference_text(read, self.names, self.style)
+
+    def encode_suffix(self, w: tuple[float, ...] | None) -> tuple[int, ...]:
         """Tokens of the preference (none: no preference text) and of the assistant's header."""
-        text = "" if w is None else preference_text(w, self.names, self.style)
-        said = f" {text}{self._after}" if text else self._after
-        return tuple(self.tokenizer(said, add_special_tokens=False)["input_ids"])
+        return self._encode_said(self.said(w))
+
+    def _encode_said_text(self, said: str) -> tuple[int, ...]:
+        text = (f" {said}" if said else "") + self._after
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -197,8 +208,8 @@ class Policy:
         """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads, safetensors, whole.
 
         LoRA: the merged weights, and the factors in `adapter/`, PEFT's own format. The tokenizer's
-        chat template takes `preference=preference_text(w, names, style)`, unless the style is none.
-        The folder appears at once, complete, or not at all.
+        chat template takes `preference=policy.said(w)`, unless the style is none. The folder
+        appears at once, complete, or not at all.
         """
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -210,9 +221,10 @@ class Policy:
         if self.style != "none":
             tokenizer.chat_template = preference_template(self.tokenizer.chat_template)
         tokenizer.save_pretrained(temporary)
-        (temporary / "preference.json").write_text(
-            json.dumps({"objectives": self.names, "style": self.style})
-        )
+        conditioning: dict[str, Any] = {"objectives": self.names, "style": self.style}
+        if self.goals is not None:
+            conditioning["goals"] = asdict(self.goals)
+        (temporary / "preference.json").write_text(json.dumps(conditioning))
         if folder.exists():
             stale = folder.with_name(folder.name + ".old")
             shutil.rmtree(stale, ignore_errors=True)
@@ -285,7 +297,10 @@ def load_policy(
         embedding.sparse = embedding.weight is model.get_output_embeddings().weight
     # eval: no dropout anywhere, so that log-probabilities are comparable
     accelerate(model).to(device).eval()
-    policy = Policy(model, tokenizer, names, frozen, config.preference_text)
+    style, goals = config.preference_text, None
+    if trained is not None and style == "scores":
+        goals = Goals.load(trained / "preference.json", len(names))
+    policy = Policy(model, tokenizer, names, frozen, style, goals)
     _check_head(policy)
     return policy
 

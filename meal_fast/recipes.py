@@ -12,6 +12,7 @@ from .learners import dpo, grpo, sft
 from .meal import Meal
 from .meta import Joint, Reptile, Separate
 from .preference import Weights, drawn_tasks, model_tasks
+from .ric import RiC
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ RECIPES: dict[str, Recipe] = {
         Meal,
     ),
     "mo-odpo": Recipe("linear", dpo, Joint, "online DPO on pairs ordered by the linear score"),
+    "ric": Recipe("linear", sft, Joint, "rewards in the prompt: SFT on what they were", RiC),
     # The linear score at a corner is the one reward r_k, normalised.
     "rewarded-soups": Recipe(
         "linear",

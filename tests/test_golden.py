@@ -24,6 +24,7 @@ RUNS = {
     "grid-meta-grpo": "full",
     "grid-grpo": "lora",
     "rewarded-soups": "lora",
+    "ric": "lora",
 }
 
 

@@ -29,7 +29,7 @@ LAYERS = (
     ("rollout",),
     ("learners", "preference_net", "experience"),
     ("meta", "hypergradient"),
-    ("meal",),
+    ("meal", "ric"),
     ("recipes",),
     ("trainer",),
     ("train", "evaluate", "answers", "chat", "report", "figures", "page", "display"),
