@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from .cli import OneLineParser, one_line_errors, parse_weights
@@ -120,20 +121,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("--stop='': would end every answer; give a text")
     if args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt='': is empty; give a text, or leave it out to read lines")
-    trained = policy_folder(args.run)
+    policy_folder(args.run)  # a clear error, before torch is imported
 
     from .batch import Prompt
-    from .policy import load_policy
+    from .family import load_served
     from .preference import snapped
     from .preference_net import PreferenceNet, features
     from .rollout import Request, Sampling, engine
 
-    where = (
-        config.policy
-        if args.device is None
-        else dataclasses.replace(config.policy, device=args.device)
-    )
-    policy = load_policy(where, names, seed=config.seed, trained=trained)
+    if args.device is not None:
+        there = dataclasses.replace(config.policy, device=args.device)
+        config = dataclasses.replace(config, policy=there)
+    policy, family = load_served(args.run, config)
 
     net = PreferenceNet.load(net_file, names) if net_file.is_file() else None
 
@@ -155,7 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             stop=tuple(args.stop),
         )
         # Its caches last for one answer: the same prompt hardly comes again.
-        with engine(policy) as sampler:
+        served = nullcontext() if family is None or w is None else family.at(policy, w)
+        with served, engine(policy) as sampler:
             return sampler.sample([Request(prompt, w)], sampling).texts[0].strip()
 
     if args.prompt is not None:

@@ -17,9 +17,17 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .options import opt, replaced, require
+from .recipe_options import CHOICES, MealConfig, RejectionConfig
 
 RecipeName = Literal[
-    "weighted-meta-grpo", "weighted-grpo", "grid-meta-grpo", "grid-grpo", "meal", "mo-odpo"
+    "weighted-meta-grpo",
+    "weighted-grpo",
+    "grid-meta-grpo",
+    "grid-grpo",
+    "meal",
+    "mo-odpo",
+    "rewarded-soups",
+    "morlhf",
 ]
 Tuning = Literal["lora", "full"]
 Dtype = Literal["float32", "bfloat16"]
@@ -27,16 +35,10 @@ Normalization = Literal["max", "standard", "tanh", "none"]
 KLEstimator = Literal["k1", "k2", "k3", "exact"]
 Reduce = Literal["grpo", "dapo", "dr_grpo"]
 AdamMode = Literal["persist_v", "reset", "per_preference"]
-PreferenceText = Literal["bar", "numbers"]
+PreferenceText = Literal["bar", "numbers", "none"]
 Logger = Literal["none", "tensorboard", "wandb"]
-RejectionRule = Literal["top-fraction", "threshold", "statistical", "trade-off", "combined"]
-Fallback = Literal["best", "none"]
-WeightMode = Literal["closed", "gradient"]
-PolicyUpdate = Literal["sft", "grpo"]
-MealOuter = Literal["net", "reptile+net"]
-NetUpdate = Literal["alternating", "hypergradient"]
 Backend = Literal["engine", "generate", "vllm"]
-_CHOICES = {
+_CHOICES = CHOICES | {
     "RecipeName": RecipeName,
     "Tuning": Tuning,
     "Dtype": Dtype,
@@ -46,13 +48,7 @@ _CHOICES = {
     "AdamMode": AdamMode,
     "PreferenceText": PreferenceText,
     "Logger": Logger,
-    "RejectionRule": RejectionRule,
-    "Fallback": Fallback,
     "Backend": Backend,
-    "WeightMode": WeightMode,
-    "PolicyUpdate": PolicyUpdate,
-    "MealOuter": MealOuter,
-    "NetUpdate": NetUpdate,
 }
 
 
@@ -63,7 +59,9 @@ class PolicyConfig:
     lora_rank: int = opt(16, "rank of the LoRA factors")
     lora_alpha: int = opt(32, "LoRA scale: the update is alpha/rank * B A")
     dtype: Dtype = opt("float32", "of the frozen weights; what is trained is always float32")
-    preference_text: PreferenceText = opt("bar", "how it reads w; see meal_fast.preference")
+    preference_text: PreferenceText = opt(
+        "bar", "how it reads w, see meal_fast.preference; none: not"
+    )
     device: str = opt("auto", "cpu, cuda, cuda:0, or auto (cuda when there is one)")
 
     def __post_init__(self) -> None:
@@ -97,6 +95,7 @@ class PreferenceConfig:
     alpha: float = opt(1.0, "concentration of Dir(alpha) that draws the training preferences [P]")
     grid: int = opt(11, "points a side of the simplex lattice [P]; 0: continuous preferences")
     rotate: bool = opt(False, "a meta-step's tasks are rotations of one draw, (w, 1 - w) [R]")
+    models: int = opt(3, "morlhf: points a side of the lattice of w, each with a model of its own")
 
     def __post_init__(self) -> None:
         require(self.alpha > 0, "preference.alpha", self.alpha, "must be positive")
@@ -106,6 +105,7 @@ class PreferenceConfig:
             self.grid,
             "must be 0 (continuous) or at least 2 points",
         )
+        require(self.models >= 2, "preference.models", self.models, "must be at least 2 points")
 
 
 @dataclass(frozen=True)
@@ -135,49 +135,6 @@ class RolloutConfig:
             self.max_cache_bytes,
             "must be 0 (automatic) or positive",
         )
-
-
-@dataclass(frozen=True)
-class RejectionConfig:
-    """Which sampled responses are kept; the rules are in meal_fast.rollout.rejection.
-
-    Meta-Aligner ablates a constant τ of 1, 0.5, 0.3 and 0.2 [P], and its public text does not say
-    of what: it could be the temperature of the realised preference (`tau`), or the fraction of the
-    responses that is accepted (`q`). They are two options [R].
-    """
-
-    rule: RejectionRule = opt("combined", "combined: top-fraction and trade-off [R]")
-    q: float = opt(0.5, "acceptance fraction: the share of a group's scores that passes [R]")
-    threshold: float = opt(0.0, "threshold: the lowest score that passes [R]")
-    tau_a: float = opt(0.2, "statistical: passes with probability exp((S - S_max)/tau_a) [R]")
-    tau: float = opt(0.5, "trade-off: temperature of the realised preference; 1, .5, .3 or .2 [P]")
-    delta: float = opt(0.5, "trade-off: the largest distance of realised and asked preference [R]")
-    keep: int = opt(0, "responses to keep a group; 0: all that pass")
-    rounds: int = opt(0, "redraw rounds of groups that have kept fewer; cut-backs of a row [R]")
-    draws: int = opt(0, "responses drawn a group in all rounds; 0: the rounds alone limit it [R]")
-    fallback: Fallback = opt("best", "what a group keeps when nothing passes: its best score [R]")
-    segment: int = opt(
-        0, "a row is scored after so many tokens, and cut back if hopeless; 0: not [R]"
-    )
-    slack: float = opt(0.1, "how far below the bar an unfinished response may score [R]")
-
-    def __post_init__(self) -> None:
-        for name in ("keep", "rounds", "draws", "segment", "slack"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, f"rejection.{name}", value, "must not be negative")
-        rules, enough = get_args(RejectionRule), self.draws == 0 or self.draws >= self.keep
-        for name, ok, remedy in (
-            ("q", 0 < self.q <= 1, "must be in (0, 1]"),
-            ("threshold", math.isfinite(self.threshold), "must be finite"),
-            ("tau_a", 0 < self.tau_a < math.inf, "must be positive and finite"),
-            ("tau", 0 < self.tau < math.inf, "must be positive and finite"),
-            ("delta", 0 <= self.delta <= 1, "must be a distance, in [0, 1]"),
-            ("rounds", self.rounds == 0 or self.keep > 0, "set rejection.keep: redraw until when?"),
-            ("draws", enough, f"must be 0 or reach rejection.keep={self.keep}"),
-            ("rule", self.rule in rules, f"choose from {', '.join(rules)}"),
-            ("fallback", self.fallback in get_args(Fallback), "choose from best, none"),
-        ):
-            require(ok, f"rejection.{name}", getattr(self, name), remedy)
 
 
 @dataclass(frozen=True)
@@ -228,7 +185,7 @@ class GRPOConfig:
 @dataclass(frozen=True)
 class MetaConfig:
     steps: int = opt(400, "meta-steps T [P]")
-    tasks: int = opt(2, "preferences of a meta-step, B_w [P]")
+    tasks: int = opt(2, "preferences of a meta-step, B_w [P]; of several models, all")
     n_inner: int = opt(2, "inner updates per preference [R]")
     epsilon: float = opt(1.5, "Reptile's step; falls linearly to zero over the run [P]")
     max_delta: float = opt(0.0, "clip of the norm of the meta-update; 0: none")
@@ -245,50 +202,13 @@ class MetaConfig:
 
 
 @dataclass(frozen=True)
-class MealConfig:
-    """The preference-weight-net and what couples it to the policy: meal_fast.meal [R]."""
-
-    policy: PolicyUpdate = opt("sft", "policy's learner: on kept responses, or GRPO on all [R]")
-    outer: MealOuter = opt("net", "the outer loop: the net, or Reptile over preferences as well")
-    update: NetUpdate = opt("alternating", "how the net learns; see meal_fast.meal [R]")
-    lam: float = opt(0.5, "λ: 1 keeps the asked preference, 0 takes the realised one [R]")
-    mode: WeightMode = opt("closed", "how the preference learns: closed form, or gradient steps")
-    rho: float = opt(0.5, "chance that a prompt's preference is drawn, not the net's [R]")
-    gamma: float = opt(0.01, "weight of the net's entropy in its loss [R]")
-    every: int = opt(8, "policy steps between two updates of the net, M [R]")
-    net_steps: int = opt(8, "Adam steps of an update of the net, each over the whole buffer [R]")
-    buffer: int = opt(256, "recent prompts that the net learns from [R]")
-    net_lr: float = opt(1e-3, "learning rate of the net's own Adam [R]")
-    hidden: int = opt(256, "units of the net's one hidden layer [R]")
-    eta: float = opt(0.1, "hypergradient: step of the policy's one-step look-ahead, plain SGD [R]")
-
-    def __post_init__(self) -> None:
-        for name in ("every", "net_steps", "buffer", "hidden"):
-            value = getattr(self, name)
-            require(value >= 1, f"meal.{name}", value, "must be at least 1")
-        for name, ok, remedy in (
-            ("lam", 0 <= self.lam <= 1, "λ must be in [0, 1]"),
-            ("policy", self.policy in get_args(PolicyUpdate), "choose from sft, grpo"),
-            ("outer", self.outer in get_args(MealOuter), "choose from net, reptile+net"),
-            (
-                "update",
-                self.update in get_args(NetUpdate),
-                "choose from alternating, hypergradient",
-            ),
-            ("mode", self.mode in get_args(WeightMode), "choose from closed, gradient"),
-            ("rho", 0 <= self.rho <= 1, "a chance, in [0, 1]"),
-            ("gamma", 0 <= self.gamma < math.inf, "must not be negative"),
-            ("net_lr", 0 < self.net_lr < math.inf, "must be positive"),
-            ("eta", 0 < self.eta < math.inf, "must be positive"),
-        ):
-            require(ok, f"meal.{name}", getattr(self, name), remedy)
-
-
-@dataclass(frozen=True)
 class EvaluationConfig:
     prompts: int = opt(16, "held-out prompts of a sweep")
     samples: int = opt(1, "sampled responses per prompt and weight, beside the greedy one")
-    grid: int = opt(11, "weights a side of the simplex lattice; 28 with K=2: BPS's Table 1 [P]")
+    grid: int = opt(
+        11,
+        "weights a side of the simplex lattice; 28 with K=2: BPS's Table 1; 13 with K=3: RiC's [P]",
+    )
     ask: str = opt("", "one more prompt, answered at four weights; empty: none")
     statistics: str = opt(
         "", "another run's statistics.json, to be measured by its statistics; empty: the run's own"
@@ -347,6 +267,7 @@ class Config:
             self.score.utopia,
             f"needs {len(names)} numbers, one per objective",
         )
+        self._settle()
         if "meta" in self.recipe:
             require(
                 self.meta.n_inner >= 2,
@@ -365,10 +286,9 @@ class Config:
             ok = backend == "engine"
             require(ok, "rollout.backend", backend, "recipe 'meal' rejects on the engine alone")
             if self.meal.update == "hypergradient":
-                n, remedy = (
-                    self.rollout.prompts,
-                    "the hypergradient holds half of them out: 2 or more",
-                )
+                policy, n = self.meal.policy, self.rollout.prompts
+                require(policy == "sft", "meal.policy", policy, "the hypergradient needs sft")
+                remedy = "the hypergradient holds half of them out: 2 or more"
                 require(n >= 2, "rollout.prompts", n, remedy)
         else:
             for section in ("rejection", "meal"):
@@ -383,6 +303,33 @@ class Config:
         """The objectives' names, in order: the K columns of every reward."""
         return tuple(o.partition("=")[0] for o in self.objectives)
 
+    @property
+    def model_points(self) -> int:
+        """Points a side of the lattice of preferences with a model each; 0: one model reads w."""
+        if self.recipe == "rewarded-soups":
+            return 2  # the corners
+        return self.preference.models if self.recipe == "morlhf" else 0
+
+    def _settle(self) -> None:
+        """What the recipe leaves no choice of, so that config.json says it: `SETTLED`."""
+        if not self.model_points:
+            require(
+                self.policy.preference_text != "none",
+                "policy.preference_text",
+                "none",
+                f"the policy of {self.recipe} is steered by that text; choose bar or numbers",
+            )
+            return
+        k = len(self.names)
+        values = (math.comb(self.model_points + k - 2, k - 1), "none")
+        for (section, option), value in zip(SETTLED, values, strict=True):
+            changed = dataclasses.replace(getattr(self, section), **{option: value})
+            object.__setattr__(self, section, changed)
+
+
+# Of recipes with a model for each of several preferences: a task is a model, and none reads a w.
+SETTLED = (("meta", "tasks"), ("policy", "preference_text"))
+
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as nested plain values, ready for JSON."""
@@ -391,7 +338,13 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any], base: Config | None = None) -> Config:
     """`base` (default: all defaults) with the nested `values` put in; unknown keys are refused."""
-    return replaced(base or Config(), values, choices_of)
+    config: Config = replaced(base or Config(), values, choices_of)
+    for section, option in SETTLED:
+        held = getattr(getattr(config, section), option)
+        asked = values.get(section, {}).get(option, held)
+        remedy = f"recipe {config.recipe} makes it {held!r}, a model a preference; leave it out"
+        require(asked == held, f"{section}.{option}", asked, remedy)
+    return config
 
 
 def choices_of(annotation: str) -> tuple[str, ...]:

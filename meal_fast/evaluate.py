@@ -2,10 +2,10 @@
 
     python -m meal_fast.evaluate RUN
 
-Both models read the same prompts with the same preference text. Statistics, z* and mu are the run's
-own, fixed from the base model before training. Sampling keys are (seed, prompt, w, sample): weights
-are sampled independently, base and trained with common random numbers, so that their difference is
-paired; all intervals are bootstraps over prompts.
+Both models read the same prompts with the same preference text (of a family of models none reads
+any). Statistics, z* and mu are the run's own, fixed from the base model before training. Sampling
+keys are (seed, prompt, w, sample): weights are sampled independently, base and trained with common
+random numbers, so that their difference is paired; all intervals are bootstraps over prompts.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import measures
+from .answers import MODES, Progress, Sweep, answers
 from .batch import Prompt
 from .cli import OneLineParser, one_line_errors
 from .config import Config
@@ -34,24 +34,12 @@ from .preference import Weights, evaluation_weights, on_lattice, shown_weights
 from .runs import policy_folder, read_config, read_statistics
 
 if TYPE_CHECKING:
+    from .family import Family
     from .objectives import Normalizer, Objectives
-    from .policy import Network, Policy
+    from .policy import Policy
 
 RESAMPLES = 1000
-MODES = ("greedy", "sampled")
 MODELS = ("base", "trained")
-Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """The answers of one model in one mode: rows ordered by prompt, then weight, then sample."""
-
-    texts: tuple[str, ...]  # P * W * S
-    prefill_tokens: int
-    tokens: int
-    stopped: float  # share of answers that ended by themselves
-    seconds: float
 
 
 def evaluate(
@@ -65,14 +53,15 @@ def evaluate(
     *,
     reference_point: Sequence[float] | None = None,
     progress: Progress | None = None,
+    family: Family | None = None,
 ) -> dict[str, Any]:
     """Sweeps w over `evaluation_weights(K, config.evaluation.grid)`; plain values, for JSON.
 
     Of `prompts` the first `config.evaluation.prompts` in the order of their ids (hashes) are taken.
     `reference_point` (K,), normalised: the hypervolume's; default: the nadir of base and trained,
     greedy and sampled, minus a tenth of their range. PU is the mean of -S_smooth over answers, a
-    shortfall: lower is better [P]. Raises ValueError where no prompt is of at
-    most `prompts.max_tokens` tokens.
+    shortfall: lower is better [P]. `family`: the models that `policy` becomes, a weight at a time.
+    Raises ValueError where no prompt is of at most `prompts.max_tokens` tokens.
     """
     limit = config.prompts.max_tokens
     fitting = [p for p in prompts if len(policy.encode_prompt(p.text)) <= limit]
@@ -89,9 +78,18 @@ def evaluate(
     seen = on_lattice(weights, config.preference.grid)
     sweeps: dict[tuple[str, str], Sweep] = {}
     for model in MODELS:
-        with policy.reference() if model == "base" else nullcontext() as network:
-            sweeps |= _sweeps(policy, network, model, chosen, weights, config, say)
-    asked = sweeps.pop(("trained", "asked"), None)
+        base = model == "base"
+        with policy.reference() if base else nullcontext() as network:
+            of = None if base else family
+            found = answers(policy, network, model, chosen, weights, config, say, of)
+        sweeps |= {(model, mode): sweep for mode, sweep in found.items()}
+    shown, asked = shown_weights(weights), None
+    if options.ask:
+        prompt = (Prompt("asked", options.ask),)
+        found = answers(
+            policy, None, "trained, one more prompt", prompt, shown, config, say, family
+        )
+        asked = list(zip(shown, found["greedy"].texts, strict=True))
     scoring = time.perf_counter()
     rewards = {k: _score(objectives, chosen, weights, s, say) for k, s in sweeps.items()}
     scoring = time.perf_counter() - scoring
@@ -123,7 +121,7 @@ def evaluate(
                 reference_K,
                 draw_BP,
             )
-            results[model][mode] = entry | _cost(sweeps[k])
+            results[model][mode] = entry | sweeps[k].cost()
         difference[mode] = {
             name: measures.estimate(
                 drawn["trained"][name][0] - drawn["base"][name][0],
@@ -154,69 +152,11 @@ def evaluate(
             "results": results,
             "difference": difference,
             "answers": _answers(config.names, chosen, weights, sweeps, rewards),
-            "asked": asked and list(zip(shown_weights(weights), asked.texts, strict=True)),
+            "asked": asked,
             "seconds": {"all": time.perf_counter() - started, "scoring": scoring},
             "versions": versions(str(policy.device)),
         }
     )
-
-
-def _sweeps(
-    policy: Policy,
-    network: Network | None,
-    model: str,
-    prompts: Sequence[Prompt],
-    weights: Sequence[Weights],
-    config: Config,
-    say: Progress,
-) -> dict[tuple[str, str], Sweep]:
-    """All modes of one model: a prompt is computed once for all its weights, samples and modes."""
-    from .rollout import Request, Sampling, engine
-
-    sweeps = {}
-    rows = 512 if policy.device.type == "cuda" else 64
-    with engine(
-        policy,
-        network=network,
-        max_rows=rows,
-        max_cache_bytes=config.rollout.max_cache_bytes,
-    ) as sampler:
-        for mode in (*MODES, *(["asked"] if model == "trained" and config.evaluation.ask else [])):
-            samples = config.evaluation.samples if mode == "sampled" else 1
-            requests = [Request(p, w, samples) for p in prompts for w in weights]
-            if mode == "asked":
-                asked = Prompt("asked", config.evaluation.ask)
-                requests = [Request(asked, w, 1) for w in shown_weights(weights)]
-            sampling = Sampling(
-                max_new_tokens=config.rollout.max_new_tokens,
-                temperature=config.rollout.temperature if mode == "sampled" else 0.0,
-                seed=config.seed,
-                stream=("evaluation",),
-            )
-            said = _in_eighths(f"evaluation: {model}, {mode}", len(requests) * samples, say)
-            out = sampler.sample(requests, sampling, said)
-            sweeps[model, mode] = Sweep(
-                out.texts,
-                out.prefill_tokens,
-                int(out.mask_RT.sum()),
-                sum(f == "stop" for f in out.finish) / len(out.texts),
-                out.seconds,
-            )
-    return sweeps
-
-
-def _in_eighths(what: str, whole: int, say: Progress) -> Callable[[int], None]:
-    """Says how far the answers are, eight times."""
-    due = iter(range(1, 9))
-    mark = [next(due)]
-
-    def ended(n: int) -> None:
-        if n * 8 >= mark[0] * whole:
-            say(f"{what}: {n} of {whole} answers")
-            while mark[0] * whole <= n * 8:
-                mark[0] = next(due, 9 * whole)
-
-    return ended
 
 
 def _score(
@@ -265,18 +205,6 @@ def _shortfall(
     return -score.numpy().reshape(normalized.shape[:-1]).mean(-1)
 
 
-def _cost(sweep: Sweep) -> dict[str, Any]:
-    return {
-        "answers": len(sweep.texts),
-        "length": sweep.tokens / len(sweep.texts),
-        "stopped": sweep.stopped,
-        "prefill_tokens": sweep.prefill_tokens,
-        "tokens": sweep.tokens,
-        "seconds": sweep.seconds,
-        "tokens_per_second": sweep.tokens / max(sweep.seconds, 1e-9),
-    }
-
-
 def _answers(
     names: Sequence[str],
     prompts: Sequence[Prompt],
@@ -316,11 +244,11 @@ def versions(device: str) -> dict[str, str]:
 
 def run_evaluation(run: Path, config: Config, statistics: dict[str, Any], say: Progress) -> Any:
     """Loads what a finished run folder holds and evaluates it."""
+    from .family import load_served
     from .objectives import Normalizer, load_objectives
-    from .policy import load_policy
     from .prompts import load_prompts
 
-    policy = load_policy(config.policy, config.names, seed=config.seed, trained=policy_folder(run))
+    policy, family = load_served(run, config)
     objectives = load_objectives(config.objectives, policy.device)
     # a set of its own is held out as a whole; of the training set, one split is
     prompts = load_prompts(
@@ -340,6 +268,7 @@ def run_evaluation(run: Path, config: Config, statistics: dict[str, Any], say: P
         config,
         reference_point=statistics.get("reference_point"),
         progress=say,
+        family=family,
     )
 
 

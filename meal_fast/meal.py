@@ -33,11 +33,18 @@ from . import preference
 from .batch import Prompt, Rollout, Scored, key
 from .config import Config
 from .experience import Experience, Sampled, Score, Stream
+from .hypergradient import coefficients, hypergradient
 from .objectives import Objectives
 from .ops.reference import scalarize
 from .policy import Policy
 from .preference import Weights
-from .preference_net import Features, NetTrainer, PreferenceNet, learned_preference
+from .preference_net import (
+    Features,
+    NetTrainer,
+    PreferenceNet,
+    acceptance_weights,
+    learned_preference,
+)
 from .rollout import Request, Sampling, engine, rejection_sample
 from .rollout.rejection import accept, acceptance_uniform, realized_preference
 from .scales import Scales
@@ -53,6 +60,7 @@ class Meal(Sampled):
     ) -> None:
         super().__init__(policy, objectives, scales, config, score)
         options = config.meal
+        self._update = 0  # the next one's number
         self.features = Features(policy, room=options.buffer)
         self.net: NetTrainer | None = None
         if options.rho < 1:  # else every preference is drawn: the static baseline needs no net
@@ -77,15 +85,28 @@ class Meal(Sampled):
         return self._kept_rows(requests, stream)
 
     def learned(self, update: int) -> dict[str, float]:
-        due = (update + 1) % self.config.meal.every == 0
-        return self.net.step() if self.net is not None and due else {}
+        due, self._update = self._due, update + 1
+        if self.net is None or not due or self.config.meal.update != "alternating":
+            return {}
+        return self.net.step()
+
+    @property
+    def _due(self) -> bool:
+        """Whether the net learns in the next update."""
+        return self.net is not None and (self._update + 1) % self.config.meal.every == 0
+
+    @property
+    def _looks_ahead(self) -> bool:
+        return self._due and self.config.meal.update == "hypergradient"
 
     def state(self) -> dict[str, Any]:
         if self.net is None:
-            return {}
-        return {"net": self.net.state(), "features": self.features.state()}
+            return {"update": self._update}
+        features = self.features.state()
+        return {"update": self._update, "net": self.net.state(), "features": features}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        self._update = state["update"]
         if self.net is not None:
             self.net.load_state(state["net"])
             self.features.load_state(state["features"])
@@ -111,6 +132,8 @@ class Meal(Sampled):
         if self.net is None:
             return drawn
         uniform = np.random.Generator(np.random.Philox(key=seed)).random(len(prompts))
+        if self._looks_ahead:  # half of the prompts to learn from, half to measure it by
+            uniform = np.where(np.arange(len(prompts)) < len(prompts) // 2, 1.0, -1.0)
         with torch.no_grad():
             predicted = self.net.net(self.features(prompts)).cpu()
         own = preference.snapped(predicted.numpy(), self.config.preference.grid)
@@ -135,10 +158,54 @@ class Meal(Sampled):
         w_R = preference.snapped(w_star_RK, self.config.preference.grid)
         rolled, order_R = relabelled(self.policy, rolled, w_R)
         log["learnt"] = rolled.w_RK.mean(0).tolist()
-        reward_RK, score_R = kept.reward_RK[order_R], kept.score_R[order_R]
-        normalized = self.scales.normalizer.apply(reward_RK)
-        scored = Scored(reward_RK, normalized, score_R, torch.ones_like(score_R))
+        asked_R, reward_RK = kept.rollout.group_R[order_R], kept.reward_RK[order_R]
+        normalized_RK, score_R = self.scales.normalizer.apply(reward_RK), kept.score_R[order_R]
+        weight_R = torch.ones_like(score_R)
+        if self.config.meal.update == "hypergradient":
+            a_R = acceptance_weights(score_R, asked_R, self.config.rejection.tau_a)
+            weight_R = a_R * torch.bincount(asked_R)[asked_R]  # 1 on average, as without
+            if self._looks_ahead:
+                log |= self._look_ahead(requests, rolled, asked_R, normalized_RK)
+        scored = Scored(reward_RK, normalized_RK, score_R, weight_R)
         return Experience(rolled, scored, kept.ended_RK, int(log["sampled_tokens"]), log)
+
+    def _look_ahead(
+        self, requests: Sequence[Request], rolled: Rollout, asked_R: Tensor, normalized_RK: Tensor
+    ) -> dict[str, float]:
+        """The net's step along the hypergradient; means over tokens, prompts and held-out rows.
+
+        `asked_R`: which request a row answers. The first half were asked under the net's w0.
+        """
+        assert self.net is not None
+        inner_R = asked_R < len(requests) // 2
+        if not bool(inner_R.any()) or bool(inner_R.all()):
+            return {}
+        h_BD = self.features([request.prompt for request in requests])
+        w0_RK = self.net.net(h_BD)[asked_R[inner_R]]
+        inner, held_out = selected(rolled, inner_R), selected(rolled, ~inner_R)
+        a_R = coefficients(
+            normalized_RK[inner_R],
+            w0_RK,
+            torch.ones_like(asked_R[inner_R], dtype=torch.bool),
+            asked_R[inner_R],
+            utopia=self.scales.utopia,
+            tau_a=self.config.rejection.tau_a,
+            mu=self.config.score.mu,
+            scalarization=self.kind,
+        )
+        share_R = a_R / inner.mask_RT.sum(1) / len(asked_R[inner_R].unique())
+        slope_R, metrics = hypergradient(
+            self.policy,
+            inner,
+            share_R.detach(),
+            held_out,
+            eta=self.config.meal.eta,
+            temperature=self.config.rollout.temperature,
+            micro_tokens=self.config.grpo.micro_tokens,
+            held_out_R=1.0 / held_out.mask_RT.sum(1),
+            recompute=self.config.grpo.recompute,
+        )
+        return metrics | self.net.descend((share_R * slope_R).sum())
 
     def _all_rows(self, requests: Sequence[Request], stream: Stream) -> Experience:
         """GRPO learns from every row under w0; the rejection rules choose for the net alone."""

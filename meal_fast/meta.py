@@ -1,4 +1,4 @@
-"""The outer loops: Reptile over preferences (BPS A.4 [P]), and none.
+"""The outer loops: Reptile over preferences (BPS A.4 [P]), none, and a model a preference.
 
 For each preference of a meta-step the inner updates start from the same theta_t; then
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import GRPOConfig, MetaConfig
+from .preference import Weights
 
 AdamState = dict[str, list[Tensor]]  # step, exp_avg, exp_avg_sq: one tensor a parameter
 
@@ -40,10 +41,10 @@ class Joint:
     def begin(self) -> None:
         """Called before the tasks of a meta-step."""
 
-    def begin_task(self, w: tuple[float, ...]) -> None:
+    def begin_task(self, w: Weights) -> None:
         """Called before the inner updates of one preference."""
 
-    def end_task(self, w: tuple[float, ...]) -> None:
+    def end_task(self, w: Weights) -> None:
         """Called after them."""
 
     def end(self, progress: float) -> dict[str, float]:
@@ -51,6 +52,10 @@ class Joint:
 
         Returns metrics.
         """
+        return {}
+
+    def models(self) -> dict[Weights, list[Tensor]]:
+        """The parameters by preference; empty where one model serves all preferences."""
         return {}
 
     def state(self) -> dict[str, Any]:
@@ -72,7 +77,9 @@ class Joint:
         self.optimizer.state.clear()
         if adam:
             for i, parameter in enumerate(self.parameters):
-                self.optimizer.state[parameter] = {n: v[i].clone() for n, v in adam.items()}
+                # A checkpoint is read onto the CPU; the optimizer works where its parameters are.
+                own = {n: v[i].to(parameter.device, copy=True) for n, v in adam.items()}
+                self.optimizer.state[parameter] = own
 
 
 class Reptile(Joint):
@@ -96,7 +103,7 @@ class Reptile(Joint):
         self._start: AdamState = {}
         self._ends: list[AdamState] = []
         self._deltas: list[list[Tensor]] = []
-        self._by_preference: dict[tuple[float, ...], AdamState] = {}
+        self._by_preference: dict[Weights, AdamState] = {}
 
     def _momentum_free(self) -> bool:
         return self.meta.adam == "persist_v"
@@ -106,7 +113,7 @@ class Reptile(Joint):
         self._start, self._ends, self._deltas = self._adam(), [], []
 
     @torch.no_grad()
-    def begin_task(self, w: tuple[float, ...]) -> None:
+    def begin_task(self, w: Weights) -> None:
         torch._foreach_copy_(self.parameters, self._theta)
         adam: AdamState = {}
         if self.meta.adam == "persist_v":
@@ -116,7 +123,7 @@ class Reptile(Joint):
         self._set_adam(adam)
 
     @torch.no_grad()
-    def end_task(self, w: tuple[float, ...]) -> None:
+    def end_task(self, w: Weights) -> None:
         self._deltas.append(list(torch._foreach_sub(self.parameters, self._theta)))
         if self.meta.adam == "persist_v":
             self._ends.append(self._adam())
@@ -154,6 +161,52 @@ class Reptile(Joint):
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         self._by_preference = state["by_preference"]
+
+
+class Separate(Joint):
+    """A model for each preference, trained as if it were alone.
+
+    Its parameters and its Adam state are put into place for its tasks and kept between them; all
+    models start from the same parameters, with an empty Adam state. `spread`, a metric: the root
+    mean square of the models' distances to their mean, over all parameters.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], meta: MetaConfig, inner: GRPOConfig
+    ) -> None:
+        super().__init__(parameters, meta, inner)
+        self._first = [p.detach().clone() for p in self.parameters]
+        self._theta: dict[Weights, list[Tensor]] = {}
+        self._of: dict[Weights, AdamState] = {}
+
+    @torch.no_grad()
+    def begin_task(self, w: Weights) -> None:
+        torch._foreach_copy_(self.parameters, self._theta.get(w, self._first))
+        self._set_adam(self._of.get(w, {}))
+
+    @torch.no_grad()
+    def end_task(self, w: Weights) -> None:
+        self._theta[w] = [p.detach().clone() for p in self.parameters]
+        self._of[w] = self._adam()
+
+    @torch.no_grad()
+    def end(self, progress: float) -> dict[str, float]:
+        same = zip(*self._theta.values(), strict=True)
+        variances = [torch.stack(parts).var(0, correction=0).sum() for parts in same]
+        return {"spread": float(torch.stack(variances).sum().sqrt())}
+
+    def models(self) -> dict[Weights, list[Tensor]]:
+        return dict(self._theta)
+
+    def state(self) -> dict[str, Any]:
+        return {"models": self._theta, "adam": self._of}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._theta = {
+            w: [value.to(like.device) for value, like in zip(theta, self._first, strict=True)]
+            for w, theta in state["models"].items()
+        }
+        self._of = dict(state["adam"])
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ import copy
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -67,7 +67,7 @@ class Policy:
         self.lora = hasattr(model, "peft_config")
         self._base: Any = model.get_base_model() if self.lora else model
         self._frozen = frozen
-        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self.trainable = list(self.named.values())
         self._before, self._after = split_template(tokenizer)
         self.encode_prompt = lru_cache(maxsize=4096)(self._encode_prompt)
         self.encode_suffix = lru_cache(maxsize=4096)(self._encode_suffix)
@@ -115,6 +115,33 @@ class Policy:
             for m, weight in zip(layers, kept, strict=True):
                 m.base_layer.weight.data = weight
 
+    @property
+    def named(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name, in the order of `trainable`."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within it, the trained parameters are `values`, all of them, by name.
+
+        LoRA's factors may be of a multiple of its rank: alpha goes with it, so the scale stays.
+        """
+        kept = [(p, p.data) for p in self.trainable]
+        lora = self.model.peft_config["default"] if self.lora else None
+        rank, alpha = (lora.r, lora.lora_alpha) if lora else (1, 1)
+        try:
+            for name, p in self.named.items():
+                p.data = values[name].to(p.device, p.dtype)
+            if lora:
+                lora.r = next(len(v) for name, v in values.items() if ".lora_A." in name)
+                lora.lora_alpha = alpha * lora.r // rank
+            yield
+        finally:
+            for p, data in kept:
+                p.data = data
+            if lora:
+                lora.r, lora.lora_alpha = rank, alpha
+
     @contextmanager
     def recomputing(self, on: bool) -> Iterator[None]:
         """Forward passes in it keep each layer's input alone, and make the rest again going back.
@@ -158,8 +185,9 @@ class Policy:
 
     def _encode_suffix(self, w: tuple[float, ...] | None) -> tuple[int, ...]:
         """Tokens of the preference (none: no preference text) and of the assistant's header."""
-        said = "" if w is None else f" {preference_text(w, self.names, self.style)}"
-        return tuple(self.tokenizer(said + self._after, add_special_tokens=False)["input_ids"])
+        text = "" if w is None else preference_text(w, self.names, self.style)
+        said = f" {text}{self._after}" if text else self._after
+        return tuple(self.tokenizer(said, add_special_tokens=False)["input_ids"])
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -169,8 +197,8 @@ class Policy:
         """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads, safetensors, whole.
 
         LoRA: the merged weights, and the factors in `adapter/`, PEFT's own format. The tokenizer's
-        chat template takes `preference=preference_text(w, names, style)`. The folder appears at
-        once, complete, or not at all.
+        chat template takes `preference=preference_text(w, names, style)`, unless the style is none.
+        The folder appears at once, complete, or not at all.
         """
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -179,7 +207,8 @@ class Policy:
         if self.lora:
             self.model.save_pretrained(str(temporary / "adapter"))
         tokenizer = copy.deepcopy(self.tokenizer)
-        tokenizer.chat_template = preference_template(self.tokenizer.chat_template)
+        if self.style != "none":
+            tokenizer.chat_template = preference_template(self.tokenizer.chat_template)
         tokenizer.save_pretrained(temporary)
         (temporary / "preference.json").write_text(
             json.dumps({"objectives": self.names, "style": self.style})

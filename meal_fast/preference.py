@@ -14,6 +14,8 @@ spread over ten prompts, the bar by a third of it; runs with numbers alone hardl
 The text starts with a space and a bracket, which the usual byte-level tokenizers never merge with
 the end of a stripped prompt: prompt and suffix are tokenised apart and give the same tokens as
 together.
+
+Where several models have a preference each, none of them reads one: the style `none`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .batch import key
+from .config import Config
 
 Weights = tuple[float, ...]
 Array = np.ndarray
@@ -33,6 +36,13 @@ BPS_EVALUATION = (
     *(0.52, 0.50, 0.45, 0.40, 0.30, 0.20, 0.15, 0.12, 0.11, 0.10, 0.05, 0.02, 0.01, 0.00),
 )
 
+# The 13 preferences of three objectives in the evaluation of "Rewards-in-Context" (RiC), which Meal
+# compares itself in; its (0.33, 0.33, 0.33) is written as thirds [P].
+RIC_EVALUATION = (
+    *((0.0, 0.0, 1.0), (0.0, 1.0, 0.0), (0.1, 0.1, 0.8), (0.1, 0.8, 0.1), (0.2, 0.2, 0.6)),
+    *((0.2, 0.4, 0.4), (0.2, 0.6, 0.2), (1 / 3, 1 / 3, 1 / 3), (0.4, 0.4, 0.2), (0.4, 0.2, 0.4)),
+    *((0.6, 0.2, 0.2), (0.8, 0.1, 0.1), (1.0, 0.0, 0.0)),
+)
 # BPS, Table 2: the four weights at which it shows its answers [P].
 BPS_SHOWN = ((1.0, 0.0), (0.8, 0.2), (0.2, 0.8), (0.0, 1.0))
 
@@ -45,7 +55,10 @@ def preference_text(w: Sequence[float], names: Sequence[str], style: str = "bar"
 
     `numbers`: `[helpful=0.80 harmless=0.20]`. `bar`: the same and ` ++++++++--`, ten marks shared
     out by largest remainder, so that a difference of preferences is one of which tokens are there.
+    `none`: empty.
     """
+    if style == "none":
+        return ""
     pairs = (f"{name}={value:.2f}" for name, value in zip(names, w, strict=True))
     numbers = f"[{' '.join(pairs)}]"
     if style == "numbers":
@@ -80,10 +93,32 @@ def lattice(k: int, points: int) -> tuple[Weights, ...]:
 
 
 def evaluation_weights(k: int, points: int) -> tuple[Weights, ...]:
-    """The sweep of an evaluation: the simplex lattice, or for K = 2 and 28 points BPS's Table 1."""
+    """The sweep of an evaluation: the simplex lattice with `points` a side; for K = 2 and 28 the
+    weights of BPS's Table 1, for K = 3 and 13 those of RiC's evaluation."""
     if k == 2 and points == 28:
         return tuple((a, round(1.0 - a, 2)) for a in BPS_EVALUATION)
+    if k == 3 and points == 13:
+        return RIC_EVALUATION
     return lattice(k, points)
+
+
+def drawn_tasks(config: Config, step: int) -> list[Weights]:
+    """The preferences of meta-step `step` for one model that reads them: see `draw`."""
+    options = config.preference
+    return draw(
+        len(config.names),
+        alpha=options.alpha,
+        points=options.grid,
+        seed=config.seed,
+        step=step,
+        count=config.meta.tasks,
+        rotate=options.rotate,
+    )
+
+
+def model_tasks(config: Config, step: int) -> list[Weights]:
+    """Those of several models with a preference each: at every meta-step, all of them."""
+    return list(lattice(len(config.names), config.model_points))
 
 
 def on_lattice(weights: Sequence[Weights], points: int) -> list[bool]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from itertools import combinations
 
 from .config import (
     Config,
@@ -87,12 +89,52 @@ _CONCAVE_FRONT = Config(
     checkpoint_every=100,
 )
 
+# Meal's experiments, in the harness of "Rewards-in-Context" (RiC), on which it compares itself:
+# prompts, filters, reward formats, LoRA's rank, response lengths, temperature and evaluation grids
+# are RiC's [P]. Its base models are Llama-2-7B fine-tuned on the data first; here it is an instruct
+# model that has a chat template, and step size and batch are ours [R].
+_ASSISTANT = {
+    "harmless": "Ray2333/gpt2-large-harmless-reward_model",
+    "helpful": "Ray2333/gpt2-large-helpful-reward_model",
+    "humor": "mohameddhiab/humor-no-humor",
+}
+_SUMMARY = {
+    "summary": "Tristan/gpt2_reward_summarization",
+    "faithful": "CogComp/bart-faithful-summary-detector",
+    "deberta": "OpenAssistant/reward-model-deberta-v3-large-v2",
+}
+
+
+def _ric(rewards: dict[str, str], names: Sequence[str], prompts: str, length: int) -> Config:
+    return Config(
+        recipe="meal",
+        objectives=tuple(f"{name}={rewards[name]}" for name in names),
+        policy=PolicyConfig(path="Qwen/Qwen2-0.5B-Instruct", lora_rank=64, lora_alpha=128),
+        prompts=PromptConfig(train=prompts, max_tokens=512),
+        rollout=RolloutConfig(prompts=8, samples=8, max_new_tokens=length, temperature=0.7),
+        score=ScoreConfig(normalization="standard", calibration=256),
+        grpo=GRPOConfig(lr=1e-4, beta=0.05, micro_tokens=8192),
+        meta=MetaConfig(steps=400, tasks=2, n_inner=2),
+        evaluation=EvaluationConfig(prompts=64, grid=11 if len(names) == 2 else 13),
+        checkpoint_every=20,
+    )
+
+
+def _task(title: str, rewards: dict[str, str], prompts: str, length: int) -> dict[str, Config]:
+    """The task with all of its objectives, and with each pair of them."""
+    named = {title: tuple(rewards)}
+    named |= {f"{title}.{a}-{b}": (a, b) for a, b in combinations(rewards, 2)}
+    return {name: _ric(rewards, names, prompts, length) for name, names in named.items()}
+
+
 PRESETS: dict[str, Config] = {
     "quickstart": _QUICKSTART,
     "steering": _STEERING,
     "tiny": _TINY,
     "concave-front": _CONCAVE_FRONT,
     "hh-qwen2": _HH_QWEN2,
+    **_task("helpful-assistant", _ASSISTANT, "Anthropic/hh-rlhf", 128),
+    **_task("reddit-summary", _SUMMARY, "openai/summarize_from_feedback", 48),
 }
 
 

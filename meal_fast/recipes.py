@@ -7,20 +7,24 @@ from dataclasses import dataclass, replace
 
 from .config import Config
 from .experience import Sampled, Score
+from .family import Rule
 from .learners import dpo, grpo, sft
 from .meal import Meal
-from .meta import Joint, Reptile
+from .meta import Joint, Reptile, Separate
+from .preference import Weights, drawn_tasks, model_tasks
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One method of "Barriers to Pareto Steerability" (BPS A.7 [P]) or "Meta-Aligner" [P]."""
+    """One method: of BPS (A.7 [P]), of Meta-Aligner [P], or one that these compare theirs with."""
 
     score: Score
     learner: Callable
     outer: type[Joint]
     about: str
     experience: type[Sampled] = Sampled
+    preferences: Callable[[Config, int], list[Weights]] = drawn_tasks  # of a meta-step's tasks
+    rule: Rule | None = None  # of several models: what stands for a w between theirs
 
 
 RECIPES: dict[str, Recipe] = {
@@ -38,6 +42,23 @@ RECIPES: dict[str, Recipe] = {
         Meal,
     ),
     "mo-odpo": Recipe("linear", dpo, Joint, "online DPO on pairs ordered by the linear score"),
+    # The linear score at a corner is the one reward r_k, normalised.
+    "rewarded-soups": Recipe(
+        "linear",
+        grpo,
+        Separate,
+        "a model for each reward, their weights interpolated at w",
+        preferences=model_tasks,
+        rule="interpolate",
+    ),
+    "morlhf": Recipe(
+        "linear",
+        grpo,
+        Separate,
+        "a model for each of a few w, linear score; the nearest one serves",
+        preferences=model_tasks,
+        rule="nearest",
+    ),
 }
 
 

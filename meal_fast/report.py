@@ -286,11 +286,16 @@ def _answers(result: Result) -> Iterator[str]:
 
 def _method(result: Result, config: dict[str, Any]) -> Iterator[str]:
     s, seconds = result["settings"], result["seconds"]
+    reads = (
+        "No model read a preference: another w is answered by other parameters."
+        if config["policy"].get("preference_text") == "none"
+        else "The base model read the same preference text."
+    )
     yield (
         f"<p>{len(result['prompts'])} held-out prompts, {len(result['weights'])} weights, greedy "
         f"and {s['samples']} sampled answer(s) for each, of at most {s['max_new_tokens']} tokens "
-        f"at temperature {s['temperature']:g}, seed {s['seed']}. The base model read the same "
-        f"preference text. Smoothing μ {result['mu']:g}, utopia point "
+        f"at temperature {s['temperature']:g}, seed {s['seed']}. {reads} "
+        f"Smoothing μ {result['mu']:g}, utopia point "
         f"{escape(', '.join(number(z) for z in result['utopia']))}; statistics fixed from the base "
         f"model before training. The evaluation took {seconds['all']:.0f} s, "
         f"{seconds['scoring']:.0f} s of it for the objectives.</p>"

@@ -9,6 +9,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +20,7 @@ from . import __version__, preference
 from .batch import Prompt, key
 from .config import Config, to_dict
 from .experience import Experience
+from .family import FILE, Family
 from .objectives import Objectives, load_objectives
 from .policy import Policy, load_policy
 from .prompts import load_prompts
@@ -61,7 +63,7 @@ class Trainer:
         self.outer = self.recipe.outer(self.policy.trainable, config.meta, config.grpo)
         self.step = 0  # meta-steps done
         self.tokens = 0  # generated
-        _check_space(out, self.policy)
+        _check_space(out, self.policy, config.meta.tasks if config.model_points else 1)
         out.mkdir(parents=True, exist_ok=True)
         if self._checkpoint is None:
             write_atomic(out / "config.json", json.dumps(to_dict(config), indent=1).encode())
@@ -123,21 +125,26 @@ class Trainer:
         if saved != self.step:
             self.save_checkpoint()
         self._metrics.close()
-        self.policy.save(self.out / "policy")
+        self._save_policy()
         self.experience.save(self.out)
         return self.finished
 
+    def _save_policy(self) -> None:
+        """`policy/`; of several models the one for equal weights, after a file with all of them."""
+        config, policy, rule = self.config, self.policy, self.recipe.rule
+        served: AbstractContextManager[None] = nullcontext()
+        if rule is not None:
+            models = self.outer.models()
+            named = [dict(zip(policy.named, theta, strict=True)) for theta in models.values()]
+            family = Family(tuple(models), tuple(named), rule)
+            write_atomic(self.out / FILE, family.to_bytes(config.names))
+            served = family.at(policy, (1.0 / len(config.names),) * len(config.names))
+        with served:
+            policy.save(self.out / "policy")
+
     def _meta_step(self, step: int) -> None:
         config = self.config
-        weights = preference.draw(
-            len(config.names),
-            alpha=config.preference.alpha,
-            points=config.preference.grid,
-            seed=config.seed,
-            step=step,
-            count=config.meta.tasks,
-            rotate=config.preference.rotate,
-        )
+        weights = self.recipe.preferences(config, step)
         progress = self.progress(self.done)
         self.outer.begin()
         for task, w in enumerate(weights):
@@ -153,13 +160,17 @@ class Trainer:
 
     def _update(self, step: int, task: int, inner: int, w: tuple[float, ...]) -> dict[str, Any]:
         """Rollout, score, update: one inner step for the preference w."""
-        config = self.config
-        update = (step * config.meta.tasks + task) * config.meta.n_inner + inner
+        config, meta = self.config, self.config.meta
+        update = (step * meta.tasks + task) * meta.n_inner + inner
+        own, progress = update, self.progress(update)
+        if self.recipe.rule is not None:  # each model goes through prompts and schedule as if alone
+            own = step * meta.n_inner + inner
+            progress = self.progress(own * meta.tasks)
         clock = Clock()
-        batch = self.experience.collect(self._prompts_of(update), w, ("train", step, task, inner))
+        batch = self.experience.collect(self._prompts_of(own), w, ("train", step, task, inner))
         rolled, scored = batch.rolled, batch.scored
         collecting = clock.lap()
-        lr = config.grpo.lr * 0.5 * (1.0 + math.cos(math.pi * self.progress(update)))
+        lr = config.grpo.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
         learned = self._learn(batch, lr) if len(rolled.group_R) else {}
         if not learned:  # no step: Adam's state stays as it is
             warnings.warn(f"update {update}: no response was kept; it is skipped", stacklevel=2)
@@ -328,12 +339,13 @@ def flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
     return out
 
 
-def _check_space(out: Path, policy: Policy) -> None:
+def _check_space(out: Path, policy: Policy, models: int) -> None:
     """Room for two checkpoints (parameters, two moments): the old one goes last."""
     place = next(p for p in (out, *out.absolute().parents) if p.exists())
-    trained = sum(p.numel() for p in policy.trainable)
+    trained = sum(p.numel() for p in policy.trainable) * models
     saved = sum(p.numel() * p.element_size() for p in policy.model.parameters())
-    need = 2 * 3 * 4 * trained + 2 * saved
+    family = 4 * trained if models > 1 else 0
+    need = 2 * 3 * 4 * trained + 2 * saved + family
     free = shutil.disk_usage(place).free
     if free < need:
         raise ValueError(

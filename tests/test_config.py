@@ -7,7 +7,10 @@ import pytest
 
 from meal_fast import config as c
 from meal_fast.config import Config, from_dict, load_toml, to_dict
+from meal_fast.meta import Separate
+from meal_fast.preference import lattice, model_tasks
 from meal_fast.presets import PRESETS, preset
+from meal_fast.recipes import RECIPES
 
 # (section, option, a value that is refused)
 REFUSED = [
@@ -18,6 +21,7 @@ REFUSED = [
     ("preference", "alpha", 0.0),
     ("preference", "grid", 1),
     ("preference", "grid", -2),
+    ("preference", "models", 1),
     ("rollout", "prompts", 0),
     ("rollout", "samples", 1),
     ("rollout", "max_new_tokens", 0),
@@ -98,6 +102,56 @@ def test_reptile_needs_two_inner_updates():
         from_dict({"meta": {"n_inner": 1}})
     joint = from_dict({"recipe": "weighted-grpo", "meta": {"n_inner": 1}})
     assert joint.meta.n_inner == 1
+
+
+THREE = ["a=m:f", "b=m:g", "c=m:h"]
+
+
+@pytest.mark.parametrize(
+    ("values", "tasks"),
+    [
+        ({"recipe": "rewarded-soups"}, 2),
+        ({"recipe": "rewarded-soups", "objectives": THREE}, 3),
+        ({"recipe": "morlhf"}, 3),
+        ({"recipe": "morlhf", "preference": {"models": 11}}, 11),
+        ({"recipe": "morlhf", "objectives": THREE, "preference": {"models": 4}}, 10),
+    ],
+)
+def test_recipes_of_several_models_settle_tasks_and_text(values, tasks):
+    """A task is a model, and no model reads a preference: config.json says so, and reads back."""
+    for base in (Config(), preset("hh-qwen2"), preset("steering")):
+        config = from_dict(values, base)
+        assert (config.meta.tasks, config.policy.preference_text) == (tasks, "none")
+        assert len(lattice(len(config.names), config.model_points)) == tasks
+        assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+    assert dataclasses.replace(Config(), recipe="rewarded-soups").meta.tasks == 2
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_options_know_which_recipes_have_several_models(recipe):
+    config, of = from_dict({"recipe": recipe}), RECIPES[recipe]
+    several = config.model_points > 0
+    assert several == (of.outer is Separate) == (of.rule is not None)
+    assert several == (of.preferences is model_tasks)
+    assert len(of.preferences(config, 3)) == config.meta.tasks
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"meta": {"tasks": 3}}, r"^meta\.tasks=3: recipe rewarded-soups makes it 2.*leave it out"),
+        ({"policy": {"preference_text": "bar"}}, r"^policy\.preference_text='bar': .*'none'"),
+        (
+            {"recipe": "grid-grpo", "policy": {"preference_text": "none"}},
+            r"^policy\.preference_text='none': the policy of grid-grpo.*bar or numbers",
+        ),
+        ({"recipe": "grid-grpo", "meta": {}}, r"^policy\.preference_text='none'"),
+    ],
+)
+def test_what_contradicts_a_recipe_of_several_models_is_refused(values, words):
+    base = from_dict({"recipe": "rewarded-soups"})
+    with pytest.raises(ValueError, match=words):
+        from_dict(values, base)
 
 
 @pytest.mark.parametrize(

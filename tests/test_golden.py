@@ -17,10 +17,13 @@ from tests.processes import one_thread, updates  # noqa: F401  (a fixture)
 GOLDEN = Path(__file__).resolve().parent / "golden"
 COLUMNS = ("loss", "grad_norm", "score")
 RUNS = {
+    "meal": "lora",
+    "mo-odpo": "full",
     "weighted-meta-grpo": "lora",
     "weighted-grpo": "full",
     "grid-meta-grpo": "full",
     "grid-grpo": "lora",
+    "rewarded-soups": "lora",
 }
 
 

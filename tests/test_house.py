@@ -18,19 +18,21 @@ PACKAGE = ROOT / "meal_fast"
 # A module imports from its own row (without cycles) and the rows above; a package counts as one.
 LAYERS = (
     ("options",),
+    ("recipe_options",),
     ("config",),
     ("presets", "batch", "papers"),
     ("runs", "cli"),
     ("ops",),
     ("assets", "tree", "mapped", "quiet"),
     ("prompts", "objectives", "preference", "policy", "worlds", "measures"),
-    ("scales",),
+    ("scales", "family"),
     ("rollout",),
     ("learners", "preference_net", "experience"),
-    ("meta", "meal"),
+    ("meta", "hypergradient"),
+    ("meal",),
     ("recipes",),
     ("trainer",),
-    ("train", "evaluate", "chat", "report", "figures", "page", "display"),
+    ("train", "evaluate", "answers", "chat", "report", "figures", "page", "display"),
     ("comparison", "comparison_page", "plan", "schedule", "compare"),
     ("integrations",),  # for other trainers: no part of ours
 )

@@ -118,7 +118,7 @@ def test_kept_responses_pass_both_gates_and_learn_the_weighted_preference():
 
 def test_lambda_one_without_a_net_keeps_what_was_asked():
     source = meal(meal={"lam": 1.0, "rho": 1.0})
-    assert source.net is None and source.state() == {}
+    assert source.net is None and "net" not in source.state()
     batch = source.collect(PROMPTS, (0.5, 0.5), ("test", 0))
     asked = dict(zip(PROMPTS, source._asked(PROMPTS, (0.5, 0.5), ("test", 0)), strict=True))
     for g, w in zip(batch.rolled.group_R.tolist(), batch.rolled.w_RK.tolist(), strict=True):
@@ -240,6 +240,7 @@ def test_statistics_of_the_realised_preference_are_saved(run):
         (["--rejection.q", "0"], ("rejection.q=0.0", "(0, 1]")),
         (["--rollout.backend", "generate"], ("rollout.backend='generate'", "engine")),
         (["--meal.update", "hypergradient", "--rollout.prompts", "1"], ("rollout.prompts=1",)),
+        (["--meal.update", "hypergradient", "--meal.policy", "grpo"], ("meal.policy='grpo'",)),
         (["--recipe", "weighted-grpo", "--meal.lam", "0.2"], ("meal.lam=0.2", "meal")),
     ],
 )

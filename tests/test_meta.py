@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from meal_fast.config import GRPOConfig, MetaConfig
-from meal_fast.meta import Joint, Reptile
+from meal_fast.meta import Joint, Reptile, Separate
 
 META = MetaConfig(steps=4, tasks=2, n_inner=2, epsilon=1.5)
 
@@ -98,7 +98,7 @@ def test_adam_state_at_the_start_of_a_task(mode):
         assert float(state["step"][0]) == 2
 
 
-@pytest.mark.parametrize("outer", [Joint, Reptile])
+@pytest.mark.parametrize("outer", [Joint, Reptile, Separate])
 @pytest.mark.parametrize("mode", ["persist_v", "per_preference"])
 def test_saved_state_goes_on_to_the_same_bits(outer, mode):
     def advance(loop, steps):
@@ -114,6 +114,55 @@ def test_saved_state_goes_on_to_the_same_bits(outer, mode):
     second.load_state(first.state())
     advance(second, range(2, 4))
     assert torch.equal(theta(whole), theta(second))
+    for w, values in whole.models().items():
+        assert all(map(torch.equal, values, second.models()[w]))
+
+
+GRADIENTS = {(1.0, 0.0): 0.7, (0.0, 1.0): -0.2, (0.5, 0.5): 3.0}
+
+
+def test_separate_models_are_those_trained_alone():
+    """Bit for bit, Adam's moments too, although their tasks take turns."""
+    together = make(Separate)
+    for step in range(3):
+        together.begin()
+        for w, gradient in GRADIENTS.items():
+            run_task(together, w, gradient * (step + 1))
+        together.end(step)
+    models, adam = together.models(), together.state()["adam"]
+    assert list(models) == list(GRADIENTS)
+    for w, gradient in GRADIENTS.items():
+        alone = make(Joint)
+        for step in range(3):
+            run_task(alone, w, gradient * (step + 1))
+        for got, want in zip(models[w], alone.parameters, strict=True):
+            assert torch.equal(got, want)
+        for name, values in alone.state()["adam"].items():
+            for got, want in zip(adam[w][name], values, strict=True):
+                assert torch.equal(got, want)
+        assert float(adam[w]["step"][0]) == 6
+
+
+def test_spread_is_the_models_distance_to_their_mean():
+    loop = make(Separate)
+    loop.begin()
+    for w in GRADIENTS:
+        run_task(loop, w, GRADIENTS[w])
+    flat = torch.stack([torch.cat([p.flatten() for p in m]) for m in loop.models().values()])
+    want = (flat - flat.mean(0)).square().sum(1).mean().sqrt()
+    assert loop.end(0)["spread"] == pytest.approx(float(want), rel=1e-5) and want > 0.1
+
+
+def test_a_resumed_family_holds_every_model_from_the_file(tmp_path):
+    loop, again = make(Separate), make(Separate)
+    for w in GRADIENTS:
+        run_task(loop, w, GRADIENTS[w])
+    torch.save(loop.state(), tmp_path / "state.pt")
+    again.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    for trained in (loop, again):
+        run_task(trained, (0.0, 1.0), 0.1)
+    for w in GRADIENTS:
+        assert all(map(torch.equal, loop.models()[w], again.models()[w]))
 
 
 def test_one_inner_update_is_refused():

@@ -23,6 +23,7 @@ NAMES = ("helpful", "harmless", "humor")
 def test_the_text_of_a_preference(w, text):
     assert preference_text(w, NAMES[: len(w)]) == text
     assert preference_text(w, NAMES[: len(w)], "numbers") == text.rpartition(" ")[0]
+    assert preference_text(w, NAMES[: len(w)], "none") == ""
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=16).filter(lambda w: sum(w) > 0.1))

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..batch import Rollout, Scored
 from ..config import GRPOConfig
 from ..policy import Policy
-from .grpo import micro_batches, packed, token_logp
+from .sequences import micro_batches, packed, token_logp
 
 
 def dpo(

@@ -7,7 +7,6 @@ each is normalised by the step's own count.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from .. import ops, tree
 from ..batch import Rollout, Scored
 from ..config import GRPOConfig
 from ..policy import Network, Policy
+from .sequences import divisor, hidden, micro_batches, packed, token_logp
 
 # Over micro-batches; the other metrics are means over tokens.
 SUMMED = {"loss", "policy_loss", "tokens"}
@@ -97,63 +97,3 @@ def _of_reference(
             "ref_bias": network.bias,
         }
     return {"ref_logp": token_logp(network, rollout, rows, batch, temperature)}
-
-
-def token_logp(
-    network: Network, rollout: Rollout, rows: Tensor, batch: tree.Packed, temperature: float
-) -> Tensor:
-    """Log-probabilities (N,) of the sampled tokens of `rows`, in their order."""
-    logp_N, _ = ops.linear_logprob(
-        hidden(network, rollout, rows, batch),
-        network.weight,
-        rollout.tokens_RT[rows][rollout.mask_RT[rows]],
-        temperature=temperature,
-        bias=network.bias,
-        softcap=network.softcap,
-    )
-    return logp_N
-
-
-def hidden(network: Network, rollout: Rollout, rows: Tensor, batch: tree.Packed) -> Tensor:
-    """The hidden states (N, D) that predict the sampled tokens of `rows`, in their order."""
-    mask = rollout.mask_RT[rows]
-    places_N = batch.before_RT[mask[:, : batch.before_RT.shape[1]]]
-    return tree.forward(network.body, batch)[places_N]
-
-
-def divisor(rollout: Rollout, reduce: str) -> float | Tensor:
-    """What the whole step's sum of terms is divided by, so that micro-batches add up."""
-    if reduce == "dapo":
-        return rollout.mask_RT.sum()
-    rows, width = rollout.mask_RT.shape
-    return rows if reduce == "grpo" else rows * width
-
-
-def packed(rollout: Rollout, rows: Tensor) -> tree.Packed:
-    """The prefixes of `rows` and the rows, laid end to end."""
-    groups, group_R = torch.unique_consecutive(rollout.group_R[rows], return_inverse=True)
-    mask = rollout.mask_RT[rows]
-    width = int(mask.sum(1).max())
-    prefixes = [rollout.prefix[g] for g in groups.tolist()]
-    return tree.pack(prefixes, group_R, rollout.tokens_RT[rows, :width], mask[:, :width])
-
-
-def micro_batches(rollout: Rollout, budget: int, unit: int = 1) -> Iterator[Tensor]:
-    """Runs of rows (int64 indices) of at most `budget` tokens, prefixes counted once a run.
-
-    Rows are taken `unit` at a time, and a unit is never split, so one that is longer than the
-    budget goes alone.
-    """
-    lengths = rollout.mask_RT.sum(1).tolist()
-    groups = rollout.group_R.tolist()
-    run: list[int] = []
-    used, held = 0, -1
-    for row in range(0, len(groups), unit):
-        length, group = sum(lengths[row : row + unit]), groups[row]
-        more = length + (0 if group == held else len(rollout.prefix[group]))
-        if run and used + more > budget:
-            yield torch.tensor(run, device=rollout.group_R.device)
-            run, used, more = [], 0, length + len(rollout.prefix[group])
-        run += range(row, min(row + unit, len(groups)))
-        used, held = used + more, group
-    yield torch.tensor(run, device=rollout.group_R.device)

@@ -16,7 +16,7 @@ from .. import ops
 from ..batch import Rollout, Scored
 from ..config import GRPOConfig
 from ..policy import Policy
-from .grpo import divisor, micro_batches, packed, token_logp
+from .sequences import divisor, micro_batches, packed, token_logp
 
 
 def sft(

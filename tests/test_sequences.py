@@ -1,0 +1,113 @@
+"""Log-probabilities of responses, and gradients of their sums, against one row at a time."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from meal_fast import ops
+from meal_fast.batch import Prompt
+from meal_fast.learners.sequences import gradient, logp, logp_rows, micro_batches
+from meal_fast.policy import load_policy
+from meal_fast.rollout import Request, rollout
+from tests.run_folder import tiny_config, tiny_policy
+
+TEMPERATURE = 0.9
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def setting(request):
+    config = tiny_config(policy={"tuning": request.param})
+    lora = request.param == "lora"
+    policy = tiny_policy(config) if lora else load_policy(config.policy, config.names)
+    return policy, uneven(policy)
+
+
+def uneven(policy, samples=3, seed=0, w=(0.7, 0.3)):
+    """Rows of three prompts, of two to six tokens."""
+    prompts = [Prompt("a", "Write a short word."), Prompt("b", "Hi"), Prompt("c", "Say more.")]
+    rolled = rollout(
+        policy,
+        [Request(p, w, samples) for p in prompts],
+        max_new_tokens=7,
+        temperature=TEMPERATURE,
+        seed=seed,
+    )
+    lengths = 2 + torch.arange(3 * samples)[:, None] % 5
+    mask = rolled.mask_RT & (torch.arange(rolled.mask_RT.shape[1]) < lengths)
+    return dataclasses.replace(rolled, mask_RT=mask)
+
+
+def plain(network, rolled, temperature=TEMPERATURE):
+    """logp (R,) from full logits, one row at a time, without any packing."""
+    out = []
+    for row, group in enumerate(rolled.group_R.tolist()):
+        tokens = rolled.tokens_RT[row][rolled.mask_RT[row]]
+        ids = torch.tensor([[*rolled.prefix[group], *tokens.tolist()]])
+        hidden = network.body(input_ids=ids, use_cache=False).last_hidden_state[0]
+        logits = hidden[-len(tokens) - 1 : -1] @ network.weight.T / temperature
+        out.append(torch.log_softmax(logits, -1).gather(1, tokens[:, None]).sum())
+    return torch.stack(out)
+
+
+def test_log_probabilities_are_those_of_the_rows_alone(setting):
+    policy, rolled = setting
+    with torch.no_grad():
+        want = plain(policy.network, rolled)
+        for rows in ([0], [0, 1, 2, 3], [8, 2, 0, 1], list(range(9))):
+            got = logp_rows(policy.network, rolled, torch.tensor(rows), TEMPERATURE)
+            torch.testing.assert_close(got, want[rows], atol=1e-4, rtol=1e-5)
+    assert got.dtype == torch.float32
+
+
+@pytest.mark.parametrize("budget", [1, 50, 10**6])
+def test_micro_batches_do_not_change_them(setting, budget):
+    policy, rolled = setting
+    rows = torch.tensor([1, 4, 5, 8])
+    assert torch.cat(list(micro_batches(rolled, budget, rows))).tolist() == rows.tolist()
+    with policy.reference() as base:
+        want = plain(base, rolled).detach()
+        got = logp(base, rolled, TEMPERATURE, micro_tokens=budget)
+        some = logp(base, rolled, TEMPERATURE, micro_tokens=budget, rows=rows)
+    assert not got.requires_grad
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(some, want[rows], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("budget", [1, 50, 10**6])
+def test_the_gradient_of_a_weighted_sum(setting, budget, recompute):
+    policy, rolled = setting
+    c = torch.randn(9, generator=torch.Generator().manual_seed(1))
+    value, got = gradient(policy, rolled, c, TEMPERATURE, micro_tokens=budget, recompute=recompute)
+    assert all(p.grad is None for p in policy.trainable)
+    wanted = (c * plain(policy.network, rolled)).sum()
+    want = torch.autograd.grad(wanted, policy.trainable)
+    torch.testing.assert_close(value, wanted.detach(), atol=1e-3, rtol=1e-5)
+    assert any(g.abs().max() > 1e-2 for g in got)
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
+
+
+def test_logits_are_never_whole(setting, monkeypatch):
+    policy, rolled = setting
+    calls = []
+
+    def spy(hidden, *arguments, **options):
+        calls.append(len(hidden))
+        return linear_logprob(hidden, *arguments, **options)
+
+    linear_logprob = ops.linear_logprob
+    monkeypatch.setattr(ops, "linear_logprob", spy)
+    logp_rows(policy.network, rolled, torch.arange(9), TEMPERATURE)
+    assert calls == [int(rolled.mask_RT.sum())]  # sampled tokens alone reach the head
+
+
+def test_coefficients_that_fit_no_rollout_are_refused(setting):
+    policy, rolled = setting
+    with pytest.raises(ValueError, match=r"coefficient_R: shape \(4,\), expected \(9,\)"):
+        gradient(policy, rolled, torch.ones(4), TEMPERATURE, micro_tokens=99)
+    none = {name: getattr(rolled, name)[:0] for name in ("group_R", "mask_RT", "tokens_RT")}
+    empty = dataclasses.replace(rolled, **none)
+    with pytest.raises(ValueError, match="no rows"):
+        gradient(policy, empty, torch.ones(0), TEMPERATURE, micro_tokens=99)
