@@ -282,6 +282,7 @@ def _summary(
             {
                 "w": w,
                 "normalized": dict(zip(names, norm_SWK[:, i].mean(0), strict=True)),
+                "by_seed": norm_SWK[:, i],
                 "pu": over_seeds(pu_SW[:, i]),
             }
             for i, w in enumerate(weights)

@@ -113,7 +113,10 @@ def style_of(result: Result, name: str) -> tuple[str, str]:
 def front(
     ax: Axes, result: Result, mode: str, a: int, b: int, shown: Sequence[str], title: str
 ) -> None:
-    """The mean front of each method of `shown`, with the hypervolume's reference point."""
+    """The mean front of each method of `shown`, and small, each seed's points.
+
+    Seeds that settled at different ends have a mean between them, which none of them reached.
+    """
     names = result["names"]
     pair = len(names) == 2
     for method in result["methods"]:
@@ -124,6 +127,9 @@ def front(
         xs, ys = ([p["normalized"][names[k]] for p in points] for k in (a, b))
         if pair:
             ax.plot(xs, ys, color=colour, linewidth=0.9, alpha=0.5, zorder=2)
+        if len(method["seeds"]) > 1:
+            seed_x, seed_y = ([seed[k] for p in points for seed in p["by_seed"]] for k in (a, b))
+            ax.scatter(seed_x, seed_y, s=6, marker=marker, c=colour, alpha=0.4, lw=0, zorder=1)
         fill = [colour if p["nondominated"] else PAPER for p in points]
         ax.scatter(xs, ys, s=26, marker=marker, c=fill, edgecolors=colour, linewidths=1.1, zorder=3)
         ax.scatter([], [], s=26, marker=marker, c=colour, label=method["name"])
@@ -159,7 +165,7 @@ def front_png(result: Result) -> Any:
     draws = [draw for mode in ("sampled", "greedy") for draw in fronts(result, mode)]
     pairs = len(draws) // 2
     first = result["names"][0]
-    note = f"means over seeds; numbers: w of {first}; hollow: dominated by a point of the panel"
+    note = f"large: means over seeds, small: each seed; numbers: w of {first}; hollow: dominated"
     return figures.panels(draws, columns=2 if pairs == 1 else pairs, size=(5.4, 5.4), note=note)
 
 
@@ -175,9 +181,11 @@ def _fronts(result: Result) -> Iterator[str]:
             yield _figure(draw, f"Fronts of all methods, {mode}")
     yield "</div>"
     yield (
-        '<p class="note">A point is a mean over prompts, samples and seeds at one w; the ends '
-        f"carry w of {escape(result['names'][0])}. Up and right is better. Hollow points are "
-        "dominated by another of the panel or of an ablation.</p>"
+        '<p class="note">A point is a mean over prompts, samples and seeds at one w; the '
+        "small ones are each seed's: seeds that settled at different ends have a mean between them "
+        f"that none of them reached. The ends of a line carry w of {escape(result['names'][0])}. "
+        "Up and right is better. Hollow points are dominated by another's mean, here or in an "
+        "ablation.</p>"
     )
 
 

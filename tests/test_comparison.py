@@ -100,6 +100,7 @@ def test_one_reference_point_lies_below_all_methods():
     assert by_name["weighted-meta-grpo"]["value"] == pytest.approx(
         1.2 * 0.3 + 0.7 * 0.5 + 0.2 * 0.5
     )
+    assert result["methods"][2]["points"]["greedy"][0]["by_seed"] == [[2, 0]]
     solid = {
         m["name"]: [p["nondominated"] for p in m["points"]["sampled"]] for m in result["methods"]
     }
