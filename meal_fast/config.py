@@ -345,7 +345,7 @@ class Config:
             changed = dataclasses.replace(getattr(self, section), **{option: value})
             object.__setattr__(self, section, changed)
         text, tuning = self.policy.preference_text, self.policy.tuning
-        steered = f"the policy of {self.recipe} is steered by that text; choose bar or numbers"
+        steered = f"the policy of {self.recipe} is told w as text; choose bar or numbers"
         ok = bool(self.settled) or text not in ("none", "scores")
         require(ok, "policy.preference_text", text, steered)
         guide = "is for the guide of recipe 'parm'; choose lora or full"

@@ -129,8 +129,8 @@ class ParmConfig:
 class RicConfig:
     """Rewards-in-Context, where [P] is its own paper: meal_fast.ric."""
 
-    offline: float = opt(0.5, "share of the run on the base model's responses; then online [R]")
-    quantile: float = opt(0.7, "online: kept is what reaches it in any reward of its round [P]")
+    offline: float = opt(0.25, "share of the run on the base model's responses; then online [R]")
+    quantile: float = opt(0.7, "online: kept is what reaches it in any reward of its update [P]")
     replay: float = opt(0.5, "online: offline responses learnt beside each one that is kept [R]")
     buffer: int = opt(1024, "recent offline responses: replayed, and drawn for goals [R]")
 

@@ -25,6 +25,7 @@ RUNS = {
     "grid-grpo": "lora",
     "rewarded-soups": "lora",
     "parm": "bilinear",
+    "ric": "lora",
 }
 
 
