@@ -377,7 +377,7 @@ def test_recipe_ric_settles_what_the_policy_reads():
         (["--recipe", "meal", "--ric.replay", "1"], ("ric.replay=1.0", "'meal'", "use ric")),
         (
             ["--recipe", "weighted-grpo", "--policy.preference_text", "scores"],
-            ("policy.preference_text='scores'", "recipe ric"),
+            ("policy.preference_text='scores'", "weighted-grpo", "bar or numbers"),
         ),
     ],
 )
