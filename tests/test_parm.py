@@ -15,6 +15,7 @@ from meal_fast.bilinear import Adapter, Bilinear
 from meal_fast.chat import main as chat
 from meal_fast.config import Config, from_dict
 from meal_fast.experience import BaseSamples
+from meal_fast.family import load_served
 from meal_fast.guide import guided
 from meal_fast.learners import parm
 from meal_fast.learners.grpo import packed
@@ -33,6 +34,7 @@ from tests.test_grpo import gradients
 
 PROMPTS = [Prompt("a", "Write a short word."), Prompt("b", "Say more."), Prompt("c", "Hi")]
 EVEN = (0.5, 0.5)
+FUNCTIONS = ("first", "second", "first")
 OWN = ((0.7, 0.3), (0.0, 1.0), EVEN)
 
 
@@ -279,11 +281,13 @@ def test_what_the_learner_refuses(policy, rolled):
 # --- guided decoding ---------------------------------------------------------------------------
 
 
-def plain_guided(w, beta, prefix, tokens, temperature):
+def plain_guided(w, beta, prefix, tokens, temperature, bias):
     """Log-probabilities by two models of transformers' own, the guide's weights summed by hand."""
     policy = guide_policy()
     base = AutoModelForCausalLM.from_pretrained(policy._base.config.name_or_path).eval()
     guide = AutoModelForCausalLM.from_pretrained(policy._base.config.name_or_path).eval()
+    for model in (base, guide):
+        model.lm_head.bias = bias
     for name, layer in policy.adapter.layers.items():
         w2 = sum(w[k] * layer.p[:, :, k] for k in range(2))
         delta = layer.b1 @ layer.w1 @ layer.a1 + layer.b2 @ w2 @ layer.a2
@@ -298,8 +302,13 @@ def plain_guided(w, beta, prefix, tokens, temperature):
 
 @pytest.mark.parametrize(("beta", "fixed", "join"), [(1.0, False, False), (0.4, True, True)])
 def test_guided_log_probabilities_are_those_of_two_models(beta, fixed, join):
-    """Prompts of several lengths, a cut in memory so that places are reused, both kinds of step."""
+    """Prompts of several lengths, slots that are used again, both kinds of step, a head's bias."""
     policy, w = guide_policy(), (0.8, 0.2)
+    bias = None
+    if fixed:
+        generator = torch.Generator().manual_seed(4)
+        bias = nn.Parameter(torch.randn(len(policy.network.weight), generator=generator))
+        policy._base.lm_head.bias = bias
     requests = [Request(p, w, 3) for p in PROMPTS]
     sampling = Sampling(max_new_tokens=6, temperature=0.9, seed=1)
     with guided(policy, w, beta), engine(policy, max_rows=4, join=join) as sampler:
@@ -310,7 +319,7 @@ def test_guided_log_probabilities_are_those_of_two_models(beta, fixed, join):
     for row in range(9):
         tokens = out.tokens_RT[row][out.mask_RT[row]].tolist()
         prefix = out.prefix[int(out.group_R[row])]
-        wanted, base = plain_guided(w, beta, prefix, tokens, 0.9)
+        wanted, base = plain_guided(w, beta, prefix, tokens, 0.9, bias)
         torch.testing.assert_close(out.logp_RT[row][out.mask_RT[row]], wanted, rtol=0, atol=1e-4)
         own = base.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         differs = max(differs, float((own - wanted).abs().max()))
@@ -354,6 +363,34 @@ def test_in_bfloat16_the_factors_stay_apart():
             policy, [Request(PROMPTS[0], EVEN, 2)], max_new_tokens=4, temperature=1.0, seed=0
         )
     assert torch.isfinite(out.logp_RT).all()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_trained_guide_steers_the_base_on_the_known_front(tmp_path):
+    """24 updates on the concave front; the base model's mean rewards are about 0.2 in both."""
+    config = from_dict(
+        {
+            "recipe": "parm",
+            "meta": {"steps": 12, "tasks": 1},
+            "rollout": {"samples": 16},
+            "grpo": {"lr": 1e-2},
+            "policy": {"lora_rank": 4, "lora_alpha": 8},
+        },
+        preset("concave-front"),
+    )
+    trainer = Trainer(config, tmp_path / "run")
+    assert trainer.train()
+    means = {}
+    for w in ((1.0, 0.0), EVEN, (0.0, 1.0)):
+        with guided(trainer.policy, w, 1.0):
+            requests = [Request(trainer.prompts[0], w, 64)]
+            texts = rollout(
+                trainer.policy, requests, max_new_tokens=6, temperature=1.0, seed=0
+            ).texts
+        means[w] = trainer.objectives.score([""] * 64, texts).mean(0).tolist()
+    assert means[1.0, 0.0][0] > 0.7 and means[1.0, 0.0][1] < 0.1, means
+    assert means[0.0, 1.0][1] > 0.7 and means[0.0, 1.0][0] < 0.1, means
+    assert min(means[EVEN]) > 0.15, means
 
 
 # --- the experience ----------------------------------------------------------------------------
@@ -428,6 +465,23 @@ def test_another_model_s_factors_are_refused(policy, tmp_path):
 
 
 # --- whole runs --------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_three_objectives(tmp_path):
+    config = parm_config(
+        objectives=[f"{n}=meal_fast.worlds:{f}" for n, f in zip("abc", FUNCTIONS, strict=True)],
+        score={"utopia": [1.1] * 3},
+        meta={"steps": 1},
+    )
+    trainer = Trainer(config, tmp_path / "run")
+    assert trainer.train()
+    assert all(layer.p.shape == (4, 4, 3) for layer in trainer.policy.adapter.layers.values())
+    policy, guides = load_served(tmp_path / "run", config)
+    w = (0.2, 0.3, 0.5)
+    with guides.at(policy, w):
+        out = rollout(policy, [Request(PROMPTS[0], w)], max_new_tokens=4, temperature=1.0, seed=0)
+    assert out.logp_RT.isfinite().all()
 
 
 @pytest.mark.usefixtures("one_thread")
