@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .batch import Prompt
 from .config import Config
 from .preference import Weights
 
 if TYPE_CHECKING:
-    from .family import Family
     from .policy import Network, Policy
 
 MODES = ("greedy", "sampled")
 Progress = Callable[[str], None]
+
+
+class Served(Protocol):
+    """What makes a policy serve a preference where it is not told in words: a family of models, or
+    the guides of PARM."""
+
+    def groups(self, weights: Sequence[Weights]) -> list[list[int]]:
+        """Places in `weights`, those together that the same parameters serve."""
+
+    def at(self, policy: Policy, w: Weights) -> AbstractContextManager[None]:
+        """Within it the policy is what serves w; afterwards, what it was before."""
 
 
 @dataclass
@@ -56,7 +66,7 @@ def answers(
     weights: Sequence[Weights],
     config: Config,
     say: Progress,
-    family: Family | None = None,  # of models, each of which the policy becomes
+    family: Served | None = None,  # what the policy becomes for a weight
 ) -> dict[str, Sweep]:
     """The sweeps of one model by mode.
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .options import opt, replaced, require
-from .recipe_options import CHOICES, MealConfig, RejectionConfig
+from .recipe_options import CHOICES, MealConfig, ParmConfig, RejectionConfig, RicConfig
 
 RecipeName = Literal[
     "weighted-meta-grpo",
@@ -28,14 +28,16 @@ RecipeName = Literal[
     "mo-odpo",
     "rewarded-soups",
     "morlhf",
+    "parm",
+    "ric",
 ]
-Tuning = Literal["lora", "full"]
+Tuning = Literal["lora", "full", "bilinear"]
 Dtype = Literal["float32", "bfloat16"]
 Normalization = Literal["max", "standard", "tanh", "none"]
 KLEstimator = Literal["k1", "k2", "k3", "exact"]
 Reduce = Literal["grpo", "dapo", "dr_grpo"]
 AdamMode = Literal["persist_v", "reset", "per_preference"]
-PreferenceText = Literal["bar", "numbers", "none"]
+PreferenceText = Literal["bar", "numbers", "scores", "none"]
 Logger = Literal["none", "tensorboard", "wandb"]
 Backend = Literal["engine", "generate", "vllm"]
 _CHOICES = CHOICES | {
@@ -55,12 +57,12 @@ _CHOICES = CHOICES | {
 @dataclass(frozen=True)
 class PolicyConfig:
     path: str = opt("packaged:smollm2-135m", "packaged:NAME, a local folder or a hub name")
-    tuning: Tuning = opt("lora", "train LoRA adapters, or every parameter")
-    lora_rank: int = opt(16, "rank of the LoRA factors")
+    tuning: Tuning = opt("lora", "train LoRA adapters, or every parameter; parm: bilinear adapters")
+    lora_rank: int = opt(16, "rank of the LoRA factors; bilinear: of each of the two terms")
     lora_alpha: int = opt(32, "LoRA scale: the update is alpha/rank * B A")
     dtype: Dtype = opt("float32", "of the frozen weights; what is trained is always float32")
     preference_text: PreferenceText = opt(
-        "bar", "how it reads w, see meal_fast.preference; none: not"
+        "bar", "how it reads w, see meal_fast.preference; none: not; scores: recipe ric's"
     )
     device: str = opt("auto", "cpu, cuda, cuda:0, or auto (cuda when there is one)")
 
@@ -200,6 +202,12 @@ class MetaConfig:
         require(self.max_delta >= 0, "meta.max_delta", self.max_delta, "must not be negative")
         require(self.tokens >= 0, "meta.tokens", self.tokens, "must be 0 (meta.steps) or positive")
 
+    def progress(self, updates: int, tokens: int) -> float:
+        """The share of the run that is done after so many inner updates and generated tokens."""
+        if self.tokens:
+            return min(tokens / self.tokens, 1.0)
+        return updates / (self.steps * self.tasks * self.n_inner)
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -239,6 +247,8 @@ class Config:
     meta: MetaConfig = field(default_factory=MetaConfig)
     rejection: RejectionConfig = field(default_factory=RejectionConfig)
     meal: MealConfig = field(default_factory=MealConfig)
+    parm: ParmConfig = field(default_factory=ParmConfig)
+    ric: RicConfig = field(default_factory=RicConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
@@ -277,9 +287,13 @@ class Config:
                 "(use the recipe without 'meta')",
             )
         require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "≥ 1")
-        if self.recipe == "mo-odpo":
-            n, remedy = self.rollout.samples, "recipe 'mo-odpo' pairs a prompt's samples: even"
+        if self.recipe in ("mo-odpo", "parm"):
+            n, remedy = (
+                self.rollout.samples,
+                f"recipe {self.recipe!r} pairs a prompt's samples: even",
+            )
             require(n % 2 == 0, "rollout.samples", n, remedy)
+        if self.recipe == "mo-odpo":
             require(self.grpo.beta > 0, "grpo.beta", self.grpo.beta, "DPO's beta must be positive")
         if self.recipe == "meal":
             backend = self.rollout.backend
@@ -290,13 +304,17 @@ class Config:
                 require(policy == "sft", "meal.policy", policy, "the hypergradient needs sft")
                 remedy = "the hypergradient holds half of them out: 2 or more"
                 require(n >= 2, "rollout.prompts", n, remedy)
-        else:
-            for section in ("rejection", "meal"):
-                held = getattr(self, section)
-                for f in dataclasses.fields(held):
-                    value = getattr(held, f.name)
-                    unused = f"recipe {self.recipe!r} has no use for it; leave it out, or use meal"
-                    require(value == f.default, f"{section}.{f.name}", value, unused)
+        for section, recipe in (
+            ("rejection", "meal"),
+            ("meal", "meal"),
+            ("parm", "parm"),
+            ("ric", "ric"),
+        ):
+            held = getattr(self, section)
+            for f in dataclasses.fields(held) if self.recipe != recipe else ():
+                value = getattr(held, f.name)
+                unused = f"recipe {self.recipe!r} has no use for it; leave it out, or use {recipe}"
+                require(value == f.default, f"{section}.{f.name}", value, unused)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -310,25 +328,30 @@ class Config:
             return 2  # the corners
         return self.preference.models if self.recipe == "morlhf" else 0
 
+    @property
+    def settled(self) -> dict[tuple[str, str], Any]:
+        """Options that the recipe leaves no choice of, so that config.json says them."""
+        if self.model_points:  # a task is a model, and none reads a w
+            tasks = math.comb(self.model_points + len(self.names) - 2, len(self.names) - 1)
+            return {("meta", "tasks"): tasks, ("policy", "preference_text"): "none"}
+        if self.recipe == "parm":  # the guide's weights say w
+            return {("policy", "tuning"): "bilinear", ("policy", "preference_text"): "none"}
+        if self.recipe == "ric":  # it reads rewards
+            return {("policy", "preference_text"): "scores"}
+        return {}
+
     def _settle(self) -> None:
-        """What the recipe leaves no choice of, so that config.json says it: `SETTLED`."""
-        if not self.model_points:
-            require(
-                self.policy.preference_text != "none",
-                "policy.preference_text",
-                "none",
-                f"the policy of {self.recipe} is steered by that text; choose bar or numbers",
-            )
-            return
-        k = len(self.names)
-        values = (math.comb(self.model_points + k - 2, k - 1), "none")
-        for (section, option), value in zip(SETTLED, values, strict=True):
+        for (section, option), value in self.settled.items():
             changed = dataclasses.replace(getattr(self, section), **{option: value})
             object.__setattr__(self, section, changed)
-
-
-# Of recipes with a model for each of several preferences: a task is a model, and none reads a w.
-SETTLED = (("meta", "tasks"), ("policy", "preference_text"))
+        text, tuning = self.policy.preference_text, self.policy.tuning
+        steered = f"the policy of {self.recipe} is steered by that text; choose bar or numbers"
+        if text == "scores":
+            steered = "is recipe ric's; choose bar or numbers"
+        ok = bool(self.settled) or text not in ("none", "scores")
+        require(ok, "policy.preference_text", text, steered)
+        guide = "is for the guide of recipe 'parm'; choose lora or full"
+        require(self.recipe == "parm" or tuning != "bilinear", "policy.tuning", tuning, guide)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -339,10 +362,9 @@ def to_dict(config: Config) -> dict[str, Any]:
 def from_dict(values: dict[str, Any], base: Config | None = None) -> Config:
     """`base` (default: all defaults) with the nested `values` put in; unknown keys are refused."""
     config: Config = replaced(base or Config(), values, choices_of)
-    for section, option in SETTLED:
-        held = getattr(getattr(config, section), option)
+    for (section, option), held in config.settled.items():
         asked = values.get(section, {}).get(option, held)
-        remedy = f"recipe {config.recipe} makes it {held!r}, a model a preference; leave it out"
+        remedy = f"recipe {config.recipe} makes it {held!r}; leave it out"
         require(asked == held, f"{section}.{option}", asked, remedy)
     return config
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import measures
-from .answers import MODES, Progress, Sweep, answers
+from .answers import MODES, Progress, Served, Sweep, answers
 from .batch import Prompt
 from .cli import OneLineParser, one_line_errors
 from .config import Config
@@ -34,7 +34,6 @@ from .preference import Weights, evaluation_weights, on_lattice, shown_weights
 from .runs import policy_folder, read_config, read_statistics
 
 if TYPE_CHECKING:
-    from .family import Family
     from .objectives import Normalizer, Objectives
     from .policy import Policy
 
@@ -53,14 +52,14 @@ def evaluate(
     *,
     reference_point: Sequence[float] | None = None,
     progress: Progress | None = None,
-    family: Family | None = None,
+    family: Served | None = None,
 ) -> dict[str, Any]:
     """Sweeps w over `evaluation_weights(K, config.evaluation.grid)`; plain values, for JSON.
 
     Of `prompts` the first `config.evaluation.prompts` in the order of their ids (hashes) are taken.
     `reference_point` (K,), normalised: the hypervolume's; default: the nadir of base and trained,
     greedy and sampled, minus a tenth of their range. PU is the mean of -S_smooth over answers, a
-    shortfall: lower is better [P]. `family`: the models that `policy` becomes, a weight at a time.
+    shortfall: lower is better [P]. `family`: what makes `policy` serve a weight, one at a time.
     Raises ValueError where no prompt is of at most `prompts.max_tokens` tokens.
     """
     limit = config.prompts.max_tokens

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from . import ops
-from .batch import Prompt, Rollout, Scored
+from . import ops, preference
+from .batch import Prompt, Rollout, Scored, key
 from .config import Config
 from .objectives import Objectives
-from .policy import Policy
+from .policy import Network, Policy
 from .preference import Weights
 from .rollout import Request, backend
 from .scales import Scales
@@ -61,22 +61,35 @@ class Sampled:
         pass
 
     def save(self, folder: Path) -> None:
-        """What a user of the finished policy needs beside it."""
+        """What a user of the finished policy needs beside it; or in it: it is saved after this."""
 
-    def _all_of(self, requests: Sequence[Request], stream: Stream) -> Experience:
+    def _all_of(
+        self, requests: Sequence[Request], stream: Stream, network: Network | None = None
+    ) -> Experience:
+        rolled = self._sampled(requests, stream, network)
+        scored = self.score(self._rewards(rolled), rolled)
+        return Experience(rolled, scored, scored.reward_RK, int(rolled.mask_RT.sum()))
+
+    def _sampled(
+        self, requests: Sequence[Request], stream: Stream, network: Network | None = None
+    ) -> Rollout:
+        """The policy's responses, or another network's."""
         options = self.config.rollout
-        rolled = backend(options.backend)(
+        return backend(options.backend)(
             self.policy,
             requests,
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             seed=self.config.seed,
             stream=stream,
+            network=network,
             max_cache_bytes=options.max_cache_bytes,
         )
+
+    def _rewards(self, rolled: Rollout) -> Tensor:
+        """Raw rewards (R, K)."""
         texts = [rolled.prompts[g].text for g in rolled.group_R.tolist()]
-        scored = self.score(self.objectives.score(texts, rolled.texts), rolled)
-        return Experience(rolled, scored, scored.reward_RK, int(rolled.mask_RT.sum()))
+        return self.objectives.score(texts, rolled.texts)
 
     def score(self, reward_RK: Tensor, rolled: Rollout) -> Scored:
         """Normalised rewards, scores and group-relative advantages of a rollout's rewards."""
@@ -90,3 +103,26 @@ class Sampled:
             scalarization=self.kind,
         )
         return Scored(reward_RK, normalized, score, advantage.to(rolled.mask_RT.device))
+
+
+class BaseSamples(Sampled):
+    """Samples of the base model, for a guide: every prompt has a preference of its own.
+
+    w ~ Dir(`parm.alpha`), on the whole simplex. The base model reads no preference: it decides
+    which loss the guide is trained by, and nothing about the samples.
+    """
+
+    def collect(self, prompts: Sequence[Prompt], w: Weights, stream: Stream) -> Experience:
+        drawn = preference.draw(
+            len(self.config.names),
+            alpha=self.config.parm.alpha,
+            points=0,
+            seed=key(self.config.seed, "parm", *stream),
+            step=0,
+            count=len(prompts),
+        )
+        samples = self.config.rollout.samples
+        requests = [Request(p, own, samples) for p, own in zip(prompts, drawn, strict=True)]
+        with self.policy.reference() as base:
+            batch = self._all_of(requests, stream, base)
+        return replace(batch, log={"w": batch.rolled.w_RK.mean(0).tolist()})  # not the task's

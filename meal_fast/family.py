@@ -24,6 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .config import Config
+from .guide import Guides
 from .policy import Policy, load_policy
 from .preference import Weights
 from .runs import policy_folder
@@ -150,14 +151,15 @@ class Family:
             ) from None
 
 
-def load_served(run: Path, config: Config) -> tuple[Policy, Family | None]:
-    """What answers for a finished run: its policy, or (a family) the policy that `at` makes one.
+def load_served(run: Path, config: Config) -> tuple[Policy, Family | Guides | None]:
+    """What answers for a finished run: its policy, or the policy that `at` makes of it at a w.
 
     Of a family the policy is the base model until then. Raises ValueError for a run without them.
     """
     trained = policy_folder(run)
     if not config.model_points:
-        return load_policy(config.policy, config.names, seed=config.seed, trained=trained), None
+        policy = load_policy(config.policy, config.names, seed=config.seed, trained=trained)
+        return policy, Guides(config.parm.beta) if config.recipe == "parm" else None
     family = Family.load(run / FILE)
     return load_policy(config.policy, config.names, seed=config.seed), family
 

@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import tree
 from .assets import asset
+from .bilinear import Adapter
 from .config import PolicyConfig
 from .mapped import FrozenCopy
 from .ops.gemm import accelerate, linear, lora_linear
-from .preference import preference_text
+from .preference import Goals, preference_text
 from .quiet import quiet
 from .worlds import build_world
 
+GUIDE = "guide.safetensors"  # in the policy's folder
 _MARK = "\u241f"  # stands for the user's text while the chat template is cut in two
 
 
@@ -42,6 +44,7 @@ class Network:
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
     softcap: float | None
+    runs: int = 1  # of each of the body's layers in a pass: so many keys and values a token
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Full logits of a few hidden states (R, D) -> (R, V), float32: what a sampler needs."""
@@ -59,18 +62,23 @@ class Policy:
         names: Sequence[str],
         frozen: FrozenCopy | None = None,
         style: str = "bar",
+        adapter: Adapter | None = None,
+        goals: Goals | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.names = tuple(names)
         self.style = style
+        self.goals = goals  # of style `scores`; None in training, whose requests hold rewards
         self.lora = hasattr(model, "peft_config")
         self._base: Any = model.get_base_model() if self.lora else model
         self._frozen = frozen
+        self.adapter = adapter  # of a guide: the policy then is the base model, guided by it
+        self.served: Network | None = None  # what it samples from, where a guide is put to it
         self.trainable = list(self.named.values())
         self._before, self._after = split_template(tokenizer)
         self.encode_prompt = lru_cache(maxsize=4096)(self._encode_prompt)
-        self.encode_suffix = lru_cache(maxsize=4096)(self._encode_suffix)
+        self._encode_said = lru_cache(maxsize=4096)(self._encode_said_text)
 
     @property
     def device(self) -> torch.device:
@@ -86,6 +94,9 @@ class Policy:
         if self.lora:
             with self.model.disable_adapter():
                 yield cut(self._base)
+        elif self.adapter is not None:
+            with self.adapter.at(None):
+                yield cut(self._base)
         elif self._frozen is None:
             yield cut(self._base)
         else:
@@ -99,8 +110,14 @@ class Policy:
         """The policy for passes without gradients: float32 LoRA with its factors multiplied out.
 
         That costs a copy of the weights, and saves two of the three products of each layer. In
-        bfloat16 the sum would be rounded: those factors stay apart.
+        bfloat16 the sum would be rounded: those factors stay apart. With a guide it is what
+        `guide.guided` put here, and a ValueError outside of that: each preference has its own.
         """
+        if self.adapter is not None:
+            if self.served is None:
+                raise ValueError("policy: its guide answers at one preference; see guide.guided")
+            yield self.served
+            return
         layers = [m for m in self.model.modules() if hasattr(m, "get_delta_weight")]
         if not layers or any(m.base_layer.weight.dtype != torch.float32 for m in layers):
             yield self.network
@@ -183,11 +200,20 @@ class Policy:
         ids = self.tokenizer(self._before + text, add_special_tokens=False)["input_ids"]
         return tuple(ids)
 
-    def _encode_suffix(self, w: tuple[float, ...] | None) -> tuple[int, ...]:
+    def said(self, w: tuple[float, ...] | None) -> str:
+        """The text by which it reads a preference; none: no text."""
+        if w is None:
+            return ""
+        read = w if self.goals is None else self.goals.of(w)
+        return preference_text(read, self.names, self.style)
+
+    def encode_suffix(self, w: tuple[float, ...] | None) -> tuple[int, ...]:
         """Tokens of the preference (none: no preference text) and of the assistant's header."""
-        text = "" if w is None else preference_text(w, self.names, self.style)
-        said = f" {text}{self._after}" if text else self._after
-        return tuple(self.tokenizer(said, add_special_tokens=False)["input_ids"])
+        return self._encode_said(self.said(w))
+
+    def _encode_said_text(self, said: str) -> tuple[int, ...]:
+        text = (f" {said}" if said else "") + self._after
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -196,9 +222,10 @@ class Policy:
     def save(self, folder: Path) -> None:
         """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads, safetensors, whole.
 
-        LoRA: the merged weights, and the factors in `adapter/`, PEFT's own format. The tokenizer's
-        chat template takes `preference=preference_text(w, names, style)`, unless the style is none.
-        The folder appears at once, complete, or not at all.
+        LoRA: the merged weights, and the factors in `adapter/`, PEFT's own format. A guide: merged
+        at equal weights, and its factors in `guide.safetensors`. The tokenizer's chat template
+        takes `preference=policy.said(w)`, unless the style is none. The folder appears at once,
+        complete, or not at all.
         """
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -206,13 +233,16 @@ class Policy:
         self._base.save_pretrained(temporary, state_dict=self._merged())
         if self.lora:
             self.model.save_pretrained(str(temporary / "adapter"))
+        if self.adapter is not None:
+            self.adapter.save(temporary / GUIDE)
         tokenizer = copy.deepcopy(self.tokenizer)
         if self.style != "none":
             tokenizer.chat_template = preference_template(self.tokenizer.chat_template)
         tokenizer.save_pretrained(temporary)
-        (temporary / "preference.json").write_text(
-            json.dumps({"objectives": self.names, "style": self.style})
-        )
+        conditioning: dict[str, Any] = {"objectives": self.names, "style": self.style}
+        if self.goals is not None:
+            conditioning["goals"] = asdict(self.goals)
+        (temporary / "preference.json").write_text(json.dumps(conditioning))
         if folder.exists():
             stale = folder.with_name(folder.name + ".old")
             shutil.rmtree(stale, ignore_errors=True)
@@ -224,6 +254,9 @@ class Policy:
 
     def _merged(self) -> dict[str, Tensor]:
         """The base's state with alpha/rank * B A added; the model in use is not touched."""
+        if self.adapter is not None:
+            equal = torch.full((len(self.names),), 1 / len(self.names), device=self.device)
+            return self.adapter.state(self._base.state_dict(), equal)
         state = {
             name.replace(".base_layer.", "."): value
             for name, value in self._base.state_dict().items()
@@ -267,15 +300,24 @@ def load_policy(
 ) -> Policy:
     """Loads the policy; `trained`: the `policy/` folder of a run to continue from or evaluate.
 
-    LoRA factors start with B = 0, A drawn from `seed`. Raises ValueError where the path is not a
-    model, or the model is one that the shared-prefix attention cannot run.
+    LoRA factors and a guide's start with B = 0, A drawn from `seed`. Raises ValueError where the
+    path is not a model, or the model is one that the shared-prefix attention cannot run.
     """
     path = resolve(config.path)
     device = torch.device(device_of(config.device))
     model, tokenizer = _load(path, config)
-    frozen = None
+    frozen = adapter = None
     if config.tuning == "lora":
         model = _with_lora(model, config, seed, trained)
+    elif config.tuning == "bilinear":
+        if cut(model).softcap is not None:
+            raise ValueError(
+                f"policy.path={config.path!r}: caps its logits, so those of base and guide do not "
+                "add up; recipe 'parm' needs another model"
+            )
+        adapter = Adapter(model, len(names), config.lora_rank, config.lora_alpha, seed)
+        if trained is not None:
+            adapter.load(trained / GUIDE)
     else:
         frozen = FrozenCopy(accelerate(model).to(device).eval(), path)
         if trained is not None:
@@ -285,7 +327,10 @@ def load_policy(
         embedding.sparse = embedding.weight is model.get_output_embeddings().weight
     # eval: no dropout anywhere, so that log-probabilities are comparable
     accelerate(model).to(device).eval()
-    policy = Policy(model, tokenizer, names, frozen, config.preference_text)
+    style, goals = config.preference_text, None
+    if trained is not None and style == "scores":
+        goals = Goals.load(trained / "preference.json", len(names))
+    policy = Policy(model, tokenizer, names, frozen, style, adapter, goals)
     _check_head(policy)
     return policy
 

@@ -20,7 +20,10 @@ Where several models have a preference each, none of them reads one: the style `
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -55,10 +58,14 @@ def preference_text(w: Sequence[float], names: Sequence[str], style: str = "bar"
 
     `numbers`: `[helpful=0.80 harmless=0.20]`. `bar`: the same and ` ++++++++--`, ten marks shared
     out by largest remainder, so that a difference of preferences is one of which tokens are there.
-    `none`: empty.
+    `scores`: `<rm1_score> 0.3 <rm2_score> -1.2`; here `w` are K rewards, see `Goals`. `none`: "".
     """
     if style == "none":
         return ""
+    if style == "scores":
+        # Adding 0.0 makes a -0.0 of the rounding 0.0: one value has one text.
+        rounded = (round(value, 1) + 0.0 for value in w)
+        return " ".join(f"<rm{k}_score> {value:.1f}" for k, value in enumerate(rounded, 1))
     pairs = (f"{name}={value:.2f}" for name, value in zip(names, w, strict=True))
     numbers = f"[{' '.join(pairs)}]"
     if style == "numbers":
@@ -69,6 +76,43 @@ def preference_text(w: Sequence[float], names: Sequence[str], style: str = "bar"
         counts[i] += 1
     marks = (_MARKS[i % len(_MARKS)] * count for i, count in enumerate(counts))
     return f"{numbers} {''.join(marks)}"
+
+
+@dataclass(frozen=True)
+class Goals:
+    """How a preference becomes the rewards to ask for: g_k = w_k/‖w‖₂ (hi_k − lo_k) + lo_k (RiC).
+
+    For a policy that was trained on rewards in its prompt (`scores`), each between lo_k and hi_k.
+    The largest w_k = 1 asks for hi_k; equal weights for more than a mean of the ends, since the
+    rewards can be high together. Raises ValueError for lengths that differ, and for hi_k < lo_k.
+    """
+
+    lo: tuple[float, ...]  # (K,), standardised
+    hi: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        pairs = zip(self.lo, self.hi, strict=False)
+        fit = len(self.lo) == len(self.hi) and all(low <= high for low, high in pairs)
+        if not fit or not np.isfinite([*self.lo, *self.hi]).all():
+            raise ValueError(f"goals from {self.lo} to {self.hi}: need K finite ends, lo <= hi")
+
+    def of(self, w: Weights) -> Weights:
+        """The K standardised rewards that stand for w (not all zero)."""
+        length = float(np.linalg.norm(w))
+        ends = zip(w, self.lo, self.hi, strict=True)
+        return tuple(x / length * (high - low) + low for x, low, high in ends)
+
+    @staticmethod
+    def load(path: Path, k: int) -> Goals:
+        """Those of K objectives that `Policy.save` wrote. Raises ValueError where it wrote none."""
+        held = json.loads(path.read_text()).get("goals") if path.is_file() else None
+        if held is None or len(held["lo"]) != k:
+            what = "no goals" if held is None else f"goals of {len(held['lo'])} objectives"
+            raise ValueError(
+                f"RiC statistics missing: {str(path)!r} holds {what}, for {k} objectives; without "
+                "them no preference can be asked for: train the run of recipe ric to its end"
+            )
+        return Goals(tuple(held["lo"]), tuple(held["hi"]))
 
 
 def lattice(k: int, points: int) -> tuple[Weights, ...]:

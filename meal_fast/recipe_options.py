@@ -108,3 +108,37 @@ class MealConfig:
             ("eta", 0 < self.eta < math.inf, "must be positive"),
         ):
             require(ok, f"meal.{name}", getattr(self, name), remedy)
+
+
+@dataclass(frozen=True)
+class ParmConfig:
+    """PARM's guide: meal_fast.bilinear and meal_fast.learners.parm."""
+
+    alpha: float = opt(0.5, "w ~ Dir(alpha), for each prompt of an update [P]")
+    # 0.01 in the paper's runs, for responses of some hundred tokens; ours are shorter.
+    beta_r: float = opt(0.1, "scale of the guide's reward in the loss of a pair [R]")
+    beta: float = opt(1.0, "decoding: logits = base + guide / beta [P]")
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta_r", "beta"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"parm.{name}", value, "must be positive and finite")
+
+
+@dataclass(frozen=True)
+class RicConfig:
+    """Rewards-in-Context, where [P] is its own paper: meal_fast.ric."""
+
+    offline: float = opt(0.25, "share of the run on the base model's responses; then online [R]")
+    quantile: float = opt(0.7, "online: kept is what reaches it in any reward of its update [P]")
+    replay: float = opt(0.5, "online: offline responses learnt beside each one that is kept [R]")
+    buffer: int = opt(1024, "recent offline responses: replayed, and drawn for goals [R]")
+
+    def __post_init__(self) -> None:
+        for name, ok, remedy in (
+            ("offline", 0 < self.offline <= 1, "a share of the run, in (0, 1]: goals come from it"),
+            ("quantile", 0 <= self.quantile < 1, "must be in [0, 1)"),
+            ("replay", 0 <= self.replay < math.inf, "must not be negative"),
+            ("buffer", self.buffer >= 1, "must be at least 1"),
+        ):
+            require(ok, f"ric.{name}", getattr(self, name), remedy)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from .config import Config
-from .experience import Sampled, Score
+from .experience import BaseSamples, Sampled, Score
 from .family import Rule
-from .learners import dpo, grpo, sft
+from .learners import dpo, grpo, parm, sft
 from .meal import Meal
 from .meta import Joint, Reptile, Separate
 from .preference import Weights, drawn_tasks, model_tasks
+from .ric import RiC
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,14 @@ RECIPES: dict[str, Recipe] = {
         preferences=model_tasks,
         rule="nearest",
     ),
+    "parm": Recipe(
+        "linear",
+        parm,
+        Joint,
+        "a guide whose weights depend on w, added to the frozen base model at decoding",
+        BaseSamples,
+    ),
+    "ric": Recipe("linear", sft, Joint, "rewards in the prompt: SFT on what they were", RiC),
 }
 
 
@@ -70,4 +80,6 @@ def recipe_of(config: Config) -> Recipe:
             recipe = replace(recipe, learner=grpo)
         if config.meal.outer == "reptile+net":
             recipe = replace(recipe, outer=Reptile)
+    if config.recipe == "parm":
+        recipe = replace(recipe, learner=partial(parm, beta_r=config.parm.beta_r))
     return recipe

@@ -106,9 +106,7 @@ class Trainer:
 
     def progress(self, update: int) -> float:
         """The share of the run that is done before `update`: what the schedules follow."""
-        if self.updates is None:
-            return min(self.tokens / self.config.meta.tokens, 1.0)
-        return update / self.updates
+        return self.config.meta.progress(update, self.tokens)
 
     def train(self) -> bool:
         """Runs to the end (True), or to the end of the meta-step in which a stop was requested."""
@@ -125,8 +123,8 @@ class Trainer:
         if saved != self.step:
             self.save_checkpoint()
         self._metrics.close()
-        self._save_policy()
         self.experience.save(self.out)
+        self._save_policy()
         return self.finished
 
     def _save_policy(self) -> None:

@@ -52,6 +52,12 @@ class Packed:
         last_B = self.prefix_BP.gather(1, ends_B[:, None])
         return torch.cat([last_B[self.group_R], self.row_RT], 1)
 
+    @property
+    def group_N(self) -> Tensor:
+        """The prefix that each token is of, or stands behind."""
+        width_P, width_T = self.prefix_BP.shape[1], max(self.row_RT.shape[1], 1)
+        return torch.cat([self.prefix_at // width_P, self.group_R[self.row_at // width_T]])
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Prefixes causally, then every row behind its prefix: `Pass`."""
 

@@ -13,6 +13,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# The same examples in every run: a change is judged by its own failures. `--hypothesis-profile=new`
+# looks for others.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("new", derandomize=False)
+settings.load_profile("same")
 # For tools/mutate.py: whether a test fails, without the search for its smallest failing example.
 settings.register_profile("unshrunk", phases=[Phase.explicit, Phase.generate])
 

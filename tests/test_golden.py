@@ -24,6 +24,8 @@ RUNS = {
     "grid-meta-grpo": "full",
     "grid-grpo": "lora",
     "rewarded-soups": "lora",
+    "parm": "bilinear",
+    "ric": "lora",
 }
 
 

@@ -118,6 +118,14 @@ def test_the_ends_of_the_range_land_on_a_token_with_mass(device):
         assert out.item() == expected
 
 
+def test_the_sum_goes_on_from_tile_to_tile(device):
+    x = torch.zeros(3000, device=device)  # every column weighs 1
+    for mark in (0.5, 1023.5, 1024.5, 2000.5, 2999.5):
+        out = torch.empty(1, dtype=torch.int64, device=device)
+        _find[(1,)](out, x, mark, V=3000, TILE=1024)
+        assert out.item() == int(mark)
+
+
 @triton.jit
 def _find(out_ptr, x_ptr, mark, V: tl.constexpr, TILE: tl.constexpr):
     zero = tl.full((), 0, tl.uint32)

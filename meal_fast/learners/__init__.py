@@ -2,6 +2,7 @@
 
 from .dpo import dpo
 from .grpo import grpo
+from .parm import parm
 from .sft import sft
 
-__all__ = ["dpo", "grpo", "sft"]
+__all__ = ["dpo", "grpo", "parm", "sft"]

@@ -125,6 +125,8 @@ class _Draw(LogitsProcessor):
 def _whole(policy: Policy, network: Network | None) -> Any:
     """The causal LM that `network` was cut from."""
     base, frozen = policy._base, policy._frozen
+    if network is None and policy.adapter is not None:
+        raise ValueError("rollout.backend='generate': runs one model; a guided one is the engine's")
     models = [base] if frozen is None else [base, frozen.model]
     for model in models:
         if network is None or model.base_model is network.body:
@@ -168,15 +170,16 @@ def vllm_rollout(
     by key(seed, row id): other tokens than the engine's. vLLM decides how many rows run at once and
     what it keeps: `max_rows` and `max_cache_bytes` have no effect.
 
-    Raises ValueError as `rollout` does; where vLLM is missing; and for a policy that trains all its
-    parameters: its weights lie in no file.
+    Raises ValueError as `rollout` does; where vLLM is missing; and for a policy that is neither the
+    base model nor LoRA: its weights lie in no file.
     """
     started = time.perf_counter()
     _need_vllm()
     prefixes, rows = _rows(policy, requests, max_new_tokens, stream)
     if network is None and not policy.lora:
+        tuning = "full" if policy.adapter is None else "bilinear"
         raise ValueError(
-            "rollout.backend='vllm': policy.tuning='full' keeps its weights in memory, where vLLM "
+            f"rollout.backend='vllm': policy.tuning={tuning!r} keeps weights in memory, where vLLM "
             "does not read them; use policy.tuning=lora or rollout.backend=engine"
         )
     prompts, settings = vllm_requests(

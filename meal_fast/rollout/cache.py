@@ -49,7 +49,7 @@ class Shape:
         queries = text.num_attention_heads
         weight = network.weight
         return Shape(
-            layers=text.num_hidden_layers,
+            layers=text.num_hidden_layers * network.runs,
             heads=getattr(text, "num_key_value_heads", None) or queries,
             width=getattr(text, "head_dim", None) or text.hidden_size // queries,
             hidden=weight.shape[1],
