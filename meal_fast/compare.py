@@ -5,7 +5,8 @@
 
 Every recipe and seed is a run of its own, `OUT/runs/RECIPE/seed-N`, trained and evaluated by
 meal_fast.train. The same command again keeps what is finished and goes on with the rest. The first
-run's statistics and z*, taken from the base model, are those of all. Writes compare.json,
+run's statistics and z*, taken from the base model, are those of all. With two objectives the sweep
+is of BPS's 28 weights, unless --evaluation.grid says otherwise. Writes compare.json,
 compare.html and front.png; exit code 1 where a run failed, which costs the others nothing. A run's
 own report is drawn by `python -m meal_fast.report OUT/runs/RECIPE/seed-N`.
 """
@@ -147,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         jobs=jobs,
         logs=plan.out / "logs",
         ready=share,
-        started=lambda name: record.started(name, code, jobs > 0),
+        started=lambda name, job: record.started(name, code, jobs > 0 or job.program == "evaluate"),
         ended=ended,
         say=say,
     )

@@ -24,6 +24,7 @@ from .report import interval, number, signed
 Result = dict[str, Any]
 COLOURS = (*SERIES, *MORE)
 MARKERS = "osD^vPX<>ph*"
+KINDS = ("held", "contradicted", "not shown")
 LABELS = {
     "pu": "PU",
     "pu_seen": "PU, seen weights",
@@ -53,9 +54,8 @@ def headline(result: Result) -> str:
         return "No claim of the papers is about methods that were run here."
     if all(v.startswith("not shown:") for v in run):
         return f"No claim is judged: {run[0].partition(': ')[2]}."
-    counts = [f"{run.count('held')} held", f"{run.count('contradicted')} were contradicted"]
-    counts.append(f"{sum(v.startswith('not shown') for v in run)} were not shown")
-    return f"Of {len(run)} claims of the papers that these runs test, {', '.join(counts)}."
+    counts = [f"{kind} {sum(v.startswith(kind) for v in run)}" for kind in KINDS]
+    return f"The papers' claims that these runs test, {len(run)}: {', '.join(counts)}."
 
 
 def render(result: Result) -> str:

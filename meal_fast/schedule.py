@@ -35,7 +35,7 @@ def run_all(
     jobs: int,
     logs: Path,
     ready: Callable[[], bool],
-    started: Callable[[str], None],
+    started: Callable[[str, Job], None],
     ended: Callable[[str, Outcome], None],
     say: Callable[[str], None],
 ) -> bool:
@@ -59,7 +59,7 @@ def run_all(
                 if job is None:
                     continue
                 tries[name] += 1
-                started(name)
+                started(name, job)
                 say(f"{name}: {job.program}")
                 log = logs / f"{name.replace('/', '_')}.log"
                 active[name] = (Child if jobs else Here)(job, log, max(1, jobs))

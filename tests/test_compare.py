@@ -114,12 +114,22 @@ def test_two_recipes_two_seeds_and_going_on(tmp_path, capsys, one_thread, monkey
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, capsys, one_thread):  # noqa: F811
     out = tmp_path / "c"
     argv = [*BASE, "--recipes", "grid-grpo", "--seeds", "0", "--out", out]
+    argv += ["--score.calibration", "32", "--ablate", "normalization=max"]
     broken = out / "runs/grid-grpo/policy.path=world:none/seed-0"
     assert run(*argv, "--ablate", "policy.path=world:none") == 1
     said = capsys.readouterr()
     assert "failed: grid-grpo/policy.path=world:none/seed-0: exit code 2" in said.err
     result = json.loads((out / "compare.json").read_text())
-    assert [m["name"] for m in result["methods"]] == ["base model", "grid-grpo"]
+    names = ["base model", "grid-grpo", "grid-grpo normalization=max"]
+    assert [m["name"] for m in result["methods"]] == names
+    # another normalisation trains by statistics of its own, and is measured by everyone's
+    own = out / "runs/grid-grpo/score.normalization=max/seed-0"
+    trained, common = (
+        json.loads((f / "statistics.json").read_text())["normalizer"] for f in (own, out)
+    )
+    assert (trained["mode"], common["mode"]) == ("max", "none")
+    sweep = json.loads((own / "evaluation.json").read_text())["results"]["trained"]["sampled"]
+    assert sweep["prompt_normalized"] == sweep["prompt_rewards"]
     assert "world:none" in result["failed"][0]["reason"] and not broken.exists()
     assert "These runs failed" in (out / "compare.html").read_text()
 

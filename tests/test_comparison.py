@@ -1,6 +1,7 @@
 """What a comparison computes of its runs, against values worked out by hand."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from meal_fast.comparison import Finished, Method, compare, over_seeds, quantiti
 from meal_fast.comparison_page import headline, render
 from meal_fast.config import from_dict
 from meal_fast.papers import Claim, Side
-from meal_fast.preference import BPS_EVALUATION, lattice
+from meal_fast.preference import BPS_EVALUATION, evaluation_weights, lattice, on_lattice
 from meal_fast.presets import preset
 
 WEIGHTS = lattice(2, 3)  # (1, 0), (0.5, 0.5), (0, 1)
@@ -207,6 +208,32 @@ def test_runs_that_were_not_measured_alike_are_refused(changes, said):
         compare([finished(META, 0), other], TINY, 200)
 
 
+def test_distance_is_of_greedy_answers_where_the_truth_is_known():
+    def distance(reward_NK):
+        return reward_NK.sum(1)
+
+    result = compare([finished(META, 0)], TINY, 200, distance)
+    greedy, sampled = (result["methods"][1]["measures"][m] for m in ("greedy", "sampled"))
+    assert greedy["distance"]["value"] == 1.0 and "distance" not in sampled
+
+
+def test_published_columns_stand_beside_a_sweep_of_the_28_weights():
+    weights = evaluation_weights(2, 28)
+    seen = on_lattice(weights, 11)
+    assert sum(seen) == 11
+    result = compare(
+        [finished(META, 0, [0.5] * 28, weights, weights=[list(w) for w in weights], seen=seen)],
+        TINY,
+        200,
+    )
+    result["settings"]["grid"] = 28
+    rest = {"preset": "tiny", "policy": "", "seeds": [0], "failed": [], "notes": []}
+    text = render(result | rest | {"ablations": [], "command": "", "code": ""})
+    cells = re.sub(r"<[^>]+>", "|", text)
+    assert "||weighted-grpo, BPS Table 1||" in cells
+    assert re.search(r"\|1\.00 0\.00 seen\|\|0\.5\|\|0\.5\|\|0\.363\|\|0\.946\|", cells)
+
+
 def test_the_page_escapes_what_is_not_ours_and_says_what_was_found():
     nasty = '<script>alert("1")</script>'
     runs = []
@@ -225,5 +252,5 @@ def test_the_page_escapes_what_is_not_ours_and_says_what_was_found():
     }
     text = render(json.loads(json.dumps(result)))
     assert "<script" not in text and text.count("&lt;script&gt;") == 5
-    assert "Of 1 claims of the papers that these runs test, 1 held" in text
+    assert "that these runs test, 1: held 1, contradicted 0, not shown 0." in text
     assert "Fronts for values of grpo.beta" in text and "http" not in text
