@@ -112,7 +112,7 @@ def test_the_ends_of_the_range_land_on_a_token_with_mass(device):
     """`find` alone, with marks that no uniform gives: below all sums, at the total and past it."""
     x = torch.full((3000,), -torch.inf)
     x[300], x[2600] = 0.0, -40.0
-    for mark, expected in ((0.0, 300), (1.0, 2600), (2.0, 2600)):
+    for mark, expected in ((-1.0, 300), (0.0, 300), (1.0, 2600), (2.0, 2600)):
         out = torch.empty(1, dtype=torch.int64, device=device)
         _find[(1,)](out, x.to(device), mark, V=3000, TILE=1024)
         assert out.item() == expected
@@ -124,6 +124,12 @@ def test_the_sum_goes_on_from_tile_to_tile(device):
         out = torch.empty(1, dtype=torch.int64, device=device)
         _find[(1,)](out, x, mark, V=3000, TILE=1024)
         assert out.item() == int(mark)
+
+
+def test_the_first_of_equal_maxima_is_taken_from_whatever_tile(device):
+    logits = torch.zeros(1, 2 * kernels.TILE + 5)
+    logits[0, :3] = -1.0
+    assert draw(logits, "triton", device, temperature=0.0)[0].tolist() == [3]
 
 
 @triton.jit

@@ -265,7 +265,6 @@ FAULTS += faults_of(
     ("ties over-accept", "(column <= last)", "(column < V)"),
     ("a tie short", "tl.ceil((wanted - over)", "tl.floor((wanted - over)"),
     ("top-p of all, not of top-k's", "kept = over + room *", "kept = kept + 0 * room *"),
-    ("top-k's ties let in by top-p", "tl.minimum(ties, room), ties)", "ties, ties)"),
     ("min-p ignored", "(share >= min_p)", "(share >= 0)"),
     ("temperature ignored", "tl.exp((x - top) * scale)", "tl.exp(x - top)"),
     (
