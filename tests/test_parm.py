@@ -68,7 +68,7 @@ def by_hand() -> Bilinear:
         layer.base_layer.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
         layer.base_layer.bias.copy_(torch.tensor([0.5, -0.5]))
         layer.a1.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
-        layer.w1.copy_(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+        layer.w1.copy_(torch.tensor([[0.0, 1.0], [2.0, 0.0]]))
         layer.b1.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
         layer.a2.copy_(torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
         # reshape(P w) = w_1 [[1, 2], [3, 4]] + w_2 [[0, 0], [8, 0]]
@@ -77,11 +77,11 @@ def by_hand() -> Bilinear:
     return layer
 
 
-# B1 W1 A1 = [[0, 2], [1, 0]]. At w = (1, 0), B2 [[1, 2], [3, 4]] A2 = [[3, -1], [3.5, -0.5]]; at
+# B1 W1 A1 = [[0, 2], [2, 0]]. At w = (1, 0), B2 [[1, 2], [3, 4]] A2 = [[3, -1], [3.5, -0.5]]; at
 # w = (1/4, 3/4), reshape(P w) = [[1/4, 1/2], [27/4, 1]] and B2 … A2 = [[3/4, -1/4], [31/8, 23/8]].
 DELTAS = {
-    (1.0, 0.0): [[9.0, 3.0], [13.5, -1.5]],
-    (0.25, 0.75): [[2.25, 5.25], [14.625, 8.625]],
+    (1.0, 0.0): [[9.0, 3.0], [16.5, -1.5]],
+    (0.25, 0.75): [[2.25, 5.25], [17.625, 8.625]],
 }
 
 
