@@ -30,6 +30,7 @@ from .mapped import FrozenCopy
 from .ops.gemm import accelerate, linear, lora_linear
 from .preference import Goals, preference_text
 from .quiet import quiet
+from .stacked import Factors, Tasks, stacked
 from .worlds import build_world
 
 GUIDE = "guide.safetensors"  # in the policy's folder
@@ -119,7 +120,8 @@ class Policy:
             yield self.served
             return
         layers = [m for m in self.model.modules() if hasattr(m, "get_delta_weight")]
-        if not layers or any(m.base_layer.weight.dtype != torch.float32 for m in layers):
+        apart = any(getattr(m, "stack", None) is not None for m in layers)
+        if not layers or apart or any(m.base_layer.weight.dtype != torch.float32 for m in layers):
             yield self.network
             return
         kept = [m.base_layer.weight.data for m in layers]
@@ -158,6 +160,32 @@ class Policy:
                 p.data = data
             if lora:
                 lora.r, lora.lora_alpha = rank, alpha
+
+    @contextmanager
+    def stacked(self, tasks: Tasks) -> Iterator[None]:
+        """Every token goes through its own task's adapter: see `meal_fast.stacked`.
+
+        `tasks[t]` stand in for `trainable`, as they are when this begins; their gradients are there
+        when it ends. Without tasks nothing changes.
+
+        Raises ValueError for adapters on layers that are not plain linear ones.
+        """
+        if not tasks:
+            yield
+            return
+        number = {id(p): i for i, p in enumerate(self.trainable)}
+        layers = [
+            (m, number[id(m.lora_A["default"].weight)], number[id(m.lora_B["default"].weight)])
+            for m in self.model.modules()
+            if hasattr(m, "stack")
+        ]
+        if 2 * len(layers) != len(self.trainable):
+            raise ValueError(
+                f"meta.parallel=True: {type(self._base).__name__} has adapters on layers that are "
+                "not plain linear ones; leave it out"
+            )
+        with stacked(self.network.body, layers, tasks):
+            yield
 
     @contextmanager
     def recomputing(self, on: bool) -> Iterator[None]:
@@ -343,13 +371,19 @@ def _with_lora(model: Any, config: PolicyConfig, seed: int, trained: Path | None
     class Fused(Linear):
         """PEFT's layer, computed by `lora_linear`."""
 
+        stack: Factors | None = None
+
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if self.disable_adapters:
                 return self.base_layer(x)
             base: Any = self.base_layer
+            scale = self.scaling["default"]
+            if self.stack is not None:
+                of = self.stack
+                blocks = of.route.blocks
+                return lora_linear(x, base.weight, base.bias, of.a, of.b, scale, blocks)
             a: Any = self.lora_A["default"]
             b: Any = self.lora_B["default"]
-            scale = self.scaling["default"]
             return lora_linear(x, base.weight, base.bias, a.weight, b.weight, scale)
 
     model.requires_grad_(False)
