@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ops.gemm import Blocks
+from .ops.gemm import Blocks, lora_linear
 
 Tasks = Sequence[Sequence[Tensor]]  # of each task its factors, in one order
 
@@ -53,25 +53,72 @@ class Factors:
                     own.grad = grad.contiguous()
 
 
+def fuse(model: Any) -> Any:
+    """PEFT's layers on plain linear ones, computed by `lora_linear`, and made ready for `stacked`.
+
+    In place; returns the model.
+    """
+    from peft.tuners.lora import Linear
+
+    class Fused(Linear):
+        stack: Factors | None = None
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self.disable_adapters:
+                return self.base_layer(x)
+            base: Any = self.base_layer
+            scale, of = self.scaling["default"], self.stack
+            if of is not None:
+                blocks = of.route.blocks
+                return lora_linear(x, base.weight, base.bias, of.a, of.b, scale, blocks)
+            a: Any = self.lora_A["default"]
+            b: Any = self.lora_B["default"]
+            return lora_linear(x, base.weight, base.bias, a.weight, b.weight, scale)
+
+    for module in model.modules():
+        if type(module) is Linear and type(module.base_layer) is nn.Linear:
+            module.__class__ = Fused
+    return model
+
+
+def mergeable(layer: Any) -> bool:
+    """Whether its factors, multiplied out, can be added to the base: one pair, and no rounding."""
+    one = getattr(layer, "stack", None) is None
+    return one and layer.base_layer.weight.dtype == torch.float32
+
+
 @contextmanager
 def stacked(
-    body: nn.Module, layers: Sequence[tuple[Any, int, int]], tasks: Tasks
+    model: nn.Module, body: nn.Module, trainable: Sequence[nn.Parameter], tasks: Tasks
 ) -> Iterator[None]:
-    """While it lasts, `layers` compute with the tasks' factors as these are now.
+    """While it lasts, fused layers compute with the tasks' factors as these are when it begins.
 
-    layers: each one with the numbers of its A and B among a task's factors; its `stack` is set.
-    When it ends, every factor's `grad` holds the gradient of the passes made in it.
+    tasks: of each the factors in the order of `trainable`. When it ends, their `grad` holds the
+    gradient of the passes made in it, where there were any that go back.
+
+    Raises ValueError for adapters on layers that `fuse` leaves alone.
     """
-    first = tasks[0][layers[0][1]]
+    number = {id(p): i for i, p in enumerate(trainable)}
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "stack")]
+    if 2 * len(layers) != len(trainable):
+        raise ValueError(
+            f"meta.parallel=True: {type(body).__name__} has adapters on layers that are not plain "
+            "linear ones; leave it out"
+        )
+    of = [
+        (number[id(m.lora_A["default"].weight)], number[id(m.lora_B["default"].weight)])
+        for m in layers
+    ]
+    first = tasks[0][of[0][0]]
     route = Route(len(tasks), len(first), first.device)
     hook = body.register_forward_pre_hook(route.follow, with_kwargs=True)
     try:
-        for layer, a, b in layers:
+        for layer, (a, b) in zip(layers, of, strict=True):
             layer.stack = Factors([t[a] for t in tasks], [t[b] for t in tasks], route)
         yield
-        for layer, _, _ in layers:
+        for layer in layers:
             layer.stack.give_back()
     finally:
         hook.remove()
-        for layer, _, _ in layers:
+        for layer in layers:
             layer.stack = None

@@ -48,7 +48,7 @@ class Packed:
     row_RT: Tensor  # the same of the rows
     prefix_at: Tensor  # int64, the real tokens' places in the flat (B, P); the rows' in (R, T).
     row_at: Tensor  # Known once: a boolean mask would make a GPU wait in every layer
-    adapter: Tensor  # int64, (1, N): whose token it is, where there are several adapters
+    adapter_B: Tensor  # int64: see `stacked`
 
     @property
     def before_RT(self) -> Tensor:
@@ -62,6 +62,10 @@ class Packed:
         """The prefix that each token is of, or stands behind."""
         width_P, width_T = self.prefix_BP.shape[1], max(self.row_RT.shape[1], 1)
         return torch.cat([self.prefix_at // width_P, self.group_R[self.row_at // width_T]])
+
+    @property
+    def adapter(self) -> Tensor:
+        return self.adapter_B[self.group_N][None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Prefixes causally, then every row behind its prefix: `Pass`."""
@@ -115,10 +119,7 @@ def pack(
         row_RT=number(valid_RT, len(prefix_at)),
         prefix_at=prefix_at,
         row_at=row_at,
-        adapter=joined(
-            adapter_B[:, None].expand_as(tokens_BP),
-            adapter_B[group_R, None].expand_as(tokens_RT),
-        ),
+        adapter_B=adapter_B,
     )
 
 

@@ -251,6 +251,6 @@ def test_adapters_on_other_layers_are_refused(tmp_path, policy):
     policy.tokenizer.save_pretrained(tmp_path)
     config = PolicyConfig(path=str(tmp_path), lora_rank=4, device="cpu")
     other = load_policy(config, NAMES)
-    with pytest.raises(ValueError, match=r"meta\.parallel=True: GPT2LMHeadModel has adapters on"):
+    with pytest.raises(ValueError, match=r"meta\.parallel=True: GPT2Model has adapters on"):
         with other.stacked([other.trainable]):
             pass
