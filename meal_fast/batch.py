@@ -13,7 +13,8 @@ Every stage makes a new frozen value; nothing is overwritten:
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -48,6 +49,43 @@ class Rollout:
     prefill_tokens: int  # of prompts and preferences, that went through the model
     reused_tokens: int  # of the rows' prefixes, that did not have to
     seconds: float
+    adapter: tuple[int, ...] = ()  # B, the task whose adapter answered; empty: there is one adapter
+
+    @property
+    def tasks(self) -> tuple[slice, ...]:
+        """The rows of each task, in order."""
+        if not self.adapter:
+            return (slice(0, len(self.group_R)),)
+        task_R = [self.adapter[g] for g in self.group_R.tolist()]
+        starts = [r for r, t in enumerate(task_R) if r == 0 or t != task_R[r - 1]]
+        return tuple(slice(*ends) for ends in pairwise([*starts, len(task_R)]))
+
+    def of_task(self, rows: slice) -> Rollout:
+        """One of `tasks`, as a rollout of its own: no wider than its longest row."""
+        if not self.adapter:
+            return self
+        groups = self.group_R[rows]
+        first, last = int(groups[0]), int(groups[-1])
+        prefix = self.prefix[first : last + 1]
+        fresh = sum(map(len, set(prefix)))
+        wide_RT = self.mask_RT[rows]
+        width = int(wide_RT.sum(1).max())
+        return replace(
+            self,
+            prompts=self.prompts[first : last + 1],
+            prefix=prefix,
+            group_R=groups - first,
+            w_RK=self.w_RK[rows],
+            tokens_RT=self.tokens_RT[rows, :width],
+            mask_RT=wide_RT[:, :width],
+            logp_RT=self.logp_RT[rows, :width],
+            finish=self.finish[rows],
+            texts=self.texts[rows],
+            prefill_tokens=fresh,
+            reused_tokens=sum(len(self.prefix[g]) for g in groups.tolist()) - fresh,
+            seconds=self.seconds / len(self.tasks),
+            adapter=(),
+        )
 
 
 @dataclass(frozen=True)

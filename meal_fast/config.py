@@ -192,6 +192,7 @@ class MetaConfig:
     epsilon: float = opt(1.5, "Reptile's step; falls linearly to zero over the run [P]")
     max_delta: float = opt(0.0, "clip of the norm of the meta-update; 0: none")
     adam: AdamMode = opt("persist_v", "what a task inherits of Adam's state")
+    parallel: bool = opt(False, "a meta-step's tasks in one batch: LoRA, the engine, Reptile [R]")
     tokens: int = opt(0, "ends the run after so many generated tokens; 0: meta.steps does")
 
     def __post_init__(self) -> None:
@@ -287,6 +288,14 @@ class Config:
                 "(use the recipe without 'meta')",
             )
         require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "≥ 1")
+        if self.meta.parallel:
+            backend = self.rollout.backend
+            for ok, reason in (
+                ("meta" in self.recipe, f"recipe {self.recipe!r} has no tasks that go at once"),
+                (self.policy.tuning == "lora", "policy.tuning='full' has no adapters to stack"),
+                (backend == "engine", f"rollout.backend={backend!r} takes one adapter: use engine"),
+            ):
+                require(ok, "meta.parallel", True, f"{reason}; or leave it out")
         if self.recipe in ("mo-odpo", "parm"):
             n, remedy = (
                 self.rollout.samples,

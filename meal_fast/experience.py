@@ -33,6 +33,20 @@ class Experience:
     tokens: int  # generated, for all of them
     log: dict[str, Any] = field(default_factory=dict)
 
+    def parts(self) -> list[Experience]:
+        """What each task learns from, where it holds that of several."""
+        if not self.rolled.adapter:
+            return [self]
+        parts = []
+        for rows in self.rolled.tasks:
+            rolled, of = self.rolled.of_task(rows), self.scored
+            scored = Scored(
+                of.reward_RK[rows], of.normalized_RK[rows], of.score_R[rows], of.advantage_R[rows]
+            )
+            tokens = int(rolled.mask_RT.sum())
+            parts.append(Experience(rolled, scored, self.reward_RK[rows], tokens, self.log))
+        return parts
+
 
 class Sampled:
     """Every prompt under the task's preference, `rollout.samples` times; nothing is rejected."""
@@ -48,6 +62,19 @@ class Sampled:
     def collect(self, prompts: Sequence[Prompt], w: Weights, stream: Stream) -> Experience:
         """Samples and scores; `stream` keys the randomness, with the prompt, w and the sample."""
         return self._all_of([Request(p, w, self.config.rollout.samples) for p in prompts], stream)
+
+    def collect_tasks(
+        self, tasks: Sequence[tuple[Sequence[Prompt], Weights, Stream]]
+    ) -> Experience:
+        """`collect`; of several tasks in one rollout of the stacked policy, each by its adapter."""
+        if len(tasks) == 1:
+            return self.collect(*tasks[0])
+        requests = [
+            Request(p, w, self.config.rollout.samples, adapter, stream)
+            for adapter, (prompts, w, stream) in enumerate(tasks)
+            for p in prompts
+        ]
+        return self._all_of(requests, ())
 
     def learned(self, update: int) -> dict[str, float]:
         """Called after each policy update, which is number `update`; returns metrics."""

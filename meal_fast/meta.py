@@ -38,11 +38,30 @@ class Joint:
     def _momentum_free(self) -> bool:
         return False
 
+    @property
+    def lanes(self) -> Sequence[Joint]:
+        """What takes the inner updates of a task, for as many tasks as go at once."""
+        return [self]
+
+    @property
+    def stack(self) -> Sequence[Sequence[Tensor]]:
+        """Of tasks that go at once their factors; empty where the policy's own are trained."""
+        return ()
+
     def begin(self) -> None:
         """Called before the tasks of a meta-step."""
 
     def begin_task(self, w: Weights) -> None:
         """Called before the inner updates of one preference."""
+
+    def advance(self, lr: float, max_grad_norm: float) -> Tensor:
+        """Adam's step along the gradients, which are dropped; their norm, before any clipping."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, max_grad_norm or float("inf"))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def end_task(self, w: Weights) -> None:
         """Called after them."""
@@ -161,6 +180,40 @@ class Reptile(Joint):
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         self._by_preference = state["by_preference"]
+
+
+class ParallelReptile(Reptile):
+    """Reptile with the tasks of a meta-step at once: each has factors and an Adam of its own.
+
+    The same meta-update as one task after the other, since all start from the snapshot; but with
+    `per_preference`, tasks of one preference in a meta-step do not inherit from each other, and the
+    last one's state is kept.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], meta: MetaConfig, inner: GRPOConfig
+    ) -> None:
+        super().__init__(parameters, meta, inner)
+        self._lanes = [
+            Reptile([nn.Parameter(p.detach().clone()) for p in parameters], meta, inner)
+            for _ in range(meta.tasks)
+        ]
+
+    @property
+    def lanes(self) -> Sequence[Joint]:
+        return self._lanes
+
+    @property
+    def stack(self) -> Sequence[Sequence[Tensor]]:
+        return [lane.parameters for lane in self._lanes]
+
+    def begin(self) -> None:
+        super().begin()
+        for lane in self._lanes:  # they start from one snapshot, and add to one list of deltas
+            lane._theta, lane._start, lane._by_preference = (
+                self._theta, self._start, self._by_preference,
+            )  # fmt: skip
+            lane._ends, lane._deltas = self._ends, self._deltas
 
 
 class Separate(Joint):

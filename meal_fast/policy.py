@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from . import tree
+from . import stacked, tree
 from .assets import asset
 from .bilinear import Adapter
 from .config import PolicyConfig
 from .mapped import FrozenCopy
-from .ops.gemm import accelerate, linear, lora_linear
+from .ops.gemm import accelerate, linear
 from .preference import Goals, preference_text
 from .quiet import quiet
 from .worlds import build_world
@@ -119,7 +119,7 @@ class Policy:
             yield self.served
             return
         layers = [m for m in self.model.modules() if hasattr(m, "get_delta_weight")]
-        if not layers or any(m.base_layer.weight.dtype != torch.float32 for m in layers):
+        if not layers or not all(stacked.mergeable(m) for m in layers):
             yield self.network
             return
         kept = [m.base_layer.weight.data for m in layers]
@@ -158,6 +158,15 @@ class Policy:
                 p.data = data
             if lora:
                 lora.r, lora.lora_alpha = rank, alpha
+
+    def stacked(self, tasks: stacked.Tasks) -> AbstractContextManager[None]:
+        """Within it every token goes through its own task's adapter: see `meal_fast.stacked`.
+
+        `tasks[t]` stand in for `trainable`. Without tasks nothing changes.
+        """
+        if not tasks:
+            return nullcontext()
+        return stacked.stacked(self.model, self.network.body, self.trainable, tasks)
 
     @contextmanager
     def recomputing(self, on: bool) -> Iterator[None]:
@@ -338,19 +347,6 @@ def load_policy(
 def _with_lora(model: Any, config: PolicyConfig, seed: int, trained: Path | None) -> Any:
     # Here, not above: whoever trains all parameters needs none of its memory.
     from peft import LoraConfig, PeftModel, get_peft_model
-    from peft.tuners.lora import Linear
-
-    class Fused(Linear):
-        """PEFT's layer, computed by `lora_linear`."""
-
-        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if self.disable_adapters:
-                return self.base_layer(x)
-            base: Any = self.base_layer
-            a: Any = self.lora_A["default"]
-            b: Any = self.lora_B["default"]
-            scale = self.scaling["default"]
-            return lora_linear(x, base.weight, base.bias, a.weight, b.weight, scale)
 
     model.requires_grad_(False)
     if trained is not None:
@@ -365,10 +361,7 @@ def _with_lora(model: Any, config: PolicyConfig, seed: int, trained: Path | None
                 task_type="CAUSAL_LM",
             )
             model = get_peft_model(model, settings)
-    for module in model.modules():
-        if type(module) is Linear and type(module.base_layer) is nn.Linear:
-            module.__class__ = Fused
-    return model
+    return stacked.fuse(model)
 
 
 def device_of(name: str) -> str:

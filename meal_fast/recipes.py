@@ -11,7 +11,7 @@ from .experience import BaseSamples, Sampled, Score
 from .family import Rule
 from .learners import dpo, grpo, parm, sft
 from .meal import Meal
-from .meta import Joint, Reptile, Separate
+from .meta import Joint, ParallelReptile, Reptile, Separate
 from .preference import Weights, drawn_tasks, model_tasks
 from .ric import RiC
 
@@ -73,8 +73,10 @@ RECIPES: dict[str, Recipe] = {
 
 
 def recipe_of(config: Config) -> Recipe:
-    """The run's recipe, with the switches of `config.meal` set."""
+    """The run's recipe, with the switches of `config.meal` and `meta.parallel` set."""
     recipe = RECIPES[config.recipe]
+    if config.meta.parallel:
+        recipe = replace(recipe, outer=ParallelReptile)
     if config.recipe == "meal":
         if config.meal.policy == "grpo":
             recipe = replace(recipe, learner=grpo)

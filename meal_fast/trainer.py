@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -144,83 +144,113 @@ class Trainer:
         config = self.config
         weights = self.recipe.preferences(config, step)
         progress = self.progress(self.done)
+        lanes = self.outer.lanes
+        due, last = self.done, self.done + config.meta.tasks * config.meta.n_inner - 1
+        lines: dict[int, dict[str, Any]] = {}  # that are not logged yet
         self.outer.begin()
-        for task, w in enumerate(weights):
-            self.outer.begin_task(w)
+        for first in range(0, len(weights), len(lanes)):
+            tasks = list(enumerate(weights))[first : first + len(lanes)]
+            for lane, (_, w) in zip(lanes, tasks, strict=True):
+                lane.begin_task(w)
             for inner in range(config.meta.n_inner):
-                metrics = self._update(step, task, inner, w)
-                if task + 1 == len(weights) and inner + 1 == config.meta.n_inner:
-                    self.outer.end_task(w)
-                    metrics |= self.outer.end(progress)
-                self._log(metrics)
-            if task + 1 < len(weights):
-                self.outer.end_task(w)
+                lines |= {line["update"]: line for line in self._updates(step, tasks, inner)}
+                while due in lines and due < last:
+                    self._log(lines.pop(due))
+                    due += 1
+            for lane, (_, w) in zip(lanes, tasks, strict=True):
+                lane.end_task(w)
+        self._log(lines[last] | self.outer.end(progress))
 
-    def _update(self, step: int, task: int, inner: int, w: tuple[float, ...]) -> dict[str, Any]:
-        """Rollout, score, update: one inner step for the preference w."""
-        config, meta = self.config, self.config.meta
-        update = (step * meta.tasks + task) * meta.n_inner + inner
-        own, progress = update, self.progress(update)
+    def _updates(
+        self, step: int, tasks: Sequence[tuple[int, preference.Weights]], inner: int
+    ) -> list[dict[str, Any]]:
+        """Rollout, score, update: one inner step of as many tasks as go at once; their metrics."""
+        meta, clock = self.config.meta, Clock()
+        numbers = [(step * meta.tasks + task) * meta.n_inner + inner for task, _ in tasks]
+        own, progress = numbers, [self.progress(number) for number in numbers]
         if self.recipe.rule is not None:  # each model goes through prompts and schedule as if alone
-            own = step * meta.n_inner + inner
-            progress = self.progress(own * meta.tasks)
-        clock = Clock()
-        batch = self.experience.collect(self._prompts_of(own), w, ("train", step, task, inner))
-        rolled, scored = batch.rolled, batch.scored
-        collecting = clock.lap()
-        lr = config.grpo.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
-        learned = self._learn(batch, lr) if len(rolled.group_R) else {}
-        if not learned:  # no step: Adam's state stays as it is
-            warnings.warn(f"update {update}: no response was kept; it is skipped", stacklevel=2)
+            own = [step * meta.n_inner + inner] * len(tasks)
+            progress = [self.progress(number * meta.tasks) for number in own]
+        asked = [
+            (self._prompts_of(number), w, ("train", step, task, inner))
+            for number, (task, w) in zip(own, tasks, strict=True)
+        ]
+        # All tasks start as the policy, whose factors can be multiplied out.
+        with self.policy.stacked(self.outer.stack if inner else ()):
+            batch = self.experience.collect_tasks(asked)
+        parts, collecting = batch.parts(), clock.lap()
+        rates = [self.config.grpo.lr * 0.5 * (1.0 + math.cos(math.pi * p)) for p in progress]
+        learned = self._learn(batch, rates) if len(batch.rolled.group_R) else [{} for _ in parts]
         self.tokens += batch.tokens
-        more = self.experience.learned(update)
-        names, raw = config.names, batch.reward_RK
-        normal = self.experience.scales.normalizer.apply(raw)
+        lines = [
+            {
+                "update": number,
+                "meta_step": step,
+                "task": task,
+                "inner": inner,
+                "progress": self.progress(number + 1),
+                "w": w,
+                **(metrics or {"skipped": True}),
+                "lr": lr,
+                **self._of_responses(part),
+                **self.experience.learned(number),
+            }
+            for (task, w), number, part, lr, metrics in zip(
+                tasks, numbers, parts, rates, learned, strict=True
+            )
+        ]
+        learning = clock.lap()
+        for line, part in zip(lines, parts, strict=True):  # of what goes at once, equal shares
+            if "skipped" in line:  # no step: Adam's state stays as it is
+                number = line["update"]
+                warnings.warn(f"update {number}: no response was kept; it is skipped", stacklevel=2)
+            line["seconds"] = {
+                "rollout": part.rolled.seconds,
+                "reward": max(collecting / len(lines) - part.rolled.seconds, 0.0),
+                "learn": learning / len(lines),
+            }
+        return lines
+
+    def _of_responses(self, batch: Experience) -> dict[str, Any]:
+        """What an update's responses say: means over them."""
+        rolled, raw, names = batch.rolled, batch.reward_RK, self.config.names
+        scales, kept = self.experience.scales, len(rolled.group_R) > 0
+        normal = scales.normalizer.apply(raw)
         return {
-            "update": update,
-            "meta_step": step,
-            "task": task,
-            "inner": inner,
-            "progress": self.progress(update + 1),
-            "w": w,
-            **(learned or {"skipped": True}),
-            "lr": lr,
-            "score": float(scored.score_R.mean()) if learned else None,
+            "score": float(batch.scored.score_R.mean()) if kept else None,
             "rewards": dict(zip(names, raw.mean(0).tolist(), strict=True)),
             "normalized": dict(zip(names, normal.mean(0).tolist(), strict=True)),
-            "above_utopia": int(
-                (normal > torch.tensor(self.experience.scales.utopia)).any(1).sum()
-            ),
+            "above_utopia": int((normal > torch.tensor(scales.utopia)).any(1).sum()),
             "tokens": batch.tokens,
             "prefill_tokens": rolled.prefill_tokens,
-            "length": float(rolled.mask_RT.sum(1).float().mean()) if learned else None,
+            "length": float(rolled.mask_RT.sum(1).float().mean()) if kept else None,
             "stopped": sum(f == "stop" for f in rolled.finish) / max(len(rolled.finish), 1),
             **batch.log,
-            **more,
-            "seconds": {
-                "rollout": rolled.seconds,
-                "reward": max(collecting - rolled.seconds, 0.0),
-                "learn": clock.lap(),
-            },
         }
 
-    def _learn(self, batch: Experience, lr: float) -> dict[str, float]:
-        """The learner's gradient and Adam's step, `grpo.epochs` times; metrics of the last."""
-        options = self.config.grpo
-        optimizer = self.outer.optimizer
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    def _learn(self, batch: Experience, rates: Sequence[float]) -> list[dict[str, float]]:
+        """The learner's gradients and Adam's steps, `grpo.epochs` times; the last one's metrics.
+
+        One of each for every task that goes at once, at its learning rate.
+        """
+        options, lanes = self.config.grpo, self.outer.lanes
         for _ in range(options.epochs):
-            optimizer.zero_grad(set_to_none=True)
-            learned = self.recipe.learner(
-                self.policy, batch.rolled, batch.scored, options, self.config.rollout.temperature
+            with self.policy.stacked(self.outer.stack):
+                learned = self.recipe.learner(
+                    self.policy,
+                    batch.rolled,
+                    batch.scored,
+                    options,
+                    self.config.rollout.temperature,
+                )
+            learned["grad_norm"] = torch.stack(
+                [
+                    lane.advance(lr, options.max_grad_norm)
+                    for lane, lr in zip(lanes, rates, strict=True)
+                ]
             )
-            limit = options.max_grad_norm or float("inf")
-            learned["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.policy.trainable, limit)
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        values = torch.stack([v.detach().float().cpu() for v in learned.values()]).tolist()
-        return dict(zip(learned, values, strict=True))
+        values = torch.stack([v.detach().float().cpu().reshape(-1) for v in learned.values()])
+        return [dict(zip(learned, of_task, strict=True)) for of_task in values.T.tolist()]
 
     def _prompts_of(self, update: int) -> list[Prompt]:
         """The next prompts, reshuffled whenever all have been seen; depends on (seed, update)."""

@@ -28,6 +28,10 @@ ATTENTION = "meal_fast_tree"
 class Pass(Protocol):
     """What a forward pass does with the queries, keys and values of a layer."""
 
+    @property
+    def adapter(self) -> Tensor:
+        """int64, of the shape of the tokens or to be expanded to it: see `stacked`."""
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """query (R, Hq, T, d), key and value (R, H, T, d) -> (R, T, Hq, d)."""
 
@@ -44,6 +48,7 @@ class Packed:
     row_RT: Tensor  # the same of the rows
     prefix_at: Tensor  # int64, the real tokens' places in the flat (B, P); the rows' in (R, T).
     row_at: Tensor  # Known once: a boolean mask would make a GPU wait in every layer
+    adapter_B: Tensor  # int64: see `stacked`
 
     @property
     def before_RT(self) -> Tensor:
@@ -57,6 +62,10 @@ class Packed:
         """The prefix that each token is of, or stands behind."""
         width_P, width_T = self.prefix_BP.shape[1], max(self.row_RT.shape[1], 1)
         return torch.cat([self.prefix_at // width_P, self.group_R[self.row_at // width_T]])
+
+    @property
+    def adapter(self) -> Tensor:
+        return self.adapter_B[self.group_N][None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Prefixes causally, then every row behind its prefix: `Pass`."""
@@ -74,17 +83,23 @@ class Packed:
 
 
 def pack(
-    prefixes: Sequence[Sequence[int]], group_R: Tensor, tokens_RT: Tensor, mask_RT: Tensor
+    prefixes: Sequence[Sequence[int]],
+    group_R: Tensor,
+    tokens_RT: Tensor,
+    mask_RT: Tensor,
+    adapter: Sequence[int] = (),
 ) -> Packed:
     """Lays B prefixes end to end and, after them, R rows. A row's last token is left out: the
     states that predict a row are its prefix's last one and those of its tokens before the last.
 
-    tokens_RT, mask_RT (R, T): the rows, padded on the right, at least one token each.
+    tokens_RT, mask_RT (R, T): the rows, padded on the right, at least one token each. adapter: of
+    each prefix and its rows.
     """
     device = tokens_RT.device
     tokens_BP, valid_BP = pad(prefixes, device)
     tokens_RT, valid_RT = tokens_RT[:, :-1], mask_RT[:, 1:]
     steps = torch.arange(tokens_RT.shape[1], device=device)
+    adapter_B = torch.tensor(adapter or [0] * len(prefixes), device=device)
     start_R = valid_BP.sum(1)[group_R]
     places = torch.arange(tokens_BP.shape[1], device=device).expand_as(tokens_BP)
     prefix_at, row_at = (v.flatten().nonzero().squeeze(1) for v in (valid_BP, valid_RT))
@@ -104,6 +119,7 @@ def pack(
         row_RT=number(valid_RT, len(prefix_at)),
         prefix_at=prefix_at,
         row_at=row_at,
+        adapter_B=adapter_B,
     )
 
 

@@ -50,6 +50,33 @@ def test_linear_and_its_gradients(shape, n, with_bias):
             torch.testing.assert_close(mine.grad.double(), theirs.grad, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("counts", [(0, 40, 35), (40, 3, 70, 90, 60), (1, 2, 3, 1)])
+@pytest.mark.parametrize("sizes", [(12, 70), (70, 12)])
+@pytest.mark.parametrize("frozen_x", [False, True])
+def test_blocks_are_terms_of_their_own(counts, sizes, frozen_x):
+    """Three terms side by side, their rows in long runs or in short ones."""
+    k, n = sizes
+    block_N = torch.cat([torch.full((c,), i % 3) for i, c in enumerate(counts)])
+    x, w = leaf(len(block_N), k).requires_grad_(not frozen_x), leaf(n, k, seed=1).detach()
+    a, b = leaf(3 * 4, k, seed=3), leaf(n, 3 * 4, seed=4)
+    blocks = gemm.Blocks.of(block_N, torch.arange(3).repeat_interleave(4))
+    assert bool(blocks.runs) == (max(counts) > 3)
+    got = gemm.lora_linear(x, w, None, a, b, 0.5, blocks)
+    wide = [double(x), double(a), double(b)]
+    want = wide[0] @ w.double().t()
+    for i in range(3):
+        own, of = (block_N == i)[:, None], slice(4 * i, 4 * i + 4)
+        want = want + own * (wide[0] @ wide[1][of].t() @ wide[2][:, of].t()) * 0.5
+    torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=1e-5)
+    probe = torch.randn_like(got)
+    got.backward(probe)
+    want.backward(probe.double())
+    assert (x.grad is None) == frozen_x
+    for mine, theirs in zip((x, a, b), wide, strict=True):
+        if mine.grad is not None:
+            torch.testing.assert_close(mine.grad.double(), theirs.grad, atol=1e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("rows", [1, 7, 8, 33])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("sizes", [(12, 70), (70, 12)])

@@ -23,7 +23,7 @@ LAYERS = (
     ("presets", "batch", "papers"),
     ("runs", "cli"),
     ("ops",),
-    ("assets", "tree", "mapped", "quiet"),
+    ("assets", "tree", "mapped", "quiet", "stacked"),
     ("bilinear",),
     ("prompts", "objectives", "preference", "policy", "worlds", "measures"),
     ("scales", "guide", "family"),

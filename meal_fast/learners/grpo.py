@@ -20,6 +20,7 @@ from .sequences import divisor, hidden, micro_batches, packed, token_logp
 
 # Over micro-batches; the other metrics are means over tokens.
 SUMMED = {"loss", "policy_loss", "tokens"}
+OF_TOKENS = {"ref_logp", "ref_hidden"}  # of what the loss needs of the reference
 
 
 def grpo(
@@ -30,14 +31,17 @@ def grpo(
     The rollout's own log-probabilities are the behaviour policy's (logp_old). With beta > 0 the
     reference model sees the same tokens first, before anything is kept for the gradient. Rows that
     were truncated, selected or redrawn have another behaviour policy, and raise ValueError.
+
+    A rollout of several tasks' adapters goes through the stacked policy at once; each task has its
+    own loss, whose gradient is that of its factors, and the metrics are (tasks,).
     """
     if not rollout.on_policy:
         raise ValueError(
             "rollout: its rows were truncated, selected or redrawn, so that logp_RT is not the "
             "behaviour policy's; sample without top_k, top_p, min_p and rejection"
         )
-    normalizer = divisor(rollout, config.reduce)
-    totals: dict[str, Tensor] = {}
+    normalizers = [divisor(rollout.of_task(rows), config.reduce) for rows in rollout.tasks]
+    totals: list[dict[str, Tensor]] = [{} for _ in normalizers]
     batches = [
         (rows, packed(rollout, rows)) for rows in micro_batches(rollout, config.micro_tokens)
     ]
@@ -49,36 +53,57 @@ def grpo(
                 for rows, batch in batches
             ]
     for (rows, batch), extra in zip(batches, references, strict=True):
-        mask = rollout.mask_RT[rows]
         network = policy.network
         with policy.recomputing(config.recompute):
             hidden_ND = hidden(network, rollout, rows, batch)
-        width = mask.shape[1]
-        loss, metrics = ops.linear_policy_loss(
-            hidden_ND,
-            network.weight,
-            rollout.tokens_RT[rows][mask],
-            scored.advantage_R[rows, None].expand(-1, width)[mask],
-            old_logp=rollout.logp_RT[rows][mask],
-            sequence=rows[:, None].expand(-1, width)[mask],
-            beta=config.beta,
-            kl=config.kl,
-            clip=(config.clip_low, config.clip_high),
-            reduce=config.reduce,
-            normalizer=normalizer,
-            temperature=temperature,
-            bias=network.bias,
-            softcap=network.softcap,
-            **extra,
-        )
-        loss.backward()
-        metrics["loss"] = loss.detach()
-        for name, value in metrics.items():
-            more = value if name in SUMMED else value * metrics["tokens"]
-            totals[name] = totals.get(name, 0.0) + more
-    for name in totals.keys() - SUMMED:
-        totals[name] = totals[name] / totals["tokens"].clamp(min=1)
-    return totals
+        losses = []
+        for task, own, at in by_task(rollout, rows):
+            mask = rollout.mask_RT[own]
+            width = mask.shape[1]
+            loss, metrics = ops.linear_policy_loss(
+                hidden_ND[at],
+                network.weight,
+                rollout.tokens_RT[own][mask],
+                scored.advantage_R[own, None].expand(-1, width)[mask],
+                old_logp=rollout.logp_RT[own][mask],
+                sequence=own[:, None].expand(-1, width)[mask],
+                beta=config.beta,
+                kl=config.kl,
+                clip=(config.clip_low, config.clip_high),
+                reduce=config.reduce,
+                normalizer=normalizers[task],
+                temperature=temperature,
+                bias=network.bias,
+                softcap=network.softcap,
+                **{name: x[at] if name in OF_TOKENS else x for name, x in extra.items()},
+            )
+            losses.append(loss)
+            metrics["loss"] = loss.detach()
+            for name, value in metrics.items():
+                more = value if name in SUMMED else value * metrics["tokens"]
+                totals[task][name] = totals[task].get(name, 0.0) + more
+        torch.stack(losses).sum().backward()
+    for total in totals:
+        for name in total.keys() - SUMMED:
+            total[name] = total[name] / total["tokens"].clamp(min=1)
+    if len(totals) == 1:
+        return totals[0]
+    return {name: torch.stack([total[name] for total in totals]) for name in totals[0]}
+
+
+def by_task(rollout: Rollout, rows: Tensor) -> list[tuple[int, Tensor, slice]]:
+    """The tasks that a run of rows is of: number, rows, and where their tokens lie among its N."""
+    if not rollout.adapter:
+        return [(0, rows, slice(None))]
+    first, last = int(rows[0]), int(rows[-1]) + 1
+    lengths, parts, start = rollout.mask_RT.sum(1).tolist(), [], 0
+    for task, share in enumerate(rollout.tasks):
+        low, high = max(first, share.start), min(last, share.stop)
+        if low < high:
+            end = start + sum(lengths[low:high])
+            parts.append((task, rows[low - first : high - first], slice(start, end)))
+            start = end
+    return parts
 
 
 def _of_reference(

@@ -60,7 +60,9 @@ def packed(rollout: Rollout, rows: Tensor) -> tree.Packed:
     mask = rollout.mask_RT[rows]
     width = int(mask.sum(1).max())
     prefixes = [rollout.prefix[g] for g in groups.tolist()]
-    return tree.pack(prefixes, group_R, rollout.tokens_RT[rows, :width], mask[:, :width])
+    adapter = [rollout.adapter[g] for g in groups.tolist()] if rollout.adapter else ()
+    tokens_RT, mask_RT = rollout.tokens_RT[rows, :width], mask[:, :width]
+    return tree.pack(prefixes, group_R, tokens_RT, mask_RT, adapter)
 
 
 def micro_batches(

@@ -7,6 +7,8 @@ Everything else (other dtypes and devices, a few rows, builds without oneDNN) is
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 _FEW_ROWS = 8  # below, a product is a read of the matrix, and setting oneDNN up costs more
+_LONG_RUN = 32  # rows: below, products of their own cost more than one with zeros
 _THIN = 64  # a factor of LoRA: its gradient is faster made transposed
 
 _onednn: Any = None
@@ -72,19 +75,59 @@ class _Linear(torch.autograd.Function):
         return dx, dw, dy.sum(0) if needs_bias else None
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Several low-rank terms side by side in A and B, and which of them is each row's own."""
+
+    others_NR: Tensor  # bool, true in the columns that are not the row's
+    runs: tuple[tuple[slice, slice], ...] = ()  # rows and their columns, all of one width; or none
+
+    @staticmethod
+    def of(block_N: Tensor, block_R: Tensor) -> Blocks:
+        """From the block of each row, and of each column.
+
+        On a CPU, where rows of a block lie together, as in training, its products are made for them
+        alone; where they are few, as in decoding, one product with zeros is faster.
+        """
+        others = block_N[:, None] != block_R
+        if block_N.device.type != "cpu":
+            return Blocks(others)
+        block, count = (x.tolist() for x in torch.unique_consecutive(block_N, return_counts=True))
+        if len(block_N) < _LONG_RUN * len(block):
+            return Blocks(others)
+        ends = [0, *accumulate(count)]
+        width = len(block_R) // (int(block_R[-1]) + 1)
+        columns = [slice(i * width, (i + 1) * width) for i in block]
+        rows = [slice(*pair) for pair in pairwise(ends)]
+        return Blocks(others, tuple(zip(rows, columns, strict=True)))
+
+
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    blocks: Blocks | None = None,
 ) -> Tensor:
     """x Wᵀ + bias + scale · (x Aᵀ) Bᵀ with W (N, K) frozen, A (r, K), B (N, r): (…, N).
+
+    With `blocks` each row of x sees its own share of the r columns of x Aᵀ.
 
     On a CPU in float32, one function: the low-rank term is added within its product, both ways,
     and what is kept for the gradient is x and x Aᵀ alone.
     """
     one_dtype = x.dtype == weight.dtype == a.dtype == b.dtype
     if not one_dtype or weight.requires_grad or not _suits(x, len(weight)):
-        low = F.linear(F.linear(x.to(a.dtype), a), b) * scale
-        return F.linear(x, weight, bias) + low.to(x.dtype)
-    return _LoRA.apply(x, weight, bias, a, b, scale)
+        low = F.linear(x.to(a.dtype), a)
+        if blocks is not None:
+            low = low.masked_fill(blocks.others_NR.view(low.shape), 0)
+        return F.linear(x, weight, bias) + (F.linear(low, b) * scale).to(x.dtype)
+    if blocks is not None and blocks.runs:
+        return _Runs.apply(x, weight, bias, a, b, scale, blocks.runs)
+    others = None if blocks is None else blocks.others_NR
+    return _LoRA.apply(x, weight, bias, a, b, scale, others)
 
 
 def _add_product(a: Tensor, b: Tensor, to: Tensor) -> Tensor:
@@ -95,12 +138,21 @@ def _add_product(a: Tensor, b: Tensor, to: Tensor) -> Tensor:
 class _LoRA(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        others: Tensor | None,
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         low = matmul(flat, a.t()).mul_(scale)
+        if others is not None:
+            low.masked_fill_(others, 0)
         ctx.save_for_backward(flat, weight, a, b, low)
-        ctx.scale = scale
+        ctx.scale, ctx.others = scale, others
         out = _add_product(low, b.t(), to=matmul(flat, weight.t(), bias))
         return out.view(*x.shape[:-1], len(weight))
 
@@ -110,13 +162,57 @@ class _LoRA(torch.autograd.Function):
         flat, weight, a, b, low = ctx.saved_tensors
         dy = upstream.reshape(-1, upstream.shape[-1]).contiguous()
         d_low = matmul(dy, b).mul_(ctx.scale)
+        if ctx.others is not None:
+            d_low.masked_fill_(ctx.others, 0)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = _add_product(d_low, a, to=matmul(dy, weight))
             dx = dx.view(*upstream.shape[:-1], weight.shape[1])
         da = matmul(d_low.t(), flat) if ctx.needs_input_grad[3] else None
         db = matmul(low.t(), dy).t().contiguous() if ctx.needs_input_grad[4] else None
-        return dx, None, None, da, db, None
+        return dx, None, None, da, db, None, None
+
+
+class _Runs(torch.autograd.Function):
+    """`_LoRA` where each run of rows has a pair of factors of its own: blocks of a and b."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        runs: tuple[tuple[slice, slice], ...],
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        out = matmul(flat, weight.t(), bias)
+        lows = []
+        for rows, block in runs:
+            lows.append(matmul(flat[rows], a[block].t()).mul_(scale))
+            out[rows].addmm_(lows[-1], b[:, block].t())
+        ctx.save_for_backward(flat, weight, a, b, *lows)
+        ctx.scale, ctx.runs = scale, runs
+        return out.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        flat, weight, a, b, *lows = ctx.saved_tensors
+        dy = upstream.reshape(-1, upstream.shape[-1]).contiguous()
+        dx = matmul(dy, weight) if ctx.needs_input_grad[0] else None
+        da, db = torch.zeros_like(a), torch.zeros_like(b)
+        for (rows, block), low in zip(ctx.runs, lows, strict=True):
+            d_low = torch.mm(dy[rows], b[:, block]).mul_(ctx.scale)
+            if dx is not None:
+                dx[rows].addmm_(d_low, a[block])
+            da[block].addmm_(d_low.t(), flat[rows])
+            db[:, block].addmm_(dy[rows].t(), low)
+        if dx is not None:
+            dx = dx.view(*upstream.shape[:-1], weight.shape[1])
+        return dx, None, None, da, db, None, None
 
 
 class _Module(nn.Linear):

@@ -26,7 +26,7 @@ from .. import ops
 from ..ops import Groups
 from ..policy import Network
 from ..tree import behind, causal, pad
-from .requests import Tokens
+from .requests import Prefix, Tokens
 
 _MULTIPLE = 16  # sizes of the caches are multiples of it
 
@@ -90,6 +90,7 @@ class Pool:
         self.hidden_BD = torch.zeros(places, shape.hidden, dtype=shape.dtype, device=shape.device)
         self.length = [0] * places
         self.length_B = torch.zeros(places, dtype=torch.int64, device=shape.device)
+        self.adapter_B = torch.zeros_like(self.length_B)
         self._place: dict[object, int] = {}  # the longest out of use first
         self._free = list(range(places))[::-1]
 
@@ -148,6 +149,7 @@ class Pool:
         new.hidden_BD[: self.places] = self.hidden_BD
         new.length[: self.places] = self.length
         new.length_B[: self.places] = self.length_B
+        new.adapter_B[: self.places] = self.adapter_B
         new._place = dict(self._place)
         new._free = [*range(self.places, places)][::-1] + self._free
         return new
@@ -187,6 +189,10 @@ class PromptPass:
     pool: Pool
     place_B: Tensor
 
+    @property
+    def adapter(self) -> Tensor:
+        return self.pool.adapter_B[self.place_B, None]
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         keys, values = self.pool.layers[layer]
         keys[self.place_B, :, : key.shape[2]] = key
@@ -203,6 +209,10 @@ class SuffixPass:
     valid_BP: Tensor
     pool: Pool
     place_B: Tensor
+
+    @property
+    def adapter(self) -> Tensor:
+        return self.prompts.adapter_B[self.prompt_B, None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         keys, values = self.pool.layers[layer]
@@ -229,6 +239,10 @@ class TokenPass:
     seen_R: Tensor  # at_R + 1
     longest: int
 
+    @property
+    def adapter(self) -> Tensor:
+        return self.prompts.adapter_B[self.low + self.groups.group_R, None]
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         r = len(self.at_R)
         pairs = zip(self.tails.layers[layer], (key, value), strict=True)
@@ -247,17 +261,19 @@ class TokenPass:
 
 
 def fill_prompts(
-    network: Network, pool: Pool, prompts: Sequence[Tokens], places: Sequence[int]
+    network: Network, pool: Pool, prompts: Sequence[Prefix], places: Sequence[int]
 ) -> int:
     """Runs prompts through the model into their places; the number of their tokens."""
     device = pool.shape.device
-    tokens_BP, valid_BP = pad(prompts, device)
+    adapters, texts = zip(*prompts, strict=True)
+    tokens_BP, valid_BP = pad(texts, device)
     place_B = torch.tensor(places, device=device)
+    pool.adapter_B[place_B] = torch.tensor(adapters, device=device)
     hidden = network.body(
         input_ids=tokens_BP, use_cache=False, tree=PromptPass(pool, place_B)
     ).last_hidden_state
     pool.fill(place_B, places, valid_BP, hidden)
-    return sum(map(len, prompts))
+    return sum(map(len, texts))
 
 
 def fill_suffixes(

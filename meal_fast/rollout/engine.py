@@ -34,7 +34,18 @@ from .cache import (
     shares,
 )
 from .graph import FixedStep, bucket
-from .requests import Counts, Drawn, Request, Row, Sampling, Tokens, encode, gathered, row_id
+from .requests import (
+    Counts,
+    Drawn,
+    Prefix,
+    Request,
+    Row,
+    Sampling,
+    Tokens,
+    encode,
+    gathered,
+    row_id,
+)
 
 _PASS_TOKENS = 4096  # padded tokens of a pass over prompts or suffixes
 
@@ -79,10 +90,11 @@ class Engine:
         Raises ValueError for no request, one of no samples, and a prompt that is empty or too long.
         """
         parts = encode(self.policy, requests, max_new_tokens)
-        preferences = Counter(prompt for prompt, _ in dict.fromkeys(parts))
+        whole = [(q.adapter, *part) for q, part in zip(requests, parts, strict=True)]
+        preferences = Counter((a, prompt) for a, prompt, _ in dict.fromkeys(whole))
         rows = []
         for index, (request, (prompt, suffix)) in enumerate(zip(requests, parts, strict=True)):
-            if self.join and preferences[prompt] == 1:
+            if self.join and preferences[request.adapter, prompt] == 1:
                 prompt, suffix = prompt + suffix, ()
             rows += [Row(request, index, s, prompt, suffix) for s in range(request.samples)]
         return rows
@@ -203,24 +215,24 @@ class Engine:
         """Rows for the free slots, and the hidden states (1, D) that their first tokens hang on."""
         in_use = {row.place for row in live}
         needed: set[int] = set()  # places of suffixes
-        prompts: dict[Tokens, int] = {}  # to be computed -> place
-        suffixes: dict[tuple[Tokens, Tokens], tuple[int, int]] = {}  # -> prompt's and own place
+        prompts: dict[Prefix, int] = {}  # to be computed -> place
+        suffixes: dict[tuple[Prefix, Tokens], tuple[int, int]] = {}  # -> prompt's and own place
         taken: list[tuple[Row, int]] = []  # with the suffix's place
         while waiting and len(live) + len(taken) < self.tails.places:
             row = waiting[0]
             if row.finish:  # cancelled while it waited
                 waiting.popleft()
                 continue
-            place = self.prompts.find(row.prompt)
+            place = self.prompts.find(row.prefix)
             if place is None:
-                place = self.prompts.take(row.prompt, in_use)
+                place = self.prompts.take(row.prefix, in_use)
                 if place is None:
                     break  # until a row ends and leaves its prompt's place
-                prompts[row.prompt] = place
+                prompts[row.prefix] = place
             in_use.add(place)
             own = -1
             if row.suffix:
-                both = (row.prompt, row.suffix)
+                both = (row.prefix, row.suffix)
                 found = self.suffixes.find(both)
                 if found is None:
                     found = self.suffixes.take(both, needed)
@@ -233,7 +245,7 @@ class Engine:
         self._compute(prompts, suffixes)
         rows = [row for row, _ in taken]
         self.counts.reused += sum(len(row.prompt) + len(row.suffix) for row in rows)
-        self.counts.reused -= sum(map(len, prompts)) + sum(len(s) for _, s in suffixes)
+        self.counts.reused -= sum(len(p) for _, p in prompts) + sum(len(s) for _, s in suffixes)
         copies = [(slot, own) for slot, (_, own) in enumerate(taken, len(live)) if own >= 0]
         if copies:
             slots, places = zip(*copies, strict=True)
@@ -245,15 +257,15 @@ class Engine:
 
     def _compute(
         self,
-        prompts: dict[Tokens, int],
-        suffixes: dict[tuple[Tokens, Tokens], tuple[int, int]],
+        prompts: dict[Prefix, int],
+        suffixes: dict[tuple[Prefix, Tokens], tuple[int, int]],
     ) -> None:
         """Runs what is missing through the model; if that fails, none of it counts as cached."""
         try:
-            for part in _passes(list(prompts), len):
-                places = [prompts[tokens] for tokens in part]
+            for part in _passes(list(prompts), lambda prefix: len(prefix[1])):
+                places = [prompts[prefix] for prefix in part]
                 self.counts.prompt += fill_prompts(self.network, self.prompts, part, places)
-            width = max((len(prompt) for prompt, _ in suffixes), default=0)
+            width = max((len(prompt) for (_, prompt), _ in suffixes), default=0)
             for pairs in _passes(list(suffixes), lambda pair: width + len(pair[1])):
                 of, own = zip(*(suffixes[pair] for pair in pairs), strict=True)
                 texts = [suffix for _, suffix in pairs]
@@ -261,8 +273,8 @@ class Engine:
                     self.network, self.prompts, of, self.suffixes, texts, own
                 )
         except BaseException:
-            for tokens in prompts:
-                self.prompts.drop(tokens)
+            for prefix in prompts:
+                self.prompts.drop(prefix)
             for both in suffixes:
                 self.suffixes.drop(both)
             raise
@@ -292,8 +304,8 @@ class Engine:
         suffix = max(len(row.suffix) for row in rows)
         longest = (suffix + new, max(len(row.prompt) for row in rows), suffix)
         least_rooms = tuple(map(rounded, longest))
-        prompts = {row.prompt for row in rows}
-        pairs = {(row.prompt, row.suffix) for row in rows if row.suffix}
+        prompts = {row.prefix for row in rows}
+        pairs = {(row.prefix, row.suffix) for row in rows if row.suffix}
         here = (self.tails, self.prompts, self.suffixes)
         have, rooms = tuple(x.places for x in here), tuple(x.room for x in here)
         del here  # what is replaced below must not live on

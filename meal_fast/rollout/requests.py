@@ -13,6 +13,7 @@ from ..policy import Policy
 from ..tree import pad
 
 Tokens = tuple[int, ...]
+Prefix = tuple[int, Tokens]  # a prompt, and whose adapter it goes through
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Request:
     prompt: Prompt
     w: tuple[float, ...] | None
     samples: int = 1
+    adapter: int = 0  # whose answers they are, where the policy is stacked
+    stream: tuple[int | str, ...] = ()  # of its own, behind Sampling's
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def encode(
 def row_id(stream: Sequence[int | str], request: Request, sample: int, attempt: int = 0) -> int:
     """What keys the randomness of one response."""
     again = (attempt,) if attempt else ()
-    return key(*stream, request.prompt.id, str(request.w or ()), sample, *again)
+    return key(*stream, *request.stream, request.prompt.id, str(request.w or ()), sample, *again)
 
 
 def gathered(
@@ -134,6 +137,7 @@ def gathered(
         prefill_tokens=prefill_tokens,
         reused_tokens=reused_tokens,
         seconds=time.perf_counter() - started,
+        adapter=tuple(q.adapter for q in requests) if any(q.adapter for q in requests) else (),
     )
 
 
@@ -152,6 +156,11 @@ class Row:
     finish: str = ""  # "stop", "length" or "cancelled"; "" while it waits or grows
     place: int = -1
     key: int = 0  # its id, once it has ended
+
+    @property
+    def prefix(self) -> Prefix:
+        """What the prompt's keys and values are known by: they are the adapter's."""
+        return self.request.adapter, self.prompt
 
     def another(self, sample: int, attempt: int) -> Row:
         """A new row of the same request, behind the same prefix."""
