@@ -111,7 +111,8 @@ def measured(case: str, args: argparse.Namespace) -> dict[str, Any]:
         "date": rows.now(),
         "commit": rows.commit(),
         "command": f"python bench/parallel_tasks.py --steps {args.steps} --tasks {args.tasks} "
-        f"--threads {args.threads} --cases {case}",
+        f"--threads {args.threads} --cases {case}"
+        + (f" --model {args.model}" if args.model else ""),
         "machine": before,
         "threads": args.threads,
         "versions": rows.versions("torch", "transformers", "peft"),

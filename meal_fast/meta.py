@@ -187,7 +187,8 @@ class ParallelReptile(Reptile):
 
     The same meta-update as one task after the other, since all start from the snapshot; but with
     `per_preference`, tasks of one preference in a meta-step do not inherit from each other, and the
-    last one's state is kept.
+    last one's state is kept; and a schedule over `meta.tokens` counts an inner step's tokens of all
+    tasks at once.
     """
 
     def __init__(

@@ -4,8 +4,8 @@
 
 The factors of T tasks lie side by side as one adapter of rank T * r, (A_0 ... A_T) and
 (B_0 ... B_T); of its inner product x A^T a token keeps the columns of its own task, and the others
-are set to zero. What a pass over several tasks' tokens hands to the model (`tree=`) says whose they
-are.
+are set to zero (`ops.gemm.Blocks`). What a pass over several tasks' tokens hands to the model
+(`tree=`) says whose they are. It has never been run on a GPU.
 """
 
 from __future__ import annotations

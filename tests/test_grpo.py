@@ -168,7 +168,7 @@ def test_lora_layers_are_computed_by_lora_linear_as_peft_would(monkeypatch):
         seen.append(weight.data_ptr())
         return lora_linear(x, weight, *others)
 
-    monkeypatch.setattr("meal_fast.policy.lora_linear", spy)
+    monkeypatch.setattr("meal_fast.stacked.lora_linear", spy)
     got = policy.model(input_ids=ids, use_cache=False).logits
     assert sorted(seen) == sorted(m.base_layer.weight.data_ptr() for m in layers)
     for module in layers:
