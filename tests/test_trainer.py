@@ -71,7 +71,7 @@ def test_a_run_leaves_everything(whole):
     names = {path.name for path in run.iterdir()}
     assert names == {
         "config.json", "statistics.json", "metrics.jsonl", "checkpoint.pt", "policy",
-        "evaluation.json", "front.png", "report.html",
+        "cost.json", "evaluation.json", "front.png", "report.html",
     }  # fmt: skip
     config = preset("tiny")
     rows = updates(run)
