@@ -8,7 +8,7 @@ STEPS ?= 3
 
 .DEFAULT_GOAL := help
 .PHONY: help env train assets report test test-slow test-trl smoke golden lint wheel sass mutate \
-    bench bench-rows bench-table bench-sampler bench-parallel bench-trl clean
+    bench bench-rows bench-table bench-sampler bench-parallel bench-meal bench-trl clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -91,6 +91,9 @@ bench-sampler: assets  ## the sampler beside generate, alternating; and what red
 
 bench-parallel: assets  ## a meta-step's tasks in one batch and one after the other, alternating
 	$(PY) bench/parallel_tasks.py
+
+bench-meal: assets  ## what the preference-weight-net costs beside plain rejection-sampled SFT
+	$(PY) bench/ab_meal.py
 
 bench-trl: $(VENV)/bench-installed assets  ## one GRPO step against TRL, alternating
 	$(PY) bench/ab_trl.py --steps $(STEPS)
