@@ -356,7 +356,7 @@ class Config:
         text, tuning = self.policy.preference_text, self.policy.tuning
         steered = f"the policy of {self.recipe} is steered by that text; choose bar or numbers"
         if text == "scores":
-            steered = "is recipe ric's; choose bar or numbers"
+            steered = f"{self.recipe} reads no rewards, recipe ric does; choose bar or numbers"
         ok = bool(self.settled) or text not in ("none", "scores")
         require(ok, "policy.preference_text", text, steered)
         guide = "is for the guide of recipe 'parm'; choose lora or full"
