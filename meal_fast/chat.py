@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 from .cli import OneLineParser, one_line_errors, parse_weights
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from .family import load_served
     from .preference import snapped
     from .preference_net import PreferenceNet, features
-    from .rollout import Request, Sampling, engine
+    from .rollout import Engine, Request, Sampling, engine
 
     if args.device is not None:
         there = dataclasses.replace(config.policy, device=args.device)
@@ -135,33 +135,50 @@ def main(argv: Sequence[str] | None = None) -> None:
     policy, family = load_served(args.run, config)
 
     net = PreferenceNet.load(net_file, names) if net_file.is_file() else None
+    grid = config.preference.grid
 
-    def answer(text: str, w: Asked, turn: int) -> str:
-        prompt = Prompt(id=f"chat {turn}", text=text)
-        if w is None:
-            assert net is not None
-            predicted = net(features(policy, [prompt]).cpu()).tolist()
-            (w,) = snapped(predicted, config.preference.grid)
-            print(f"w is {shown(w, names)}", file=sys.stderr, flush=True)
-        sampling = Sampling(
-            max_new_tokens=length,
-            temperature=temperature,
-            seed=args.seed,
-            stream=("chat", turn),
-            top_k=args.top_k,
-            top_p=args.top_p,
-            min_p=args.min_p,
-            stop=tuple(args.stop),
-        )
-        # Its caches last for one answer: the same prompt hardly comes again.
-        served = nullcontext() if family is None or w is None else family.at(policy, w)
-        with served, engine(policy) as sampler:
+    with ExitStack() as held:
+        serving: dict[Asked, Engine] = {}  # what is open now, by its preference; None: any
+
+        def release() -> None:
+            held.close()
+            serving.clear()
+
+        def sampler_at(w: tuple[float, ...]) -> Engine:
+            """The engine on what serves w: a new one only where w has parameters of its own."""
+            serves = None if family is None else w
+            if serves not in serving:
+                release()
+                if family is not None:
+                    held.enter_context(family.at(policy, w))
+                serving[serves] = held.enter_context(engine(policy))
+            return serving[serves]
+
+        def answer(text: str, w: Asked, turn: int) -> str:
+            prompt = Prompt(id="chat", text=text)
+            if w is None:
+                assert net is not None
+                release()  # the net reads the base model, which an open engine has merged with LoRA
+                (w,) = snapped(net(features(policy, [prompt]).cpu()).tolist(), grid)
+                print(f"w is {shown(w, names)}", file=sys.stderr, flush=True)
+            sampling = Sampling(
+                max_new_tokens=length,
+                temperature=temperature,
+                seed=args.seed,
+                stream=("chat", turn),
+                top_k=args.top_k,
+                top_p=args.top_p,
+                min_p=args.min_p,
+                stop=tuple(args.stop),
+            )
+            sampler = sampler_at(w)
+            sampler.forget()  # the last prompt: it hardly comes again
             return sampler.sample([Request(prompt, w)], sampling).texts[0].strip()
 
-    if args.prompt is not None:
-        print(answer(args.prompt.strip(), w, 0))
-    else:
-        talk(prompted_lines(w, names), answer, w, parse, names)
+        if args.prompt is not None:
+            print(answer(args.prompt.strip(), w, 0))
+        else:
+            talk(prompted_lines(w, names), answer, w, parse, names)
 
 
 if __name__ == "__main__":

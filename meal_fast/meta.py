@@ -169,8 +169,8 @@ class Reptile(Joint):
             self._set_adam(merged)
         metrics = {"delta_norm": norm, "epsilon": epsilon}
         if len(deltas) > 1:
-            dot = sum(float((a * b).sum()) for a, b in zip(deltas[0], deltas[1], strict=True))
-            size = float(_norm(deltas[0]) * _norm(deltas[1]))
+            dots = [(a * b).sum() for a, b in zip(deltas[0], deltas[1], strict=True)]
+            dot, size = float(torch.stack(dots).sum()), float(_norm(deltas[0]) * _norm(deltas[1]))
             metrics["delta_cosine"] = dot / size if size else 0.0
         return metrics
 
