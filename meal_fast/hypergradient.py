@@ -82,7 +82,6 @@ def hypergradient(
     temperature: float,
     micro_tokens: int,
     held_out_R: Tensor | None = None,
-    wanted_R: Tensor | None = None,
     recompute: bool = False,
 ) -> tuple[Tensor, dict[str, float]]:
     """∂L_meta/∂a_i (R,), and metrics. `(a_R * it).sum()` is then a surrogate for `NetTrainer`.
@@ -97,8 +96,6 @@ def hypergradient(
         held_out: kept rows at drawn preferences, of which nothing is in `inner`.
         eta: η, of the look-ahead; a step that the policy would really make.
         held_out_R: c_j, by default 1.
-        wanted_R: bool, the rows whose derivative is wanted; 0 for the others, which spares them the
-            last two passes. Default: all. Those with a predicted w⁰.
 
     The policy's parameters are moved meanwhile, and are the same bits afterwards, also when
     something raises; their `.grad` is left alone.
@@ -115,10 +112,6 @@ def hypergradient(
     if held_out_R is None:
         held_out_R = torch.ones(len(held_out.group_R), device=device)
     checks.shape("held_out_R", held_out_R, (len(held_out.group_R),))
-    wanted = torch.arange(rows, device=device)
-    if wanted_R is not None:
-        checks.shape("wanted_R", wanted_R, (rows,))
-        wanted = wanted_R.to(device).nonzero().squeeze(1)
     out_R = torch.zeros(rows, dtype=a_R.dtype, device=device)
     parameters: list[Tensor] = list(policy.trainable)
     theta = [p.detach().clone() for p in parameters]
@@ -134,18 +127,15 @@ def hypergradient(
         )
         norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(v))))
         require(norm < float("inf"), "eta", eta, f"‖∇L_meta‖ at θ′ is {norm}; look ahead less far")
-        if norm > 0 and len(wanted):
+        if norm > 0:
             ends = []
             for epsilon in (_REACH / norm, -_REACH / norm):
                 _place(parameters, theta, v, epsilon)
                 ends.append(
-                    sequences.logp(
-                        policy.network, inner, temperature, micro_tokens=micro_tokens, rows=wanted
-                    )
+                    sequences.logp(policy.network, inner, temperature, micro_tokens=micro_tokens)
                 )
             # ℓ = −log π takes the sign away.
-            slope = eta * (ends[0] - ends[1]) * (norm / (2 * _REACH))
-            out_R[wanted] = slope.to(out_R.dtype)
+            out_R += eta * (ends[0] - ends[1]) * (norm / (2 * _REACH))
     finally:
         with torch.no_grad():
             torch._foreach_copy_(parameters, theta)

@@ -139,10 +139,7 @@ def test_it_is_the_derivative_of_the_two_level_objective(wide):
     assert error(through(wide, torch.stack(slopes)), want) > 1e-2
 
 
-def test_rows_that_are_not_wanted_cost_nothing_and_are_zero(wide, monkeypatch):
-    a_R = wide.coefficients(wide.z_BK)
-    options = OPTIONS | {"micro_tokens": 10**6}
-    whole, _ = hypergradient(wide.policy, wide.inner, a_R, wide.held_out, **options)
+def test_it_is_two_passes_there_and_back_and_two_there(wide, monkeypatch):
     calls = []
 
     def spy(hidden, *arguments, **options):
@@ -151,21 +148,10 @@ def test_rows_that_are_not_wanted_cost_nothing_and_are_zero(wide, monkeypatch):
 
     linear_logprob = ops.linear_logprob
     monkeypatch.setattr(ops, "linear_logprob", spy)
-    some, _ = hypergradient(
-        wide.policy, wide.inner, a_R, wide.held_out, wanted_R=wide.predicted_R, **options
-    )
-    torch.testing.assert_close(some[:6], whole[:6])
-    assert torch.equal(some[6:], torch.zeros(3, dtype=torch.float64)) and whole[6:].abs().min() > 0
-    # The fused log-probabilities: twice there and back, twice there, the last for wanted rows only.
-    n, held, wanted = (
-        int(m.sum())
-        for m in (wide.inner.mask_RT, wide.held_out.mask_RT, wide.inner.mask_RT[wide.predicted_R])
-    )
-    assert calls == [(n, True), (held, True), (wanted, False), (wanted, False)]
-    none, _ = hypergradient(
-        wide.policy, wide.inner, a_R, wide.held_out, wanted_R=wide.predicted_R & False, **options
-    )
-    assert torch.equal(none, torch.zeros(9, dtype=torch.float64))
+    a_R, options = wide.coefficients(wide.z_BK), OPTIONS | {"micro_tokens": 10**6}
+    hypergradient(wide.policy, wide.inner, a_R, wide.held_out, **options)
+    n, held = (int(m.sum()) for m in (wide.inner.mask_RT, wide.held_out.mask_RT))
+    assert calls == [(n, True), (held, True), (n, False), (n, False)]
 
 
 def test_held_out_rows_are_weighted(wide):
@@ -261,7 +247,6 @@ def test_coefficients_are_a_softmax_of_the_scores_and_drawn_rows_give_no_gradien
     [
         ({"eta": 0.0}, "eta=0.0"),
         ({"a_R": torch.ones(3)}, r"a_R: shape \(3,\), expected \(9,\)"),
-        ({"wanted_R": torch.ones(3, dtype=torch.bool)}, "wanted_R: shape"),
         ({"held_out_R": torch.ones(2)}, "held_out_R: shape"),
         ({"eta": 1e200}, "look ahead less far"),
         ({"inner": None}, "inner='no rows'"),

@@ -65,29 +65,24 @@ def packed(rollout: Rollout, rows: Tensor) -> tree.Packed:
     return tree.pack(prefixes, group_R, tokens_RT, mask_RT, adapter)
 
 
-def micro_batches(
-    rollout: Rollout, budget: int, rows: Tensor | None = None, *, unit: int = 1
-) -> Iterator[Tensor]:
-    """Runs of `rows` (int64 indices, default: all) of at most `budget` tokens, prefixes counted
-    once a run.
+def micro_batches(rollout: Rollout, budget: int, *, unit: int = 1) -> Iterator[Tensor]:
+    """Runs of rows (int64 indices) of at most `budget` tokens, prefixes counted once a run.
 
     Rows are taken `unit` at a time, and a unit is never split, so one that is longer than the
     budget goes alone.
     """
     device = rollout.group_R.device
-    if rows is None:
-        rows = torch.arange(len(rollout.group_R), device=device)
-    lengths = rollout.mask_RT[rows].sum(1).tolist()
-    groups, index = rollout.group_R[rows].tolist(), rows.tolist()
+    lengths = rollout.mask_RT.sum(1).tolist()
+    groups = rollout.group_R.tolist()
     run: list[int] = []
     used, held = 0, -1
-    for first in range(0, len(index), unit):
-        length, group = sum(lengths[first : first + unit]), groups[first]
+    for row in range(0, len(groups), unit):
+        length, group = sum(lengths[row : row + unit]), groups[row]
         more = length + (0 if group == held else len(rollout.prefix[group]))
         if run and used + more > budget:
             yield torch.tensor(run, device=device)
             run, used, more = [], 0, length + len(rollout.prefix[group])
-        run += index[first : first + unit]
+        run += range(row, min(row + unit, len(groups)))
         used, held = used + more, group
     yield torch.tensor(run, device=device)
 
@@ -111,10 +106,9 @@ def logp(
     temperature: float,
     *,
     micro_tokens: int,
-    rows: Tensor | None = None,
 ) -> Tensor:
-    """logp of the responses `rows` (default: all), micro-batch by micro-batch, no gradient."""
-    runs = micro_batches(rollout, micro_tokens, rows)
+    """logp (R,) of all responses, micro-batch by micro-batch, no gradient."""
+    runs = micro_batches(rollout, micro_tokens)
     return torch.cat([logp_rows(network, rollout, run, temperature) for run in runs])
 
 
