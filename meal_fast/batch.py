@@ -87,6 +87,20 @@ class Rollout:
             adapter=(),
         )
 
+    def of_rows(self, rows: Tensor) -> Rollout:
+        """Some rows (their numbers, int64), the groups left as they are."""
+        at = rows.to(self.group_R.device)
+        return replace(
+            self,
+            group_R=self.group_R[at],
+            w_RK=self.w_RK[at],
+            tokens_RT=self.tokens_RT[at],
+            mask_RT=self.mask_RT[at],
+            logp_RT=self.logp_RT[at],
+            finish=tuple(self.finish[i] for i in at.tolist()),
+            texts=tuple(self.texts[i] for i in at.tolist()),
+        )
+
 
 @dataclass(frozen=True)
 class Scored:

@@ -169,6 +169,7 @@ class GRPOConfig:
     clip_high: float = opt(0.2, "upper clip of the importance ratio")
     reduce: Reduce = opt("grpo", "mean per sequence, over tokens, or by a constant")
     max_grad_norm: float = opt(1.0, "gradient clipping; 0: none")
+    keep: int = opt(0, "responses of a group to learn from, largest |advantage| first; 0: all [R]")
     epochs: int = opt(1, "updates per rollout")
     micro_tokens: int = opt(1024, "tokens of a forward and backward pass; smaller: less memory")
     recompute: bool = opt(False, "keep no activations but each layer's input: less memory still")
@@ -176,7 +177,7 @@ class GRPOConfig:
     def __post_init__(self) -> None:
         for name in ("lr",):
             require(getattr(self, name) > 0, f"grpo.{name}", getattr(self, name), "positive")
-        for name in ("weight_decay", "beta", "clip_low", "clip_high", "max_grad_norm"):
+        for name in ("weight_decay", "beta", "clip_low", "clip_high", "max_grad_norm", "keep"):
             value = getattr(self, name)
             require(value >= 0, f"grpo.{name}", value, "must not be negative")
         require(self.clip_low < 1, "grpo.clip_low", self.clip_low, "must be below 1")
@@ -296,6 +297,8 @@ class Config:
                 (backend == "engine", f"rollout.backend={backend!r} takes one adapter: use engine"),
             ):
                 require(ok, "meta.parallel", True, f"{reason}; or leave it out")
+        remedy = f"more than a group has; at most rollout.samples={self.rollout.samples}"
+        require(self.grpo.keep <= self.rollout.samples, "grpo.keep", self.grpo.keep, remedy)
         if self.recipe in ("mo-odpo", "parm"):
             n, remedy = (
                 self.rollout.samples,

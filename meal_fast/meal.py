@@ -182,7 +182,7 @@ class Meal(Sampled):
             return {}
         h_BD = self.features([request.prompt for request in requests])
         w0_RK = self.net.net(h_BD)[asked_R[inner_R]]
-        inner, held_out = selected(rolled, inner_R), selected(rolled, ~inner_R)
+        inner, held_out = (rolled.of_rows(where.nonzero()[:, 0]) for where in (inner_R, ~inner_R))
         a_R = coefficients(
             normalized_RK[inner_R],
             w0_RK,
@@ -224,7 +224,8 @@ class Meal(Sampled):
             ),
             last=True,
         )
-        self._learn_preferences(selected(rolled, passed_R), w_hat_RK[passed_R])
+        passed = rolled.of_rows(passed_R.nonzero()[:, 0])
+        self._learn_preferences(passed, w_hat_RK[passed_R])
         rows = len(passed_R)
         log: dict[str, Any] = {"w": rolled.w_RK.mean(0).tolist()}
         log |= {"acceptance": float(passed_R.float().mean())}
@@ -266,7 +267,7 @@ def relabelled(policy: Policy, rollout: Rollout, w_R: Sequence[Weights]) -> tupl
     order_R = torch.tensor(order, dtype=torch.int64, device=device)
     group = [number[of[r], w_R[r]] for r in order]
     new = dataclasses.replace(
-        selected(rollout, order_R),
+        rollout.of_rows(order_R),
         prompts=tuple(rollout.prompts[b] for b, _ in groups),
         prefix=tuple(
             policy.encode_prompt(rollout.prompts[b].text) + policy.encode_suffix(w)
@@ -276,19 +277,3 @@ def relabelled(policy: Policy, rollout: Rollout, w_R: Sequence[Weights]) -> tupl
         w_RK=torch.tensor([w_R[r] for r in order], device=device).view(-1, k),
     )
     return new, order_R
-
-
-def selected(rollout: Rollout, rows: Tensor) -> Rollout:
-    """Some rows (bool or int64) of a rollout, its groups left as they are."""
-    at = rows.nonzero().squeeze(1) if rows.dtype == torch.bool else rows
-    at = at.to(rollout.group_R.device)
-    return dataclasses.replace(
-        rollout,
-        group_R=rollout.group_R[at],
-        w_RK=rollout.w_RK[at],
-        tokens_RT=rollout.tokens_RT[at],
-        mask_RT=rollout.mask_RT[at],
-        logp_RT=rollout.logp_RT[at],
-        finish=tuple(rollout.finish[i] for i in at.tolist()),
-        texts=tuple(rollout.texts[i] for i in at.tolist()),
-    )

@@ -4,12 +4,14 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft.tuners.lora import Linear
 
 from meal_fast import tree
-from meal_fast.batch import Prompt, Scored
+from meal_fast.batch import Prompt, Rollout, Scored
 from meal_fast.learners import grpo
-from meal_fast.learners.grpo import micro_batches, packed
+from meal_fast.learners.grpo import micro_batches, most_telling, packed
 from meal_fast.ops import policy_loss_from_logp
 from meal_fast.ops.gemm import lora_linear
 from meal_fast.policy import load_policy
@@ -199,3 +201,65 @@ def test_rows_of_another_behaviour_policy_are_refused(setting):
     selected = dataclasses.replace(rolled, on_policy=False)
     with pytest.raises(ValueError, match="not the behaviour policy's; sample without top_k"):
         grpo(policy, selected, scored, tiny_config().grpo, TEMPERATURE)
+
+
+@given(st.lists(st.integers(-6, 6), min_size=1, max_size=24), st.integers(1, 5), st.data())
+def test_of_each_group_the_rows_with_the_largest_advantages_are_kept(values, keep, data):
+    """Against a plain sort, with ties and groups of any size."""
+    advantage = torch.tensor(values, dtype=torch.float32) / 2
+    n = len(values) - 1
+    cuts = data.draw(st.lists(st.integers(0, 1), min_size=n, max_size=n))
+    group = torch.tensor([0, *cuts]).cumsum(0)
+    want = []
+    for g in range(int(group[-1]) + 1):
+        own = [r for r in range(len(values)) if int(group[r]) == g]
+        want += sorted(sorted(own, key=lambda r: -abs(values[r]))[:keep])
+    rolled, scored = rows_of(group), scored_of(advantage)
+    kept, its = most_telling(rolled, scored, keep)
+    assert [int(text) for text in kept.texts] == want
+    assert kept.tokens_RT[:, 0].tolist() == kept.logp_RT[:, 0].tolist() == want
+    assert kept.group_R.tolist() == group[want].tolist()
+    assert its.advantage_R.tolist() == advantage[want].tolist() and its.reward_RK.shape[1] == 2
+    assert kept.on_policy and [s.stop - s.start for s in kept.tasks] == [len(want)]
+
+
+def rows_of(group):
+    n, groups = len(group), int(group[-1]) + 1
+    number = torch.arange(n)[:, None]
+    return Rollout(
+        prompts=(Prompt("a", "a"),) * groups,
+        prefix=((1, 2),) * groups,
+        group_R=group,
+        w_RK=torch.full((n, 2), 0.5),
+        tokens_RT=number,
+        mask_RT=number >= 0,
+        logp_RT=number.float(),
+        finish=("stop",) * n,
+        texts=tuple(map(str, range(n))),
+        on_policy=True,
+        prefill_tokens=2,
+        reused_tokens=0,
+        seconds=0.0,
+    )
+
+
+def scored_of(advantage):
+    reward = torch.zeros(len(advantage), 2)
+    return Scored(reward, reward, advantage, advantage)
+
+
+def test_with_keep_the_gradient_is_that_of_the_kept_rows_alone(setting):
+    policy, rolled, scored = setting
+    scored = dataclasses.replace(scored, advantage_R=torch.arange(12) % 4 - 1.6)
+    config = dataclasses.replace(tiny_config().grpo, beta=0.3, micro_tokens=40)
+    metrics = grpo(policy, rolled, scored, dataclasses.replace(config, keep=2), TEMPERATURE)
+    got = gradients(policy)
+    rows = torch.tensor([0, 3, 4, 7, 8, 11])  # -1.6 and 1.4 of -1.6, -0.6, 0.4, 1.4
+    alone = dataclasses.replace(scored, advantage_R=scored.advantage_R[rows])
+    again = grpo(policy, rolled.of_rows(rows), alone, config, TEMPERATURE)
+    want = gradients(policy)
+    assert metrics["tokens"] == again["tokens"] == rolled.mask_RT[rows].sum()
+    torch.testing.assert_close(got, want)
+    grpo(policy, rolled, scored, config, TEMPERATURE)
+    whole = gradients(policy)
+    assert max((whole[name] - value).abs().max() for name, value in want.items()) > 1e-4

@@ -7,6 +7,7 @@ each is normalised by the step's own count.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -34,12 +35,16 @@ def grpo(
 
     A rollout of several tasks' adapters goes through the stacked policy at once; each task has its
     own loss, whose gradient is that of its factors, and the metrics are (tasks,).
+
+    With `config.keep` it learns from that many rows of each group (`most_telling`).
     """
     if not rollout.on_policy:
         raise ValueError(
             "rollout: its rows were truncated, selected or redrawn, so that logp_RT is not the "
             "behaviour policy's; sample without top_k, top_p, min_p and rejection"
         )
+    if config.keep:
+        rollout, scored = most_telling(rollout, scored, config.keep)
     normalizers = [divisor(rollout.of_task(rows), config.reduce) for rows in rollout.tasks]
     totals: list[dict[str, Tensor]] = [{} for _ in normalizers]
     batches = [
@@ -89,6 +94,25 @@ def grpo(
     if len(totals) == 1:
         return totals[0]
     return {name: torch.stack([total[name] for total in totals]) for name in totals[0]}
+
+
+def most_telling(rollout: Rollout, scored: Scored, keep: int) -> tuple[Rollout, Scored]:
+    """Of each group the `keep` rows with the largest |advantage|, in their order; ties: the first.
+
+    Sampling is cheaper than learning, and near an advantage of 0 there is nothing to learn: so many
+    responses can be drawn, of which a rare good one is seen, and few learnt from (down-sampling of
+    rollouts, as in PODS [R]). Advantages stay those of the whole group. What is left out is small,
+    not nothing: the gradient is that of the kept rows' mean, and so is the KL term.
+    """
+    order_R = scored.advantage_R.abs().sort(descending=True, stable=True).indices
+    group_R = rollout.group_R.to(order_R.device)
+    order_R = order_R[group_R[order_R].sort(stable=True).indices]  # by group, then by |advantage|
+    size_B = torch.bincount(group_R)
+    start_B = size_B.cumsum(0) - size_B
+    rank_R = torch.arange(len(order_R), device=order_R.device) - start_B[group_R]
+    rows = order_R[rank_R < keep].sort().values
+    kept = Scored(*(getattr(scored, f.name)[rows] for f in dataclasses.fields(scored)))
+    return rollout.of_rows(rows), kept
 
 
 def by_task(rollout: Rollout, rows: Tensor) -> list[tuple[int, Tensor, slice]]:
