@@ -307,6 +307,9 @@ class Config:
             require(n % 2 == 0, "rollout.samples", n, remedy)
         if self.recipe == "mo-odpo":
             require(self.grpo.beta > 0, "grpo.beta", self.grpo.beta, "DPO's beta must be positive")
+        if self.recipe == "ric" and self.ric.data:
+            remedy = "a data set generates no tokens, and would never end: set meta.steps instead"
+            require(not self.meta.tokens, "meta.tokens", self.meta.tokens, remedy)
         if self.recipe == "meal":
             backend = self.rollout.backend
             ok = backend == "engine"

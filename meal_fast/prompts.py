@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from .assets import asset
 from .assets.splitting import SPLITS, split_of, text_hash, text_id, unique
-from .batch import Prompt
+from .batch import Prompt, key
 from .worlds import world_prompts
 
 PACKAGED = ("safety", "benign", "mixed")
@@ -92,27 +94,63 @@ def read_file(path: Path) -> list[str]:
 
     Raises ValueError for a file that cannot be read, or a broken line, with its number.
     """
+    if path.suffix == ".txt":
+        return [line for _, line in _lines(path)]
+    return [text for (text,) in _columns(path, ("prompt",))]
+
+
+def read_answers(path: Path) -> list[tuple[Prompt, str]]:
+    """Prompts and the response to each, of a `.jsonl` file with the keys `prompt` and `response`.
+
+    Raises ValueError as `read_file` does, and for a file without lines.
+    """
+    rows = [(text.strip(), response) for text, response in _columns(path, ("prompt", "response"))]
+    if not rows:
+        raise ValueError(f"prompts {str(path)!r}: the file has no prompts")
+    return [(Prompt(text_id(text), text), response) for text, response in rows]
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """A file's lines that are not blank, with their numbers."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ValueError(f"prompts {str(path)!r}: cannot be read ({reason})") from error
-    if path.suffix == ".txt":
-        return [line for line in lines if line.strip()]
-    texts = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _columns(path: Path, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """The texts under these keys of a `.jsonl` file's lines."""
+    rows = []
+    for number, line in _lines(path):
         where = f"prompts {str(path)!r}, line {number}"
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: not JSON ({error.msg})") from error
-        text = row.get("prompt") if isinstance(row, dict) else None
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f'{where}: needs {{"prompt": "some text"}}')
-        texts.append(text)
-    return texts
+        texts = [row.get(name) if isinstance(row, dict) else None for name in names]
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            wanted = ", ".join(f'"{name}": "some text"' for name in names)
+            raise ValueError(f"{where}: needs {{{wanted}}}")
+        rows.append(tuple(map(str, texts)))
+    return rows
+
+
+T = TypeVar("T")
+
+
+def in_turn(items: Sequence[T], first: int, count: int, seed: int, name: str) -> list[T]:
+    """`count` items from number `first` on, reshuffled whenever all have had their turn.
+
+    Depends on the arguments alone, not on what was taken before.
+    """
+    n, taken = len(items), []
+    for position in range(first, first + count):
+        epoch = np.random.Philox(key=key(seed, name, position // n))
+        order = np.random.Generator(epoch).permutation(n)
+        taken.append(items[order[position % n]])
+    return taken
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,9 @@ class RicConfig:
     quantile: float = opt(0.7, "online: kept is what reaches it in any reward of its update [P]")
     replay: float = opt(0.5, "online: offline responses learnt beside each one that is kept [R]")
     buffer: int = opt(1024, "recent offline responses: replayed, and drawn for goals [R]")
+    data: str = opt(
+        "", ".jsonl of prompt and response, learnt offline; empty: the base model's samples [R]"
+    )
 
     def __post_init__(self) -> None:
         for name, ok, remedy in (

@@ -4,7 +4,8 @@ The policy reads what rewards its answer is to have, `<rm1_score> 0.3 <rm2_score
 standardised by the calibration sample, to one decimal. It learns that by imitation alone, every
 response as the answer to the rewards that it has itself:
 
-    offline   responses of the base model, which is asked for nothing; all are learnt
+    offline   responses of the base model, which is asked for nothing, or those of a data set
+              (`ric.data`), as far as rollout.max_new_tokens goes; all are learnt
     online    goals g are drawn, the policy answers under them, and what has any reward at or above
               that reward's 0.7-quantile among the update's responses is learnt, with its own
               rewards in the prompt, not g; a share of the offline responses again beside them, so
@@ -38,6 +39,7 @@ from .experience import Experience, Sampled, Score, Stream
 from .objectives import Objectives
 from .policy import Policy
 from .preference import Goals, Weights
+from .prompts import in_turn, read_answers
 from .rollout import Request
 from .rollout.requests import Drawn, gathered
 from .scales import Scales
@@ -71,6 +73,22 @@ class RiC(Sampled):
         k = len(config.names)
         self.lo, self.hi = torch.full((k,), torch.inf), torch.full((k,), -torch.inf)
         self.updates = self.tokens = 0  # of the run, so far
+        self.data: list[tuple[Prompt, Drawn]] = []
+        if config.ric.data:
+            limit, rows = config.prompts.max_tokens, read_answers(Path(config.ric.data))
+            fit = [row for row in rows if len(policy.encode_prompt(row[0].text)) <= limit]
+            if not fit:
+                raise ValueError(
+                    f"ric.data={config.ric.data!r}: no prompt has at most {limit} tokens; raise "
+                    "prompts.max_tokens"
+                )
+            length = config.rollout.max_new_tokens
+            self.data = [(prompt, as_drawn(policy, text, length)) for prompt, text in fit]
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        if config.ric.data:
+            read_answers(Path(config.ric.data))
 
     def collect(self, prompts: Sequence[Prompt], w: Weights, stream: Stream) -> Experience:
         done = self.config.meta.progress(self.updates, self.tokens)
@@ -104,6 +122,8 @@ class RiC(Sampled):
         self.policy.goals = Goals(tuple(self.lo.tolist()), tuple(self.hi.tolist()))
 
     def _offline(self, prompts: Sequence[Prompt], stream: Stream) -> Experience:
+        if self.data:
+            return self._given()
         requests = [Request(p, None, self.config.rollout.samples) for p in prompts]
         with self.policy.reference() as base:
             rolled = self._sampled(requests, stream, base)
@@ -111,6 +131,25 @@ class RiC(Sampled):
         answers = answers_of(rolled, reward_RK)
         self.offline = (self.offline + answers)[-self.config.ric.buffer :]
         return self._taught(answers, rolled, reward_RK, {"online": False})
+
+    def _given(self) -> Experience:
+        """As many of the data set's responses as an update has: nothing is generated."""
+        options, started = self.config.rollout, time.perf_counter()
+        count = options.prompts * options.samples
+        rows = in_turn(self.data, self.updates * count, count, self.config.seed, "ric.data")
+        rolled = gathered(
+            self.policy,
+            [Request(prompt, None) for prompt, _ in rows],
+            [drawn for _, drawn in rows],
+            started=started,
+            prefill_tokens=0,
+            on_policy=False,
+        )
+        reward_RK = self._rewards(rolled)
+        answers = answers_of(rolled, reward_RK)
+        self.offline = (self.offline + answers)[-self.config.ric.buffer :]
+        batch = self._taught(answers, rolled, reward_RK, {"online": False})
+        return dataclasses.replace(batch, tokens=0)
 
     def _online(self, prompts: Sequence[Prompt], stream: Stream) -> Experience:
         options, samples = self.config.ric, self.config.rollout.samples
@@ -160,6 +199,15 @@ class RiC(Sampled):
     def standardized(self, answers: Sequence[Answer]) -> Tensor:
         """(R, K) float32: by the calibration sample's mean and standard deviation."""
         return self.standard.apply(torch.tensor([a.reward for a in answers]))
+
+
+def as_drawn(policy: Policy, text: str, length: int) -> Drawn:
+    """A text as a response: its tokens and the one that ends it, cut at `length`."""
+    tokens = policy.tokenizer.encode(text.strip(), add_special_tokens=False)
+    tokens.append(policy.tokenizer.eos_token_id)
+    finish = "stop" if len(tokens) <= length else "length"
+    kept = tokens[:length]
+    return Drawn(kept, [0.0] * len(kept), finish)  # nobody's samples: no log-probabilities
 
 
 def answers_of(rolled: Rollout, reward_RK: Tensor) -> list[Answer]:

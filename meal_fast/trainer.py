@@ -13,17 +13,16 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 
 from . import __version__, preference
-from .batch import Prompt, key
+from .batch import Prompt
 from .config import Config, to_dict
 from .experience import Experience
 from .family import FILE, Family
 from .objectives import Objectives, load_objectives
 from .policy import Policy, load_policy
-from .prompts import load_prompts
+from .prompts import in_turn, load_prompts
 from .recipes import recipe_of
 from .rollout import Request, backend
 from .runs import read_config, replacing, shared_statistics, write_atomic
@@ -54,6 +53,7 @@ class Trainer:
         self._checkpoint = open_run(config, out, resume)
         shared = shared_statistics(config) if self._checkpoint is None else None
         self.recipe = recipe_of(config)
+        self.recipe.experience.check(config)
         prompts = load_prompts(config.prompts.train, "train")
         self.objectives: Objectives = load_objectives(config.objectives)
         # A broken one fails here; two rows, so that one number for all of them is noticed.
@@ -254,13 +254,8 @@ class Trainer:
 
     def _prompts_of(self, update: int) -> list[Prompt]:
         """The next prompts, reshuffled whenever all have been seen; depends on (seed, update)."""
-        n, b = len(self.prompts), self.config.rollout.prompts
-        chosen = []
-        for position in range(update * b, (update + 1) * b):
-            epoch = np.random.Philox(key=key(self.config.seed, "prompts", position // n))
-            order = np.random.Generator(epoch).permutation(n)
-            chosen.append(self.prompts[order[position % n]])
-        return chosen
+        b = self.config.rollout.prompts
+        return in_turn(self.prompts, update * b, b, self.config.seed, "prompts")
 
     def _calibrate(self) -> Scales:
         """Statistics and z* from responses of the base model to training prompts."""

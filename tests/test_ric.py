@@ -264,6 +264,86 @@ def test_statistics_without_a_standard_deviation_are_refused():
         RiC(source.policy, source.objectives, scales, source.config, "linear")
 
 
+# --- a data set ---------------------------------------------------------------------------------
+
+
+def answers_file(tmp_path, *rows):
+    path = tmp_path / "answers.jsonl"
+    lines = [json.dumps({"prompt": p, "response": r}) for p, r in rows]
+    path.write_text("\n".join([*lines, ""]))
+    return str(path)
+
+
+def test_offline_responses_of_a_data_set_are_learnt_in_turn_and_generate_nothing(tmp_path):
+    rows = [("Say more.", "cat"), ("Hi", " a dog "), ("Hi", "a much longer answer than the rest")]
+    source = ric(ric={"data": answers_file(tmp_path, *rows)}, rollout={"prompts": 1, "samples": 3})
+    encode = source.policy.tokenizer.encode
+    for update in range(2):  # each row once an update, in another order
+        batch = source.collect([Prompt("x", "not asked")], (0.5, 0.5), ("test", update))
+        rolled = batch.rolled
+        assert batch.tokens == 0 and batch.log["online"] is False and not rolled.on_policy
+        got = [
+            (rolled.prompts[g].text, rolled.tokens_RT[r][rolled.mask_RT[r]].tolist())
+            for r, g in enumerate(rolled.group_R.tolist())
+        ]
+        end = source.policy.tokenizer.eos_token_id
+        whole = [(p, [*encode(r.strip(), add_special_tokens=False), end]) for p, r in rows]
+        assert sorted(got) == sorted((p, tokens[:6]) for p, tokens in whole)
+        assert rolled.finish.count("length") == sum(len(tokens) > 6 for _, tokens in whole) == 1
+        texts = [rolled.prompts[g].text for g in rolled.group_R.tolist()]
+        reward_RK = source.objectives.score(texts, list(rolled.texts))
+        for g, row in zip(rolled.group_R.tolist(), batch.scored.reward_RK, strict=True):
+            standard_K = (row - torch.tensor([0.2, 0.3])) / torch.tensor([0.2, 0.1])
+            said = preference_text(standard_K.tolist(), source.policy.names, "scores")
+            suffix = source.policy.tokenizer(f" {said}{source.policy._after}")["input_ids"]
+            assert list(rolled.prefix[g][-len(suffix) :]) == suffix
+        assert sorted(batch.scored.reward_RK.tolist()) == sorted(reward_RK.tolist())
+        source.learned(update)
+    assert len(source.offline) == 6
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_on_a_data_set_goes_online_after_it_and_resumes(tmp_path):
+    rows = [(f"Write {i} words.", f"word {i}") for i in range(7)]
+    config = ric_config(
+        meta={"steps": 2, "tasks": 1},
+        rollout={"samples": 4},
+        ric={"offline": 0.5, "data": answers_file(tmp_path, *rows)},
+        checkpoint_every=1,
+    )
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    Trainer(config, whole).train()
+    assert [row["tokens"] > 0 for row in updates(whole)] == [False, False, True, True]
+    first = Trainer(config, parts)
+    first.stop_requested = True
+    assert first.train() is False
+    Trainer(config, parts, resume=True).train()
+    plain = [{k: v for k, v in row.items() if k != "seconds"} for row in updates(whole)]
+    assert [{k: v for k, v in row.items() if k != "seconds"} for row in updates(parts)] == plain
+
+
+def test_a_data_set_that_cannot_be_used_is_refused_before_anything_else(tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    for text, match in (
+        ('{"prompt": "Hi", "response": "yes"}\n{"prompt": "Hi"}', r"line 2: needs .*\"response\""),
+        ('{"prompt": "Hi", "response": 3}', "line 1: needs"),
+        ("{", "line 1: not JSON"),
+        ("\n", "has no prompts"),
+        (None, "cannot be read"),
+    ):
+        bad.unlink(missing_ok=True)
+        if text is not None:
+            bad.write_text(text)
+        with pytest.raises(ValueError, match=match):
+            Trainer(ric_config(ric={"data": str(bad)}), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    long = answers_file(tmp_path, ("word " * 300, "yes"))
+    with pytest.raises(ValueError, match=r"no prompt has at most 256 tokens; raise prompts\.max"):
+        ric(ric={"data": long})
+    with pytest.raises(ValueError, match=r"meta\.tokens=500: a data set generates no tokens"):
+        ric_config(ric={"data": long}, meta={"tokens": 500})
+
+
 # --- whole runs ---------------------------------------------------------------------------------
 
 
