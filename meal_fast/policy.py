@@ -159,6 +159,10 @@ class Policy:
             if lora:
                 lora.r, lora.lora_alpha = rank, alpha
 
+    def check_stackable(self) -> None:
+        """Raises ValueError where `stacked` would."""
+        stacked.layers_of(self.model, self.network.body, self.trainable)
+
     def stacked(self, tasks: stacked.Tasks) -> AbstractContextManager[None]:
         """Within it every token goes through its own task's adapter: see `meal_fast.stacked`.
 

@@ -87,6 +87,17 @@ def mergeable(layer: Any) -> bool:
     return one and layer.base_layer.weight.dtype == torch.float32
 
 
+def layers_of(model: nn.Module, body: nn.Module, trainable: Sequence[nn.Parameter]) -> list[Any]:
+    """Those with adapters. Raises ValueError for adapters on layers that `fuse` leaves alone."""
+    layers = [m for m in model.modules() if hasattr(m, "stack")]
+    if 2 * len(layers) != len(trainable):
+        raise ValueError(
+            f"meta.parallel=True: {type(body).__name__} has adapters on layers that are not plain "
+            "linear ones; leave it out"
+        )
+    return layers
+
+
 @contextmanager
 def stacked(
     model: nn.Module, body: nn.Module, trainable: Sequence[nn.Parameter], tasks: Tasks
@@ -96,15 +107,10 @@ def stacked(
     tasks: of each the factors in the order of `trainable`. When it ends, their `grad` holds the
     gradient of the passes made in it, where there were any that go back.
 
-    Raises ValueError for adapters on layers that `fuse` leaves alone.
+    Raises ValueError as `layers_of`.
     """
     number = {id(p): i for i, p in enumerate(trainable)}
-    layers: list[Any] = [m for m in model.modules() if hasattr(m, "stack")]
-    if 2 * len(layers) != len(trainable):
-        raise ValueError(
-            f"meta.parallel=True: {type(body).__name__} has adapters on layers that are not plain "
-            "linear ones; leave it out"
-        )
+    layers = layers_of(model, body, trainable)
     of = [
         (number[id(m.lora_A["default"].weight)], number[id(m.lora_B["default"].weight)])
         for m in layers

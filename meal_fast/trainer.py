@@ -59,6 +59,8 @@ class Trainer:
         # A broken one fails here; two rows, so that one number for all of them is noticed.
         self.objectives.score(["How are you?", "Who are you?"], ["Fine, thank you.", "A model."])
         self.policy: Policy = load_policy(config.policy, config.names, seed=config.seed)
+        if config.meta.parallel:
+            self.policy.check_stackable()
         self.prompts = fitting(self.policy, prompts, config)
         self.outer = self.recipe.outer(self.policy.trainable, config.meta, config.grpo)
         self.step = 0  # meta-steps done

@@ -97,6 +97,7 @@ def test_meta_steps_in_float64_are_those_of_one_task_after_the_other(
     tmp_path, adam, reduce, recompute
 ):
     options = {"reduce": reduce, "recompute": recompute, "max_grad_norm": 0.5}
+    options["keep"] = 3 if recompute else 0
     changes = {"meta": {"adam": adam}, "grpo": options}
     if reduce == "grpo":
         changes["grpo"] |= {"kl": "exact", "micro_tokens": 4096}
@@ -254,3 +255,7 @@ def test_adapters_on_other_layers_are_refused(tmp_path, policy):
     with pytest.raises(ValueError, match=r"meta\.parallel=True: GPT2Model has adapters on"):
         with other.stacked([other.trainable]):
             pass
+    parallel = {"policy": {"path": str(tmp_path)}, "meta": {"parallel": True}}
+    with pytest.raises(ValueError, match=r"meta\.parallel=True: GPT2Model has adapters on"):
+        Trainer(from_dict(parallel, preset("tiny")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
