@@ -21,11 +21,12 @@ from .config import (
 # steering: the quickstart's longer form; it has steered two seeds of three, see the README.
 _STEERING = Config(
     prompts=PromptConfig(train="packaged:safety"),
-    preference=PreferenceConfig(alpha=0.2, rotate=True),
-    rollout=RolloutConfig(prompts=4, samples=8, max_new_tokens=24),
+    preference=PreferenceConfig(alpha=0.4, rotate=True),
+    rollout=RolloutConfig(prompts=4, samples=16, max_new_tokens=24),
     score=ScoreConfig(calibration=96),
-    grpo=GRPOConfig(lr=1e-3, beta=0.05, micro_tokens=1024),
-    meta=MetaConfig(steps=60, tasks=2, n_inner=2, epsilon=1.5),
+    # Refusals are rare at first: sixteen answers find them more surely, eight teach as much.
+    grpo=GRPOConfig(lr=1e-3, beta=0.05, keep=8, micro_tokens=1024),
+    meta=MetaConfig(steps=30, tasks=2, n_inner=2, epsilon=1.5),
     evaluation=EvaluationConfig(prompts=48, samples=2),
     checkpoint_every=5,
 )
