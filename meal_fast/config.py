@@ -169,7 +169,7 @@ class GRPOConfig:
     clip_high: float = opt(0.2, "upper clip of the importance ratio")
     reduce: Reduce = opt("grpo", "mean per sequence, over tokens, or by a constant")
     max_grad_norm: float = opt(1.0, "gradient clipping; 0: none")
-    keep: int = opt(0, "responses of a group to learn from, largest |advantage| first; 0: all [R]")
+    keep: int = opt(0, "GRPO: rows of a group to learn from, largest |advantage| first; 0: all [R]")
     epochs: int = opt(1, "updates per rollout")
     micro_tokens: int = opt(1024, "tokens of a forward and backward pass; smaller: less memory")
     recompute: bool = opt(False, "keep no activations but each layer's input: less memory still")
