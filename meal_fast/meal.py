@@ -4,7 +4,9 @@ For every prompt x of an update:
 
     w0      softmax(net(x)), or with probability rho a draw from Dir(alpha)
     y_1..N  sampled under w0; kept where the rejection rules let them pass
-    w_hat   softmax(standardised rewards / tau): the preference that a response realises
+    w_hat   proportional to (z* - rewards)^(-1/tau), the preference that a response realises: with
+            tau = 1 the one under which the Tchebycheff score likes it best
+            (`rejection.realized=softmax`: softmax of the standardised rewards / tau)
     w*      proportional to w0^lam * w_hat^(1 - lam): the preference learns from the response
     policy  learns the kept y as answers under w* (`learners.sft`), or all of them by GRPO under w0
     net     every M policy updates: see `_Net` below
@@ -46,7 +48,12 @@ from .preference_net import (
     learned_preference,
 )
 from .rollout import Request, Sampling, engine, rejection_sample
-from .rollout.rejection import accept, acceptance_uniform, realized_preference
+from .rollout.rejection import (
+    accept,
+    acceptance_uniform,
+    ray_preference,
+    realized_preference,
+)
 from .scales import Scales
 
 
@@ -235,15 +242,14 @@ class Meal(Sampled):
     def _judge(self, reward_RK: Tensor, w_RK: Tensor) -> tuple[Tensor, Tensor]:
         """Scores S(r, w0) and realised preferences."""
         assert self.scales.standard is not None
+        options, utopia_K = self.config.rejection, torch.tensor(self.scales.utopia)
+        normalized_RK, utopia_K = self.scales.normalizer.apply(reward_RK), utopia_K.to(reward_RK)
         score_R = scalarize(
-            self.scales.normalizer.apply(reward_RK),
-            w_RK.to(reward_RK.device),
-            torch.tensor(self.scales.utopia, device=reward_RK.device),
-            self.config.score.mu,
-            self.kind,
+            normalized_RK, w_RK.to(reward_RK.device), utopia_K, self.config.score.mu, self.kind
         )
-        standardized_RK = self.scales.standard.apply(reward_RK)
-        return score_R, realized_preference(standardized_RK, self.config.rejection.tau)
+        if options.realized == "ray":
+            return score_R, ray_preference(normalized_RK, utopia_K, options.tau)
+        return score_R, realized_preference(self.scales.standard.apply(reward_RK), options.tau)
 
     def _learn_preferences(self, rolled: Rollout, w_hat_RK: Tensor) -> Tensor:
         """w* (R, K) of the rows; the net's buffer gets their mean for each prompt."""

@@ -13,6 +13,7 @@ from .options import opt, require
 
 RejectionRule = Literal["top-fraction", "threshold", "statistical", "trade-off", "combined"]
 Fallback = Literal["best", "none"]
+Realized = Literal["softmax", "ray"]
 WeightMode = Literal["closed", "gradient"]
 PolicyUpdate = Literal["sft", "grpo"]
 MealOuter = Literal["net", "reptile+net"]
@@ -20,6 +21,7 @@ NetUpdate = Literal["alternating", "hypergradient"]
 CHOICES: dict[str, Any] = {
     "RejectionRule": RejectionRule,
     "Fallback": Fallback,
+    "Realized": Realized,
     "WeightMode": WeightMode,
     "PolicyUpdate": PolicyUpdate,
     "MealOuter": MealOuter,
@@ -40,7 +42,10 @@ class RejectionConfig:
     q: float = opt(0.5, "acceptance fraction: the share of a group's scores that passes [R]")
     threshold: float = opt(0.0, "threshold: the lowest score that passes [R]")
     tau_a: float = opt(0.2, "statistical: passes with probability exp((S - S_max)/tau_a) [R]")
-    tau: float = opt(0.5, "trade-off: temperature of the realised preference; 1, .5, .3 or .2 [P]")
+    realized: Realized = opt(
+        "ray", "the realised preference: the score's own inverse, or softmax(r/tau) [R]"
+    )
+    tau: float = opt(1.0, "temperature of the realised preference; 1, .5, .3 or .2 [P]")
     delta: float = opt(0.5, "trade-off: the largest distance of realised and asked preference [R]")
     keep: int = opt(0, "responses to keep a group; 0: all that pass")
     rounds: int = opt(0, "redraw rounds of groups that have kept fewer; cut-backs of a row [R]")
@@ -65,6 +70,7 @@ class RejectionConfig:
             ("rounds", self.rounds == 0 or self.keep > 0, "set rejection.keep: redraw until when?"),
             ("draws", enough, f"must be 0 or reach rejection.keep={self.keep}"),
             ("rule", self.rule in rules, f"choose from {', '.join(rules)}"),
+            ("realized", self.realized in get_args(Realized), "choose from softmax, ray"),
             ("fallback", self.fallback in get_args(Fallback), "choose from best, none"),
         ):
             require(ok, f"rejection.{name}", getattr(self, name), remedy)

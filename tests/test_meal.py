@@ -59,8 +59,10 @@ def test_relabelled_rows_keep_their_tokens_under_their_own_preference():
         assert new.prefix[group] == policy.encode_prompt(new.prompts[group].text) + suffix
 
 
-def test_kept_responses_pass_both_gates_and_learn_the_weighted_preference():
-    source = meal(rejection={"q": 0.5, "delta": 0.4}, meal={"lam": 0.25, "rho": 1.0})
+@pytest.mark.parametrize("realized", ["ray", "softmax"])
+def test_kept_responses_pass_both_gates_and_learn_the_weighted_preference(realized):
+    rejection = {"q": 0.5, "delta": 0.4, "realized": realized, "tau": 0.5}
+    source = meal(rejection=rejection, meal={"lam": 0.25, "rho": 1.0})
     batch = source.collect(PROMPTS, (0.5, 0.5), ("test", 0))
     options, scales = source.config.rollout, source.scales
     assert scales.standard is not None
@@ -79,7 +81,8 @@ def test_kept_responses_pass_both_gates_and_learn_the_weighted_preference():
     z = torch.tensor(scales.utopia)
     short = rolled.w_RK * (z - reward) / source.config.score.mu
     score = -source.config.score.mu * short.logsumexp(-1)
-    hat = torch.softmax(scales.standard.apply(reward) / 0.5, -1).clamp(min=1e-4)
+    logits = scales.standard.apply(reward) if realized == "softmax" else -(z - reward).log()
+    hat = torch.softmax(logits / 0.5, -1).clamp(min=1e-4)
     hat = hat / hat.sum(-1, keepdim=True)
     expected = []
     for g, w in enumerate(asked):
@@ -136,7 +139,7 @@ def test_rho_is_how_often_a_preference_is_drawn():
 
 
 def test_scores_use_the_run_s_normaliser_and_preferences_the_standard_one():
-    source = meal(score={"normalization": "max"})
+    source = meal(score={"normalization": "max"}, rejection={"realized": "softmax", "tau": 0.5})
     reward = torch.tensor([[0.4, 0.1], [0.1, 0.3]])
     w = torch.tensor([[0.5, 0.5], [0.9, 0.1]])
     score, hat = source._judge(reward, w)
@@ -146,6 +149,13 @@ def test_scores_use_the_run_s_normaliser_and_preferences_the_standard_one():
     sample = torch.tensor([[0.0, 0.2], [0.4, 0.1], [0.2, 0.6]])
     standard = Normalizer.fit(sample, "standard").apply(reward)
     torch.testing.assert_close(hat, torch.softmax(standard / 0.5, -1), rtol=1e-3, atol=1e-4)
+    gap = z - source.scales.normalizer.apply(reward)
+    for tau in (1.0, 0.5):
+        source = meal(score={"normalization": "max"}, rejection={"tau": tau})
+        again, hat = source._judge(reward, w)
+        assert torch.equal(again, score)
+        ray = gap ** (-1 / tau)
+        torch.testing.assert_close(hat, ray / ray.sum(1, keepdim=True), rtol=1e-3, atol=1e-4)
 
 
 # --- whole runs --------------------------------------------------------------------------------

@@ -8,12 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meal_fast.config import RejectionConfig
+from meal_fast.ops.reference import scalarize
 from meal_fast.rollout.rejection import (
     accept,
     acceptance_uniform,
     cut_back,
     floored,
     hopeless_below,
+    ray_preference,
     realized_preference,
     redraws,
     surplus,
@@ -187,6 +189,32 @@ def test_realised_preference_by_hand():
     assert torch.equal(got.sum(1), torch.ones(3, dtype=torch.float64))
 
 
+def test_preference_on_the_ray_by_hand():
+    z = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    reward = torch.tensor([[0.5, 1.5], [0.9, 1.7], [2.0, 1.0]], dtype=torch.float64)
+    got = ray_preference(reward, z)
+    assert got[0].tolist() == pytest.approx([0.5, 0.5])  # both gaps are 0.5
+    assert got[1].tolist() == pytest.approx([0.75, 0.25])  # 0.1 and 0.3
+    assert got[2].tolist() == pytest.approx([1 - 1e-4, 1e-4], abs=2e-5)  # above z*: gap 1e-4
+    assert ray_preference(reward, z, 0.5)[1].tolist() == pytest.approx([0.9, 0.1])  # 1 to 9
+
+
+@given(
+    st.lists(st.floats(-3, 0.9), min_size=3, max_size=3),
+    st.lists(st.floats(0.05, 1), min_size=3, max_size=3),
+)
+def test_no_other_preference_scores_a_response_better(reward, other):
+    z = torch.ones(3, dtype=torch.float64)
+    normalized = torch.tensor([reward], dtype=torch.float64)
+    other = torch.tensor([other], dtype=torch.float64)
+    other = other / other.sum()
+    best = ray_preference(normalized, z)
+    own = scalarize(normalized, best, z, 0.1, "tchebycheff")
+    assert float(own) >= float(scalarize(normalized, other, z, 0.1, "tchebycheff")) - 1e-12
+    gaps = best * (z - normalized)
+    assert float(gaps.max() - gaps.min()) < 1e-9
+
+
 @given(batches())
 def test_total_variation_is_a_distance(batch):
     w, w_hat = batch[2]["w_RK"], batch[2]["w_hat_RK"]
@@ -232,6 +260,14 @@ def test_what_accept_refuses():
         realized_preference(torch.zeros(3, 1), 0.5)
     with pytest.raises(ValueError, match="standardized_RK: row 0"):
         realized_preference(torch.tensor([[math.nan, 0.0]]), 0.5)
+    with pytest.raises(ValueError, match="K at least 2"):
+        ray_preference(torch.zeros(3, 1), torch.ones(1))
+    with pytest.raises(ValueError, match="tau"):
+        ray_preference(torch.zeros(3, 2), torch.ones(2), 0.0)
+    with pytest.raises(ValueError, match="utopia_K"):
+        ray_preference(torch.zeros(3, 2), torch.ones(3))
+    with pytest.raises(ValueError, match="normalized_RK: row 0"):
+        ray_preference(torch.tensor([[math.inf, 0.0]]), torch.ones(2))
 
 
 @pytest.mark.parametrize(

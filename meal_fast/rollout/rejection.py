@@ -40,6 +40,8 @@ def floored(w_RK: Tensor) -> Tensor:
 def realized_preference(standardized_RK: Tensor, tau: float) -> Tensor:
     """ŵ_i = softmax(standardised r_i / τ), floored: the preference that a response realises [R].
 
+    It knows nothing of the score: what is best under w realises, read so, a sharper preference.
+
     Args:
         standardized_RK: rewards (R, K) minus the calibration sample's mean, over its standard
             deviation (`Normalizer.fit(sample, "standard").apply`), whatever normalisation the score
@@ -62,6 +64,39 @@ def realized_preference(standardized_RK: Tensor, tau: float) -> Tensor:
     checks.positive("tau", tau)
     _finite("standardized_RK", standardized_RK)
     return floored(torch.softmax(standardized_RK / tau, -1))
+
+
+def ray_preference(normalized_RK: Tensor, utopia_K: Tensor, tau: float = 1.0) -> Tensor:
+    """ŵ_k ∝ (z*_k − r̃_k)^(−1/τ), floored: the preference on whose ray a response lies [R].
+
+    With τ = 1 it is the preference under which the response scores best: it maximises the
+    Tchebycheff score −max_k w_k (z*_k − r̃_k) over the simplex, where all terms are equal. So where
+    that score sends w, it reads w back, which the softmax of the rewards does not; a smaller τ
+    sharpens it. A gap below 1e-4, a reward at or above the utopia point, counts as 1e-4.
+
+    Args:
+        normalized_RK: rewards (R, K) as the score sees them.
+        utopia_K: z*, in the same units.
+        tau: temperature, positive; Meta-Aligner ablates 1, 0.5, 0.3 and 0.2 [P].
+
+    Returns:
+        (R, K) on the simplex, every entry above 0.99e-4.
+
+    Raises:
+        ValueError: fewer than two objectives, another shape of z*, a value that is not finite,
+            tau not positive.
+    """
+    checks.require(
+        normalized_RK.dim() == 2 and normalized_RK.shape[1] >= 2,
+        "normalized_RK.shape",
+        tuple(normalized_RK.shape),
+        "must be (R, K), K at least 2",
+    )
+    checks.shape("utopia_K", utopia_K, (normalized_RK.shape[1],))
+    _finite("normalized_RK", normalized_RK)
+    _finite("utopia_K", utopia_K)
+    checks.positive("tau", tau)
+    return floored(torch.softmax(-(utopia_K - normalized_RK).clamp(min=1e-4).log() / tau, -1))
 
 
 def total_variation(w_hat_RK: Tensor, w_RK: Tensor) -> Tensor:
