@@ -123,21 +123,23 @@ class RiC(Sampled):
 
     def _offline(self, prompts: Sequence[Prompt], stream: Stream) -> Experience:
         if self.data:
-            return self._given()
-        requests = [Request(p, None, self.config.rollout.samples) for p in prompts]
-        with self.policy.reference() as base:
-            rolled = self._sampled(requests, stream, base)
+            rolled = self._given()
+        else:
+            requests = [Request(p, None, self.config.rollout.samples) for p in prompts]
+            with self.policy.reference() as base:
+                rolled = self._sampled(requests, stream, base)
         reward_RK = self._rewards(rolled)
         answers = answers_of(rolled, reward_RK)
         self.offline = (self.offline + answers)[-self.config.ric.buffer :]
-        return self._taught(answers, rolled, reward_RK, {"online": False})
+        batch = self._taught(answers, rolled, reward_RK, {"online": False})
+        return dataclasses.replace(batch, tokens=0) if self.data else batch
 
-    def _given(self) -> Experience:
+    def _given(self) -> Rollout:
         """As many of the data set's responses as an update has: nothing is generated."""
         options, started = self.config.rollout, time.perf_counter()
         count = options.prompts * options.samples
         rows = in_turn(self.data, self.updates * count, count, self.config.seed, "ric.data")
-        rolled = gathered(
+        return gathered(
             self.policy,
             [Request(prompt, None) for prompt, _ in rows],
             [drawn for _, drawn in rows],
@@ -145,11 +147,6 @@ class RiC(Sampled):
             prefill_tokens=0,
             on_policy=False,
         )
-        reward_RK = self._rewards(rolled)
-        answers = answers_of(rolled, reward_RK)
-        self.offline = (self.offline + answers)[-self.config.ric.buffer :]
-        batch = self._taught(answers, rolled, reward_RK, {"online": False})
-        return dataclasses.replace(batch, tokens=0)
 
     def _online(self, prompts: Sequence[Prompt], stream: Stream) -> Experience:
         options, samples = self.config.ric, self.config.rollout.samples
