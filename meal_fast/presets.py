@@ -21,7 +21,7 @@ from .config import (
 # steering: the quickstart's longer form; it has steered two seeds of three, see the README.
 _STEERING = Config(
     prompts=PromptConfig(train="packaged:safety"),
-    preference=PreferenceConfig(alpha=0.4, rotate=True),
+    preference=PreferenceConfig(alpha=0.2, rotate=True),
     rollout=RolloutConfig(prompts=4, samples=16, max_new_tokens=24),
     score=ScoreConfig(calibration=96),
     # Refusals are rare at first: sixteen answers find them more surely, eight teach as much.
