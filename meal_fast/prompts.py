@@ -147,8 +147,9 @@ def in_turn(items: Sequence[T], first: int, count: int, seed: int, name: str) ->
     """
     n, taken = len(items), []
     for position in range(first, first + count):
-        epoch = np.random.Philox(key=key(seed, name, position // n))
-        order = np.random.Generator(epoch).permutation(n)
+        if not taken or position % n == 0:
+            epoch = np.random.Philox(key=key(seed, name, position // n))
+            order = np.random.Generator(epoch).permutation(n)
         taken.append(items[order[position % n]])
     return taken
 

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from meal_fast.assets.splitting import SPLITS, split_of, text_hash, text_id
-from meal_fast.prompts import HUB, hh_prompt, load_prompts, tldr_prompt
+from meal_fast.prompts import HUB, hh_prompt, in_turn, load_prompts, tldr_prompt
 
 
 def texts(*args, **options) -> list[str]:
@@ -227,3 +227,15 @@ def test_without_a_hub_every_hub_set_says_so() -> None:
     for name in HUB:
         with pytest.raises(ValueError, match=f"prompts '{name}': cannot be loaded"):
             load_prompts(name, "train")
+
+
+def test_items_have_their_turn_in_another_order_each_time_round():
+    items = list("abcdefg")
+    taken = in_turn(items, 0, 21, 3, "prompts")
+    rounds = [taken[i : i + 7] for i in (0, 7, 14)]
+    assert all(sorted(r) == items for r in rounds) and len({tuple(r) for r in rounds}) == 3
+    for first, count in ((0, 3), (5, 4), (13, 8), (6, 1)):  # whatever was asked for before
+        assert in_turn(items, first, count, 3, "prompts") == taken[first : first + count]
+    assert in_turn(items, 0, 21, 4, "prompts") != taken
+    assert in_turn(items, 0, 21, 3, "other") != taken
+    assert in_turn(items, 0, 0, 3, "prompts") == []
