@@ -145,7 +145,8 @@ def in_turn(items: Sequence[T], first: int, count: int, seed: int, name: str) ->
 
     Depends on the arguments alone, not on what was taken before.
     """
-    n, taken = len(items), []
+    n = len(items)
+    taken: list[T] = []
     for position in range(first, first + count):
         if not taken or position % n == 0:
             epoch = np.random.Philox(key=key(seed, name, position // n))
