@@ -20,7 +20,7 @@ class Scales:
     """The calibration sample's statistics.
 
     `standard` are its mean and standard deviation, whatever normalisation the score uses: by them a
-    response realises a preference (`rollout.rejection.realized_preference`). Recipes that ask for
+    response realises a preference (`rejection.realized=softmax`). Recipes that ask for
     no such preference fit none; a file has it for whoever does, unless a reward never varied.
     """
 
