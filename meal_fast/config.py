@@ -297,8 +297,6 @@ class Config:
                 (backend == "engine", f"rollout.backend={backend!r} takes one adapter: use engine"),
             ):
                 require(ok, "meta.parallel", True, f"{reason}; or leave it out")
-        remedy = f"more than a group has; at most rollout.samples={self.rollout.samples}"
-        require(self.grpo.keep <= self.rollout.samples, "grpo.keep", self.grpo.keep, remedy)
         if self.recipe in ("mo-odpo", "parm"):
             n, remedy = (
                 self.rollout.samples,

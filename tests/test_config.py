@@ -32,6 +32,7 @@ REFUSED = [
     ("grpo", "weight_decay", -0.1),
     ("grpo", "beta", -0.1),
     ("grpo", "clip_low", -0.1),
+    ("grpo", "keep", -1),
     ("grpo", "clip_low", 1.0),
     ("grpo", "clip_high", -0.1),
     ("grpo", "max_grad_norm", -1.0),
