@@ -241,7 +241,6 @@ class Meal(Sampled):
 
     def _judge(self, reward_RK: Tensor, w_RK: Tensor) -> tuple[Tensor, Tensor]:
         """Scores S(r, w0) and realised preferences."""
-        assert self.scales.standard is not None
         options, utopia_K = self.config.rejection, torch.tensor(self.scales.utopia)
         normalized_RK, utopia_K = self.scales.normalizer.apply(reward_RK), utopia_K.to(reward_RK)
         score_R = scalarize(
@@ -249,6 +248,7 @@ class Meal(Sampled):
         )
         if options.realized == "ray":
             return score_R, ray_preference(normalized_RK, utopia_K, options.tau)
+        assert self.scales.standard is not None
         return score_R, realized_preference(self.scales.standard.apply(reward_RK), options.tau)
 
     def _learn_preferences(self, rolled: Rollout, w_hat_RK: Tensor) -> Tensor:

@@ -18,13 +18,13 @@ from .config import (
     ScoreConfig,
 )
 
-# steering: the quickstart's longer form; it has steered two seeds of three, see the README.
+# steering: the quickstart's longer form; its rewards follow w on three seeds, see the README.
 _STEERING = Config(
     prompts=PromptConfig(train="packaged:safety"),
     preference=PreferenceConfig(alpha=0.2, rotate=True),
     rollout=RolloutConfig(prompts=4, samples=16, max_new_tokens=24),
     score=ScoreConfig(calibration=96),
-    # Refusals are rare at first: sixteen answers find them more surely, eight teach as much.
+    # What the base model seldom says is in sixteen answers more surely; to learn from costs more.
     grpo=GRPOConfig(lr=1e-3, beta=0.05, keep=8, micro_tokens=1024),
     meta=MetaConfig(steps=30, tasks=2, n_inner=2, epsilon=1.5),
     evaluation=EvaluationConfig(prompts=48, samples=2),

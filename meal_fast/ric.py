@@ -201,7 +201,8 @@ class RiC(Sampled):
 def as_drawn(policy: Policy, text: str, length: int) -> Drawn:
     """A text as a response: its tokens and the one that ends it, cut at `length`."""
     tokens = policy.tokenizer.encode(text.strip(), add_special_tokens=False)
-    tokens.append(policy.tokenizer.eos_token_id)
+    end = policy.tokenizer.eos_token_id
+    tokens += [] if end is None else [end]
     finish = "stop" if len(tokens) <= length else "length"
     kept = tokens[:length]
     return Drawn(kept, [0.0] * len(kept), finish)  # nobody's samples: no log-probabilities
