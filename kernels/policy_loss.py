@@ -1,4 +1,4 @@
-"""`meal_fast.ops.policy_loss_from_logp` in Triton: loss, metrics and gradients in one pass.
+"""The policy loss in Triton: loss, metrics and gradients in one pass over log-probabilities.
 
     N  tokens    A  advantage    ρ = exp(logp - old_logp)    c  the token's coefficient
 
@@ -6,10 +6,15 @@
 
 `token_terms` is the definition of `meal_fast.ops.reference.loss_terms`, clamps included, and its
 derivatives by hand. One program takes a block of tokens and leaves its sums in a column of its own;
-a second launch adds the columns in their order (two runs give the same bits) and divides by the
-total, which may be the count of live tokens: so the stored gradients are those of the undivided
-sum, and the backward pass scales them. Every value is loaded under the mask of active tokens: what
-stands elsewhere may be NaN. The ratio of a sequence is not here: `level="sequence"` runs in torch.
+a last launch adds the columns in their order (two runs give the same bits). Every value is loaded
+under the mask of active tokens: what stands elsewhere may be NaN.
+
+`PolicyLoss` is `meal_fast.ops.policy_loss_from_logp`: one block of tokens after the other in one
+launch; its total may be the count of live tokens, known at the end, so the stored gradients are
+those of the undivided sum and the backward pass scales them. `Loss` is the same in pieces, for the
+losses with a head in them (`meal_fast.ops.fused`): a launch for each chunk of tokens, while its
+logits are there, with the total known beforehand. The ratio of a sequence needs all of its tokens:
+there the mean log-ratios are handed in, and the derivative by them is handed out.
 
 Nothing is read back to the host. The code has run in Triton's interpreter and compiles for sm_90;
 it has never run on a GPU.
@@ -32,7 +37,7 @@ from .cases import Case
 
 LOG_RATIO_LIMIT = tl.constexpr(reference.LOG_RATIO_LIMIT)
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min / 4)
-BLOCK = 1024
+BLOCK = 512
 # Rows of the sums that programs leave.
 SUMS = ("live", "active", "loss", "policy", "ratio", "clipped", "kl", "entropy")
 
@@ -52,6 +57,7 @@ def exp_beyond(x):
 def token_terms(
     logp,
     old_logp,
+    mean_log_ratio,
     ref_logp,
     token_kl,
     advantage,
@@ -62,9 +68,9 @@ def token_terms(
 ):
     """Per token: policy, kl, ratio, clipped, d policy / d logp, d kl / d logp (token_kl held).
 
-    old_logp, ref_logp, token_kl and importance_weight may be None; without ref_logp and token_kl
-    the kl is 0. Values of tokens that do not count must have been replaced by finite ones.
-    `low` and `high` bound the ratio.
+    old_logp, mean_log_ratio, ref_logp, token_kl and importance_weight may be None; without ref_logp
+    and token_kl the kl is 0. With mean_log_ratio, its sequence's, d policy is by that. Values of
+    tokens that do not count must have been replaced by finite ones. `low`, `high` bound the ratio.
     """
     # Comparisons, not tl.maximum: a NaN stays one, as in torch's clamp.
     logp_moves = logp >= LOWEST
@@ -72,6 +78,10 @@ def token_terms(
     log_ratio = logp - logp
     if old_logp is not None:
         log_ratio = logp - tl.where(old_logp < LOWEST, LOWEST, old_logp)
+    policy_moves = logp_moves
+    if mean_log_ratio is not None:
+        log_ratio = mean_log_ratio
+        policy_moves = logp_moves | (logp < LOWEST)
     ratio_moves = (log_ratio >= -LOG_RATIO_LIMIT) & (log_ratio <= LOG_RATIO_LIMIT)
     log_ratio = tl.where(log_ratio < -LOG_RATIO_LIMIT, -LOG_RATIO_LIMIT, log_ratio)
     ratio = tl.exp(tl.where(log_ratio > LOG_RATIO_LIMIT, LOG_RATIO_LIMIT, log_ratio))
@@ -81,7 +91,7 @@ def token_terms(
     # Where the two are equal torch's minimum gives each half of the gradient.
     inside = ((ratio >= low) & (ratio <= high)).to(tl.float32)
     share = tl.where(free < bound, 1.0, tl.where(free > bound, inside, (1 + inside) / 2))
-    d_policy = tl.where(ratio_moves & logp_moves, -share * free, 0.0)
+    d_policy = tl.where(ratio_moves & policy_moves, -share * free, 0.0)
     if importance_weight is not None:
         policy *= importance_weight
         d_policy *= importance_weight
@@ -112,22 +122,28 @@ def loss_kernel(
     sums_ptr,
     grad_logp_ptr,
     grad_kl_ptr,
+    grad_ratio_ptr,
     logp_ptr,
     advantage_ptr,
     old_logp_ptr,
+    mean_log_ratio_ptr,
     ref_logp_ptr,
     token_kl_ptr,
     entropy_ptr,
     importance_ptr,
     mask_ptr,
     coefficient_ptr,
+    total_ptr,
+    total,
     tokens,
+    columns,
     per_advantage,
     beta,
     low,
     high,
     KL: tl.constexpr,
     WITH_KL: tl.constexpr,
+    ALL_ACTIVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -137,12 +153,15 @@ def loss_kernel(
         live = live & (tl.load(mask_ptr + i, mask=live, other=0) != 0)
     advantage = tl.load(advantage_ptr + i // per_advantage, mask=live, other=0.0).to(tl.float32)
     active = live
-    if not WITH_KL:
+    if not ALL_ACTIVE:
         active = live & (advantage != 0)
     logp = tl.load(logp_ptr + i, mask=active, other=0.0).to(tl.float32)
     old_logp = None
     if old_logp_ptr is not None:
         old_logp = tl.load(old_logp_ptr + i, mask=active, other=0.0).to(tl.float32)
+    mean_log_ratio = None
+    if mean_log_ratio_ptr is not None:
+        mean_log_ratio = tl.load(mean_log_ratio_ptr + i, mask=active, other=0.0)
     ref_logp = None
     if ref_logp_ptr is not None:
         ref_logp = tl.load(ref_logp_ptr + i, mask=active, other=0.0).to(tl.float32)
@@ -153,13 +172,21 @@ def loss_kernel(
     if importance_ptr is not None:
         importance = tl.load(importance_ptr + i, mask=active, other=0.0).to(tl.float32)
     policy, kl, ratio, clipped, d_policy, d_kl = token_terms(
-        logp, old_logp, ref_logp, token_kl, advantage, importance, low, high, KL
+        logp, old_logp, mean_log_ratio, ref_logp, token_kl, advantage, importance, low, high, KL
     )
     coefficient = active.to(tl.float32)
     if coefficient_ptr is not None:
         coefficient = tl.load(coefficient_ptr + i, mask=active, other=0.0)
+    if total_ptr is not None:
+        coefficient /= tl.load(total_ptr).to(tl.float32)
+    elif total is not None:
+        coefficient /= total
     term = policy
     d_term = d_policy
+    if grad_ratio_ptr is not None:
+        d_ratio = tl.where(active, coefficient * d_policy, 0.0)
+        tl.store(grad_ratio_ptr + i, d_ratio, mask=i < tokens)
+        d_term = tl.zeros_like(d_policy)
     if WITH_KL:
         term += beta * kl
         d_term += beta * d_kl
@@ -169,7 +196,7 @@ def loss_kernel(
         tl.store(grad_kl_ptr + i, coefficient * beta, mask=i < tokens)
 
     column = sums_ptr + program
-    width = tl.num_programs(0)
+    width = columns
     tl.store(column, tl.sum(live.to(tl.float32), axis=0))
     tl.store(column + width, tl.sum(active.to(tl.float32), axis=0))
     tl.store(column + 2 * width, tl.sum(tl.where(active, coefficient * term, 0.0), axis=0))
@@ -244,6 +271,94 @@ class Plan:
     kl: str
     clip: tuple[float, float]
     differentiate: bool  # whether gradients will be asked for
+    all_active: bool = False  # also those without an advantage where there is no KL term
+
+
+class Loss:
+    """A loss of N tokens, `chunk` at a time; then `total`."""
+
+    def __init__(
+        self,
+        like: Tensor,
+        tokens: int,
+        chunk: int,
+        *,
+        undivided: bool = False,
+        entropy: bool = True,
+    ) -> None:
+        """undivided: the pieces are those of the undivided sum, and so are their gradients."""
+        self.undivided, self.entropy, self.filled = undivided, entropy, 0
+        blocks, rest = divmod(tokens, max(1, chunk))
+        self.columns = blocks * triton.cdiv(chunk, BLOCK) + triton.cdiv(rest, BLOCK)
+        self.sums = like.new_empty((len(SUMS), self.columns), dtype=torch.float32)
+
+    def piece(
+        self,
+        plan: Plan,  # of these tokens
+        logp: Tensor,
+        token_kl: Tensor | None,
+        grad_logp: Tensor | None = None,  # what is given is filled: float32, contiguous
+        grad_kl: Tensor | None = None,
+        mean_log_ratio: Tensor | None = None,
+        grad_ratio: Tensor | None = None,
+    ) -> None:
+        n, total = logp.shape[0], None if self.undivided else plan.normalizer
+        if n == 0:
+            return
+        blocks = triton.cdiv(n, BLOCK)
+        with torch.cuda.device_of(logp):  # Triton launches on the current device
+            loss_kernel[(blocks,)](
+                self.sums[0, self.filled :],
+                grad_logp,
+                grad_kl,
+                grad_ratio,
+                logp,
+                plan.advantage,
+                plan.old_logp,
+                mean_log_ratio,
+                plan.ref_logp,
+                token_kl,
+                plan.entropy,
+                plan.importance_weight,
+                plan.mask,
+                plan.coefficient,
+                total if isinstance(total, Tensor) else None,
+                None if isinstance(total, Tensor) else total,
+                n,
+                self.columns,
+                plan.per_advantage,
+                plan.beta,
+                1 - plan.clip[0],
+                1 + plan.clip[1],
+                KL=plan.kl,
+                WITH_KL=plan.beta != 0,
+                ALL_ACTIVE=plan.all_active or plan.beta != 0,
+                BLOCK=BLOCK,
+            )
+        self.filled += blocks
+
+    def total(self, given: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
+        """loss, active tokens, figures: 1 / given, then reference.FIGURES.
+
+        given: what the sums are divided by; None: the number of live tokens, at least 1.
+        """
+        assert self.filled == self.columns
+        loss = self.sums.new_empty(())
+        figures = self.sums.new_empty(1 + len(reference.FIGURES))
+        tokens = self.sums.new_empty((), dtype=torch.int64)
+        with torch.cuda.device_of(loss):
+            total_kernel[(1,)](
+                loss,
+                figures,
+                tokens,
+                self.sums,
+                self.columns,
+                given if isinstance(given, Tensor) else None,
+                None if isinstance(given, Tensor) else given,
+                WITH_ENTROPY=self.entropy,
+                WIDTH=1024,
+            )
+        return loss, tokens, figures
 
 
 class PolicyLoss(torch.autograd.Function):
@@ -254,52 +369,15 @@ class PolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(logp: Tensor, token_kl: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
-        n, blocks = logp.shape[0], triton.cdiv(logp.shape[0], BLOCK)
-        loss = logp.new_empty((), dtype=torch.float32)
-        figures = logp.new_empty(1 + len(reference.FIGURES), dtype=torch.float32)
-        tokens = logp.new_empty((), dtype=torch.int64)
-        sums = logp.new_empty((len(SUMS), blocks), dtype=torch.float32)
+        n = logp.shape[0]
         g_logp = logp.new_empty(n if plan.differentiate else 0, dtype=torch.float32)
         g_kl = logp.new_empty(
             n if plan.differentiate and token_kl is not None else 0, dtype=torch.float32
         )
-        given = plan.normalizer
-        with torch.cuda.device_of(logp):  # Triton launches on the current device
-            if n:
-                loss_kernel[(blocks,)](
-                    sums,
-                    g_logp if g_logp.numel() else None,
-                    g_kl if g_kl.numel() else None,
-                    logp,
-                    plan.advantage,
-                    plan.old_logp,
-                    plan.ref_logp,
-                    token_kl,
-                    plan.entropy,
-                    plan.importance_weight,
-                    plan.mask,
-                    plan.coefficient,
-                    n,
-                    plan.per_advantage,
-                    plan.beta,
-                    1 - plan.clip[0],
-                    1 + plan.clip[1],
-                    KL=plan.kl,
-                    WITH_KL=plan.beta != 0,
-                    BLOCK=BLOCK,
-                )
-            total_kernel[(1,)](
-                loss,
-                figures,
-                tokens,
-                sums,
-                blocks,
-                given if isinstance(given, Tensor) else None,
-                None if isinstance(given, Tensor) else given,
-                WITH_ENTROPY=plan.entropy is not None,
-                WIDTH=1024,
-            )
-        return loss, tokens, figures, g_logp, g_kl
+        loss = Loss(logp, n, n, undivided=True, entropy=plan.entropy is not None)
+        filled = (g if g.numel() else None for g in (g_logp, g_kl))
+        loss.piece(plan, logp, token_kl, *filled)
+        return *loss.total(plan.normalizer), g_logp, g_kl
 
     @staticmethod
     def setup_context(
@@ -330,19 +408,24 @@ class PolicyLoss(torch.autograd.Function):
 
 
 def compile_cases(capability: int = 90) -> list[Case]:
-    """A million tokens with every option, with each KL and none, and the totals."""
+    """A million tokens with every option, with each KL and none, of a sequence; and the totals."""
     n, cases = 1 << 20, []
-    for kl in ("k1", "k2", "k3", "exact", None):
+    of_sequence = ("grad_ratio_ptr", "mean_log_ratio_ptr")
+    for kl, level in (
+        ("k1", ""), ("k2", ""), ("k3", ""), ("exact", ""), (None, ""), ("k3", " of sequences")
+    ):  # fmt: skip
         pointers = {name: "*fp32" for name in loss_kernel.arg_names if name.endswith("_ptr")}
         pointers["mask_ptr"] = "*i1"
-        for name in ("token_kl_ptr", "grad_kl_ptr") if kl != "exact" else ("ref_logp_ptr",):
+        absent = ("token_kl_ptr", "grad_kl_ptr") if kl != "exact" else ("ref_logp_ptr",)
+        for name in absent + (() if level else of_sequence):
             del pointers[name]
-        numbers = {"tokens": "i32", "per_advantage": "i32"}
+        numbers = {"tokens": "i32", "columns": "i32", "per_advantage": "i32"}
         numbers |= dict.fromkeys(("beta", "low", "high"), "fp32")
-        fixed = {"KL": kl or "k3", "WITH_KL": kl is not None, "BLOCK": BLOCK}
-        moved = n * (4.0 * (len(pointers) - 2) + 1)
-        name = f"loss_kernel {kl or 'no'} KL"
-        cases.append(Case(name, loss_kernel, pointers | numbers, fixed, 0.0, moved))
+        fixed = {"KL": kl or "k3", "WITH_KL": kl is not None, "ALL_ACTIVE": kl is not None}
+        moved = n * (4.0 * (len(pointers) - 3) + 1)
+        name = f"loss_kernel {kl or 'no'} KL{level}"
+        given = {"total": None, "BLOCK": BLOCK}
+        cases.append(Case(name, loss_kernel, pointers | numbers, fixed | given, 0.0, moved))
     signature = {"loss_ptr": "*fp32", "figures_ptr": "*fp32", "tokens_ptr": "*i64"}
     signature |= {"sums_ptr": "*fp32", "columns": "i32"}
     fixed = {"WITH_ENTROPY": True, "WIDTH": 1024}

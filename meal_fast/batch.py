@@ -13,7 +13,9 @@ Every stage makes a new frozen value; nothing is overwritten:
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -51,12 +53,27 @@ class Rollout:
     seconds: float
     adapter: tuple[int, ...] = ()  # B, the task whose adapter answered; empty: there is one adapter
 
+    @cached_property
+    def groups(self) -> tuple[int, ...]:
+        """`group_R` on the host."""
+        return tuple(self.group_R.tolist())
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """How many tokens each row has, on the host."""
+        return tuple(self.mask_RT.sum(1).tolist())
+
+    def told(self, groups: Sequence[int], lengths: Sequence[int]) -> Rollout:
+        """Itself, after its maker has said what it knows: nothing is then read from a device."""
+        self.__dict__.update(groups=tuple(groups), lengths=tuple(lengths))
+        return self
+
     @property
     def tasks(self) -> tuple[slice, ...]:
         """The rows of each task, in order."""
         if not self.adapter:
-            return (slice(0, len(self.group_R)),)
-        task_R = [self.adapter[g] for g in self.group_R.tolist()]
+            return (slice(0, len(self.groups)),)
+        task_R = [self.adapter[g] for g in self.groups]
         starts = [r for r, t in enumerate(task_R) if r == 0 or t != task_R[r - 1]]
         return tuple(slice(*ends) for ends in pairwise([*starts, len(task_R)]))
 
@@ -64,50 +81,53 @@ class Rollout:
         """One of `tasks`, as a rollout of its own: no wider than its longest row."""
         if not self.adapter:
             return self
-        groups = self.group_R[rows]
-        first, last = int(groups[0]), int(groups[-1])
+        groups, lengths = self.groups[rows], self.lengths[rows]
+        first, last = groups[0], groups[-1]
         prefix = self.prefix[first : last + 1]
         fresh = sum(map(len, set(prefix)))
-        wide_RT = self.mask_RT[rows]
-        width = int(wide_RT.sum(1).max())
-        return replace(
+        width = max(lengths)
+        rollout = replace(
             self,
             prompts=self.prompts[first : last + 1],
             prefix=prefix,
-            group_R=groups - first,
+            group_R=self.group_R[rows] - first,
             w_RK=self.w_RK[rows],
             tokens_RT=self.tokens_RT[rows, :width],
-            mask_RT=wide_RT[:, :width],
+            mask_RT=self.mask_RT[rows, :width],
             logp_RT=self.logp_RT[rows, :width],
             finish=self.finish[rows],
             texts=self.texts[rows],
             prefill_tokens=fresh,
-            reused_tokens=sum(len(self.prefix[g]) for g in groups.tolist()) - fresh,
+            reused_tokens=sum(len(self.prefix[g]) for g in groups) - fresh,
             seconds=self.seconds / len(self.tasks),
             adapter=(),
         )
+        return rollout.told([g - first for g in groups], lengths)
 
-    def of_rows(self, rows: Tensor) -> Rollout:
-        """Some rows (their numbers, int64), the groups left as they are."""
-        at = rows.to(self.group_R.device)
-        return replace(
+    def of_rows(self, rows: Tensor, numbers: Sequence[int] | None = None) -> Rollout:
+        """Some rows (their numbers, int64), the groups left as they are.
+
+        numbers: the same on the host, where they are known there.
+        """
+        at, numbers = rows.to(self.group_R.device), rows.tolist() if numbers is None else numbers
+        rollout = replace(
             self,
             group_R=self.group_R[at],
             w_RK=self.w_RK[at],
             tokens_RT=self.tokens_RT[at],
             mask_RT=self.mask_RT[at],
             logp_RT=self.logp_RT[at],
-            finish=tuple(self.finish[i] for i in at.tolist()),
-            texts=tuple(self.texts[i] for i in at.tolist()),
+            finish=tuple(self.finish[i] for i in numbers),
+            texts=tuple(self.texts[i] for i in numbers),
         )
+        return rollout.told([self.groups[i] for i in numbers], [self.lengths[i] for i in numbers])
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Rewards of a rollout and what the learner needs of them."""
+    """Rewards of a rollout and what the learner needs of them, all where the rollout is."""
 
     reward_RK: Tensor  # float32, raw
-    normalized_RK: Tensor  # float32
     score_R: Tensor  # float32, higher is better
     advantage_R: Tensor  # float32
 

@@ -134,13 +134,16 @@ def features(policy: Policy, prompts: Sequence[Prompt], micro_tokens: int = 4096
             fits = [n * len(rows[i]) <= micro_tokens for n, i in enumerate(order, 1)]
             at, order = order[: max(1, sum(fits))], order[max(1, sum(fits)) :]
             none = torch.zeros(0, 1, dtype=torch.int64, device=policy.device)
-            batch = tree.pack([rows[i] for i in at], none[:, 0], none, none.bool())
+            batch = tree.pack([rows[i] for i in at], (), (), none)
             hidden_ND = tree.forward(base.body, batch).float()
-            start_B1 = torch.tensor([[starts[i]] for i in at], device=policy.device)
-            places_P = torch.arange(batch.valid_BP.shape[1], device=policy.device)
-            read_BP = batch.valid_BP & (places_P >= start_B1)
-            hidden_BPD = torch.where(read_BP[..., None], hidden_ND[batch.prefix_BP], 0.0)
-            mean_BD = hidden_BPD.sum(1) / read_BP.sum(1, keepdim=True)
+            start_B = torch.tensor([starts[i] for i in at], device=policy.device)
+            read_N = batch.positions_1N[0] >= start_B[batch.group_N]
+            length_B1 = torch.tensor([[len(rows[i]) - starts[i]] for i in at], device=policy.device)
+            b, p, _, _ = batch.shape_BPRS
+            hidden_XD = hidden_ND.new_zeros(b * p, hidden_ND.shape[1]).index_copy_(
+                0, batch.place_N, torch.where(read_N[:, None], hidden_ND, 0.0)
+            )
+            mean_BD = hidden_XD.view(b, p, -1).sum(1) / length_B1
             out |= zip(at, mean_BD, strict=True)
     return torch.stack([out[i] for i in range(len(rows))])
 

@@ -82,9 +82,8 @@ def fuse(model: Any) -> Any:
 
 
 def mergeable(layer: Any) -> bool:
-    """Whether its factors, multiplied out, can be added to the base: one pair, and no rounding."""
-    one = getattr(layer, "stack", None) is None
-    return one and layer.base_layer.weight.dtype == torch.float32
+    """Whether its factors can be multiplied out: they are one pair, not those of several tasks."""
+    return getattr(layer, "stack", None) is None
 
 
 def layers_of(model: nn.Module, body: nn.Module, trainable: Sequence[nn.Parameter]) -> list[Any]:

@@ -14,11 +14,12 @@ Padding is on the right, so positions are plain counts and a pad is never seen.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
@@ -38,89 +39,175 @@ class Pass(Protocol):
 
 @dataclass(frozen=True)
 class Packed:
-    """Prefixes and the rows behind them as one sequence of N tokens, without padding."""
+    """Prefixes and the rows behind them as one sequence of N tokens, without padding.
+
+    Attention alone needs rectangles: prefixes (B, P), rows (R, S). Every token has one place there,
+    a number among B P + R S, so that laying out and picking up again copy each token once, and
+    their gradients too: an index with duplicates would be summed one by one on a GPU.
+
+    M are the rows' tokens, which the states (N, D) predict: `predicting`. One more a row than are
+    in the sequence, since a row's last token predicts nothing.
+    """
 
     tokens_1N: Tensor
     positions_1N: Tensor
+    adapter_1N: Tensor  # int64: see `stacked`
+    group_N: Tensor  # the prefix that each token is of, or stands behind
+    place_N: Tensor  # in the rectangles
     group_R: Tensor
-    prefix_BP: Tensor  # int64, places in the sequence; 0 where there is no token
-    valid_BP: Tensor
-    row_RT: Tensor  # the same of the rows
-    prefix_at: Tensor  # int64, the real tokens' places in the flat (B, P); the rows' in (R, T).
-    row_at: Tensor  # Known once: a boolean mask would make a GPU wait in every layer
-    adapter_B: Tensor  # int64: see `stacked`
-
-    @property
-    def before_RT(self) -> Tensor:
-        """The place whose hidden state predicts the row's token t; T is one more than row_RT's."""
-        ends_B = self.valid_BP.sum(1) - 1
-        last_B = self.prefix_BP.gather(1, ends_B[:, None])
-        return torch.cat([last_B[self.group_R], self.row_RT], 1)
-
-    @property
-    def group_N(self) -> Tensor:
-        """The prefix that each token is of, or stands behind."""
-        width_P, width_T = self.prefix_BP.shape[1], max(self.row_RT.shape[1], 1)
-        return torch.cat([self.prefix_at // width_P, self.group_R[self.row_at // width_T]])
+    length_R: Tensor  # of the prefix that the row stands behind
+    last_B: Tensor  # of each prefix the place in the sequence of its last token
+    before_M: Tensor  # of each predicted token: r < R, the end of row r's prefix; or R + row token
+    sampled_M: Tensor  # where each predicted token lies in the flat `tokens_RT` of `pack`
+    row_M: Tensor  # of which of the R rows it is
+    prefixes: int  # tokens of the prefixes, which come first
+    shape_BPRS: tuple[int, int, int, int]
+    _made: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)  # for all layers
 
     @property
     def adapter(self) -> Tensor:
-        return self.adapter_B[self.group_N][None]
+        return self.adapter_1N
+
+    def predicting(self, states_ND: Tensor) -> Tensor:
+        """The states (M, D) that predict the rows' tokens, in their order."""
+        prefix, row = states_ND.split([self.prefixes, len(states_ND) - self.prefixes])
+        ends_RD = self.copies(prefix.index_select(0, self.last_B))
+        return torch.cat([ends_RD, row]).index_select(0, self.before_M)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Prefixes causally, then every row behind its prefix: `Pass`."""
+        b, p, r, s = self.shape_BPRS
+        heads, kv_heads = query.shape[1], key.shape[1]
+        flat = torch.cat([x.squeeze(0).transpose(0, 1) for x in (query, key, value)], 1)
+        laid = flat.new_zeros(b * p + r * s, *flat.shape[1:]).index_copy(0, self.place_N, flat)
+        prefix, row = laid.split([b * p, r * s])
+        parts = [heads, 2 * kv_heads]
+        q, prefix_kv = prefix.view(b, p, *flat.shape[1:]).split(parts, 2)
+        out = [causal(*_by_head(q, prefix_kv), scale).transpose(1, 2).flatten(0, 1)]
+        if r * s:
+            q, kv = row.view(r, s, *flat.shape[1:]).split(parts, 2)
+            kv = torch.cat([self.copies(prefix_kv), kv], 1)
+            rows = _masked(*_by_head(q, kv), self._mask(query.dtype), scale)
+            out.append(rows.transpose(1, 2).flatten(0, 1))
+        return torch.cat(out).index_select(0, self.place_N)[None]
 
-        def at(x: Tensor, places: Tensor) -> Tensor:  # (1, H, N, d) -> (B, H, P, d)
-            return x[0].transpose(0, 1)[places].transpose(1, 2)
+    def copies(self, x: Tensor) -> Tensor:
+        """Of each prefix's x (B, …) a copy for each of its rows, (R, …)."""
+        return _Copies.apply(x, self)
 
-        q, pk, pv = (at(x, self.prefix_BP) for x in (query, key, value))
-        out = [causal(q, pk, pv, scale).transpose(1, 2).flatten(0, 1)[self.prefix_at]]
-        if len(self.row_at):
-            q, k, v = (at(x, self.row_RT) for x in (query, key, value))
-            rows = behind(q, k, v, pk, pv, self.group_R, self.valid_BP, scale)
-            out.append(rows.transpose(1, 2).flatten(0, 1)[self.row_at])
-        return torch.cat(out)[None]
+    def member(self, dtype: torch.dtype) -> Tensor:
+        """(B, R): 1 where the row stands behind the prefix, else 0."""
+        if ("member", dtype) not in self._made:
+            numbers = torch.arange(self.shape_BPRS[0], device=self.group_R.device)
+            self._made["member", dtype] = (numbers[:, None] == self.group_R).to(dtype)
+        return self._made["member", dtype]
+
+    def _mask(self, dtype: torch.dtype) -> Tensor:
+        """See `_row_mask`."""
+        if ("mask", dtype) not in self._made:
+            _, p, _, s = self.shape_BPRS
+            valid_RP = torch.arange(p, device=self.length_R.device) < self.length_R[:, None]
+            self._made["mask", dtype] = _row_mask(valid_RP, s, dtype)
+        return self._made["mask", dtype]
+
+
+def _by_head(query: Tensor, key_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(R, T, Hq, d) and (R, S, 2 H, d), keys and values -> (R, heads, tokens, d) each."""
+    key, value = key_value.transpose(1, 2).chunk(2, 1)
+    return query.transpose(1, 2), key, value
 
 
 def pack(
     prefixes: Sequence[Sequence[int]],
-    group_R: Tensor,
+    groups: Sequence[int],
+    lengths: Sequence[int],
     tokens_RT: Tensor,
-    mask_RT: Tensor,
+    *,
+    rows: Sequence[int] | None = None,
     adapter: Sequence[int] = (),
 ) -> Packed:
-    """Lays B prefixes end to end and, after them, R rows. A row's last token is left out: the
+    """Lays B prefixes end to end and, after them, rows. A row's last token is left out: the
     states that predict a row are its prefix's last one and those of its tokens before the last.
 
-    tokens_RT, mask_RT (R, T): the rows, padded on the right, at least one token each. adapter: of
-    each prefix and its rows.
+    All sizes are known on the host, where the numbers of places are made: they go to the device of
+    `tokens_RT` in one copy, which waits for nothing, and nothing is read back.
+
+    groups, lengths: of each row the prefix that it stands behind, and its tokens, at least one.
+    tokens_RT: tokens, padded on the right; `rows`: which of its rows are meant (none: all).
+    adapter: of each prefix and its rows.
     """
-    device = tokens_RT.device
-    tokens_BP, valid_BP = pad(prefixes, device)
-    tokens_RT, valid_RT = tokens_RT[:, :-1], mask_RT[:, 1:]
-    steps = torch.arange(tokens_RT.shape[1], device=device)
-    adapter_B = torch.tensor(adapter or [0] * len(prefixes), device=device)
-    start_R = valid_BP.sum(1)[group_R]
-    places = torch.arange(tokens_BP.shape[1], device=device).expand_as(tokens_BP)
-    prefix_at, row_at = (v.flatten().nonzero().squeeze(1) for v in (valid_BP, valid_RT))
-
-    def number(valid: Tensor, first: int) -> Tensor:
-        return torch.where(valid, first - 1 + valid.flatten().cumsum(0).view_as(valid), 0)
-
-    def joined(x_BP: Tensor, x_RT: Tensor) -> Tensor:
-        return torch.cat([x_BP.flatten()[prefix_at], x_RT.flatten()[row_at]])[None]
-
-    return Packed(
-        tokens_1N=joined(tokens_BP, tokens_RT),
-        positions_1N=joined(places, start_R[:, None] + steps),
-        group_R=group_R,
-        prefix_BP=number(valid_BP, 0),
-        valid_BP=valid_BP,
-        row_RT=number(valid_RT, len(prefix_at)),
-        prefix_at=prefix_at,
-        row_at=row_at,
-        adapter_B=adapter_B,
+    width = tokens_RT.shape[1]
+    row_R = torch.tensor(range(len(groups)) if rows is None else rows, dtype=torch.int64)
+    group_R, length_R = (torch.tensor(x, dtype=torch.int64) for x in (groups, lengths))
+    prefix_B = torch.tensor([len(prefix) for prefix in prefixes])
+    p, s = int(prefix_B.max()), int(length_R.max()) - 1 if len(length_R) else 0
+    of_prefix, at_prefix = _places(prefix_B)
+    of_row, at_row = _places(length_R - 1)
+    of_M, at_M = _places(length_R)
+    first_R = len(length_R) + (length_R - 1).cumsum(0) - (length_R - 1)
+    group_N = torch.cat([of_prefix, group_R[of_row]])
+    behind_R = prefix_B[group_R]
+    host = {
+        "tokens": torch.tensor([t for prefix in prefixes for t in prefix]),
+        "inputs": row_R[of_row] * width + at_row,
+        "positions_1N": torch.cat([at_prefix, behind_R[of_row] + at_row]),
+        "adapter_1N": torch.tensor(adapter or [0] * len(prefixes))[group_N],
+        "group_N": group_N,
+        "place_N": torch.cat([of_prefix * p + at_prefix, len(prefixes) * p + of_row * s + at_row]),
+        "group_R": group_R,
+        "length_R": behind_R,
+        "last_B": prefix_B.cumsum(0) - 1,
+        "before_M": torch.where(at_M == 0, of_M, first_R[of_M] + at_M - 1),
+        "sampled_M": row_R[of_M] * width + at_M,
+        "row_M": of_M,
+    }
+    sent: dict[str, Any] = dict(
+        zip(host, to_device(list(host.values()), tokens_RT.device), strict=True)
     )
+    prefix_tokens, inputs = sent.pop("tokens"), sent.pop("inputs")
+    row_tokens = tokens_RT.reshape(-1).index_select(0, inputs)
+    for name in ("positions_1N", "adapter_1N"):
+        sent[name] = sent[name][None]
+    return Packed(
+        tokens_1N=torch.cat([prefix_tokens, row_tokens])[None],
+        prefixes=len(prefix_tokens),
+        shape_BPRS=(len(prefixes), p, len(length_R), s),
+        **sent,
+    )
+
+
+def _places(length_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Of runs laid end to end: which run an element is of, and its number in it."""
+    of = torch.repeat_interleave(length_R)
+    return of, torch.arange(len(of)) - (length_R.cumsum(0) - length_R)[of]
+
+
+def to_device(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """One-dimensional int64 tensors of the host, in one copy; a GPU is not waited for."""
+    if device.type == "cpu":
+        return list(parts)
+    sizes = [len(part) for part in parts]
+    staged = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
+    torch.cat(list(parts), out=staged)
+    return list(staged.to(device, non_blocking=True).split(sizes))
+
+
+class _Copies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Packed) -> Tensor:
+        ctx.packed = packed
+        return x.index_select(0, packed.group_R)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        packed: Packed = ctx.packed
+        shape = (packed.shape_BPRS[0], *upstream.shape[1:])
+        if upstream.device.type == "cpu":
+            return upstream.new_zeros(shape).index_add_(0, packed.group_R, upstream), None
+        # A product with zeros and ones: sums in float32, in one order, and no atomics.
+        flat = upstream.reshape(len(upstream), -1)
+        return (packed.member(upstream.dtype) @ flat).view(shape), None
 
 
 def check_supported(config: Any) -> None:
@@ -149,10 +236,7 @@ def check_supported(config: Any) -> None:
 
 def causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Each token sees those before it and itself: (R, Hq, T, d)."""
-    rep = query.shape[1] // key.shape[1]
-    return F.scaled_dot_product_attention(
-        query, _repeat(key, rep), _repeat(value, rep), is_causal=True, scale=scale
-    )
+    return _attended(query, key, value, scale, is_causal=True)
 
 
 def behind(
@@ -166,13 +250,47 @@ def behind(
     scale: float,
 ) -> Tensor:
     """Each row's tokens see its prefix, which is laid before them, and each other causally."""
-    t, rep = query.shape[2], query.shape[1] // key.shape[1]
-    k = _repeat(torch.cat([prefix_key[group_R], key], 2), rep)
-    v = _repeat(torch.cat([prefix_value[group_R], value], 2), rep)
-    own = torch.ones(t, t, dtype=torch.bool, device=query.device).tril()
-    seen = valid_BP[group_R][:, None, None, :].expand(-1, 1, t, -1)
-    mask = torch.cat([seen, own.expand(len(group_R), 1, t, t)], -1)
-    return F.scaled_dot_product_attention(query, k, v, attn_mask=mask, scale=scale)
+    k, v = torch.cat([prefix_key[group_R], key], 2), torch.cat([prefix_value[group_R], value], 2)
+    mask = _row_mask(valid_BP[group_R], query.shape[2], query.dtype)
+    return _masked(query, k, v, mask, scale)
+
+
+def _row_mask(valid_RP: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """(R, 1, T, P + T): 0 where a row's token sees one of its prefix or of its own, else -inf.
+
+    Added to the scores, as a boolean one would be, by way of a copy of this kind in every layer.
+    """
+    rows, prefix = valid_RP.shape
+    own = torch.ones(width, width, dtype=torch.bool, device=valid_RP.device).tril()
+    seen = torch.cat([valid_RP[:, None].expand(-1, width, -1), own.expand(rows, -1, -1)], 2)
+    # Rows of 16 numbers: a GPU's attention would copy any other into such, in every layer.
+    padded = -(-(prefix + width) // 16) * 16
+    mask = torch.full((rows, 1, width, padded), -torch.inf, dtype=dtype, device=valid_RP.device)
+    return mask[..., : prefix + width].masked_fill_(seen[:, None], 0)
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return _attended(query, key, value, scale, attn_mask=mask)
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor, scale: float, **seen: Any) -> Tensor:
+    """torch's attention, whose probabilities are float32 on a CPU in every dtype.
+
+    As `ops.prefix_attention`'s are, so that a learner's log-probabilities are the sampler's. A
+    GPU's kernels multiply with probabilities rounded to the dtype, ours and torch's each in its own
+    order.
+    """
+    rep, dtype = query.shape[1] // key.shape[1], query.dtype
+    if _wide(query):
+        query, key, value = query.float(), key.float(), value.float()
+        seen = {name: x.float() if isinstance(x, Tensor) else x for name, x in seen.items()}
+    key, value = _repeat(key, rep), _repeat(value, rep)
+    return F.scaled_dot_product_attention(query, key, value, scale=scale, **seen).to(dtype)
+
+
+def _wide(query: Tensor) -> bool:
+    """Whether attention is computed in float32, though the model is not."""
+    return query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
 
 
 def _repeat(x: Tensor, times: int) -> Tensor:
@@ -205,7 +323,7 @@ def forward(body: nn.Module, packed: Packed) -> Tensor:
         position_ids=packed.positions_1N,
         use_cache=False,
         tree=packed,
-    ).last_hidden_state[0]
+    ).last_hidden_state.squeeze(0)
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -97,15 +97,70 @@ def test_lora_linear_and_its_gradients(rows, with_bias, sizes):
         torch.testing.assert_close(mine.grad.double(), theirs.grad, atol=1e-4, rtol=1e-4)
 
 
-def test_lora_linear_in_bfloat16_keeps_the_factors_in_float32():
-    x, w = leaf(16, 12).detach().bfloat16(), leaf(20, 12, seed=1).detach().bfloat16()
-    a, b = leaf(4, 12, seed=3), leaf(20, 4, seed=4)
-    got = gemm.lora_linear(x, w, None, a, b, 0.5)
-    assert got.dtype == torch.bfloat16
-    got.float().sum().backward()
-    assert a.grad.dtype == b.grad.dtype == torch.float32
-    want = x.float() @ w.float().T + 0.5 * (x.float() @ a.T) @ b.T
-    torch.testing.assert_close(got.float(), want, atol=0.1, rtol=0.02)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_blocks", [False, True])
+@pytest.mark.parametrize("sizes", [(48, 70), (70, 48)])
+def test_lora_linear_in_low_precision(dtype, with_blocks, sizes):
+    """No further from the truth than what widens x does, but for the rounding of the factors."""
+    k, n = sizes
+    x, w = leaf(3, 40, k).detach().to(dtype).requires_grad_(), leaf(n, k, seed=1).detach().to(dtype)
+    a, b, bias = leaf(8, k, seed=3), leaf(n, 8, seed=4), leaf(n, seed=2).detach().to(dtype)
+    blocks = None
+    if with_blocks:
+        blocks = gemm.Blocks(torch.arange(120)[:, None] // 60 != torch.arange(8) // 4)
+    probe = leaf(3, 40, n, seed=6).detach().to(dtype)
+
+    def widened(x, w, bias, a, b):
+        low = F.linear(x.to(a.dtype), a)
+        if blocks is not None:
+            low = low.masked_fill(blocks.others_NR.view(low.shape), 0)
+        return F.linear(x, w, bias) + (F.linear(low, b) * 0.5).to(x.dtype)
+
+    def made(call, *given):
+        x, w, bias, a, b = (g.detach() for g in given)
+        trained = [g.requires_grad_() for g in (x, a, b)]
+        out = call(x, w, bias, a, b)
+        return [out.detach(), *torch.autograd.grad(out, trained, probe.to(out.dtype))]
+
+    given = (x, w, bias, a, b)
+    got = made(lambda *g: gemm.lora_linear(*g, 0.5, blocks), *given)
+    naive, truth = made(widened, *given), made(widened, *map(double, given))
+    assert [g.dtype for g in got] == [dtype, dtype, torch.float32, torch.float32]
+    for mine, theirs, wanted in zip(got, naive, truth, strict=True):
+        error, allowed = ((y.double() - wanted).norm() / wanted.norm() for y in (mine, theirs))
+        assert error <= 1.5 * allowed + 2 * torch.finfo(dtype).eps
+
+
+def test_lora_linear_in_bfloat16_keeps_x_as_it_is():
+    x, w = leaf(64, 48).detach().bfloat16().requires_grad_(), leaf(70, 48, seed=1).detach()
+    w, a, b = w.bfloat16(), leaf(4, 48, seed=3), leaf(70, 4, seed=4)
+    kept = {}
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = gemm.lora_linear(x, w, None, a, b, 0.5)
+    assert out.dtype == torch.bfloat16
+    for t in (x, w):
+        del kept[t.untyped_storage().data_ptr()]
+    assert sum(t.untyped_storage().nbytes() for t in kept.values()) == 2 * (
+        64 * 4 + 4 * 48 + 70 * 4
+    )
+
+
+def test_without_a_second_factor_the_layer_is_its_base_and_with_one_near_its_merged_weight():
+    """What is sampled from is the merged weight; before the first update B is 0."""
+    x, w = leaf(200, 96).detach().bfloat16(), (leaf(80, 96, seed=1).detach() / 10).bfloat16()
+    a, b = leaf(4, 96, seed=3).detach() / 10, torch.zeros(80, 4)
+    assert torch.equal(gemm.lora_linear(x, w, None, a, b, 2.0), F.linear(x, w))
+    b += 0.02 * leaf(80, 4, seed=4).detach()
+    merged = (w.float() + 2.0 * b @ a).bfloat16()
+    truth = x.double() @ (w.double() + 2.0 * b.double() @ a.double()).t()
+    got, sampled = gemm.lora_linear(x, w, None, a, b, 2.0), F.linear(x, merged)
+    errors = [(y.double() - truth).norm() / truth.norm() for y in (got, sampled, F.linear(x, w))]
+    assert errors[0] < 3e-3 and errors[1] < 3e-3 < errors[2]
 
 
 def test_accelerated_modules_compute_the_same_and_stay_linear():

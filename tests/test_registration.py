@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from meal_fast import ops
-from meal_fast.ops import dispatch, registration
+from meal_fast.ops import registration
 
 # What a select leaves out is computed all the same, and numpy says so.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -14,15 +14,6 @@ GROUP = torch.tensor([3, 1, 3, 1, 1])
 KEEP = torch.tensor([True, True, True, True, False])
 OLD = torch.tensor([-1.0, -2.0, -0.3, -0.7])
 ADVANTAGE = torch.tensor([1.0, -2.0, 0.5, 0.0])
-
-
-@pytest.fixture(params=["torch", "triton"])
-def impl(request):
-    if request.param == "triton":
-        pytest.importorskip("triton", reason="triton has no build for this platform")
-        if not dispatch.interpreted():
-            pytest.skip("Triton compiles here")
-    return request.param
 
 
 def rewards_and_weights(requires_grad=True):

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from meal_fast import ops
-from meal_fast.ops import dispatch
 
 # What a select leaves out is computed all the same, and numpy says so.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -12,15 +11,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 TARGET = torch.tensor([1, 0, 6, 3])
 ADVANTAGE = torch.tensor([1.0, -2.0, 0.5, 0.0])
 READOUT = (0.9, None, None)
-
-
-@pytest.fixture(params=["torch", "triton"])
-def impl(request):
-    if request.param == "triton":
-        pytest.importorskip("triton", reason="triton has no build for this platform")
-        if not dispatch.interpreted():
-            pytest.skip("Triton compiles here")
-    return request.param
 
 
 def leaves(seed=0):

@@ -69,9 +69,9 @@ def uneven_rows():
 def test_a_packed_pass_equals_plain_forwards_with_gradients(body):
     """What predicts every token of uneven rows, one of them a single token long."""
     group_R, tokens, mask = uneven_rows()
-    packed = tree.pack(PREFIXES, group_R, tokens, mask)
+    packed = tree.pack(PREFIXES, group_R.tolist(), mask.sum(1).tolist(), tokens)
     assert packed.tokens_1N.shape[1] == sum(map(len, PREFIXES)) + int(mask.sum()) - 5
-    hidden = tree.forward(body, packed)[packed.before_RT[mask]]
+    hidden = packed.predicting(tree.forward(body, packed))
     probe = torch.randn_like(hidden)
     (hidden * probe).sum().backward()
     got = {n: p.grad.clone() for n, p in body.named_parameters() if p.grad is not None}
@@ -90,8 +90,7 @@ def test_a_packed_pass_equals_plain_forwards_with_gradients(body):
 
 
 def test_a_packed_pass_of_single_tokens_is_its_prefixes_alone(body):
-    tokens, mask = torch.tensor([[4], [9]]), torch.ones(2, 1, dtype=torch.bool)
-    packed = tree.pack(PREFIXES[:2], torch.tensor([0, 1]), tokens, mask)
-    hidden = tree.forward(body, packed)[packed.before_RT[mask]]
+    packed = tree.pack(PREFIXES[:2], (0, 1), (1, 1), torch.tensor([[4], [9]]))
+    hidden = packed.predicting(tree.forward(body, packed))
     for got, prefix in zip(hidden, PREFIXES, strict=False):
         torch.testing.assert_close(got, plain(body, prefix)[-1], atol=1e-5, rtol=1e-4)

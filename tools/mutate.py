@@ -255,6 +255,16 @@ FAULTS += faults_of(
 )
 
 FAULTS += faults_of(
+    "kernels/policy_loss.py",
+    "tests/test_ops_fused.py",
+    ("the terms not divided", "coefficient /= total\n", "coefficient = coefficient\n"),
+    ("a chunk writes over the last one's sums", "self.filled += blocks", "self.filled += 0"),
+    ("its ratio's gradient twice", "d_term = tl.zeros_like(d_policy)", "d_term = d_policy"),
+    ("the mean log-ratio not taken", "log_ratio = mean_log_ratio", "log_ratio = log_ratio"),
+    ("a sequence loses its tokens of A = 0", "if not ALL_ACTIVE:", "if not WITH_KL:"),
+)
+
+FAULTS += faults_of(
     "kernels/sample.py",
     "tests/test_kernels_sample.py",
     ("mask of the last columns dropped", "mask=column < V, other", "mask=column < V + 1, other"),

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..batch import Rollout, Scored
 from ..config import GRPOConfig
 from ..policy import Policy
-from .sequences import micro_batches, packed, token_logp
+from .sequences import check_pairs, micro_batches, packed, row_sums, token_logp
 
 
 def dpo(
@@ -30,34 +30,31 @@ def dpo(
     pairs where it is positive, `kl` the mean k3 estimate over tokens. Without an ordered pair there
     is no gradient. Raises ValueError for a group of an odd number of samples, and for beta = 0.
     """
-    sizes = torch.bincount(rollout.group_R)
-    if bool((sizes % 2).any()):
-        raise ValueError(f"rollout.samples={sizes.tolist()}: pairs need an even number a prompt")
+    check_pairs(rollout)
     if config.beta <= 0:
         raise ValueError(f"grpo.beta={config.beta}: the loss of a pair needs it positive")
     score_P2 = scored.score_R.view(-1, 2).to(rollout.mask_RT.device)
     sign_P = (score_P2[:, 0] - score_P2[:, 1]).sign()
+    ordered = sign_P.tolist()  # the one time that the device is waited for
     pairs = sign_P.abs().sum()
     batches = [
         (rows, packed(rollout, rows))
         for rows in micro_batches(rollout, config.micro_tokens, unit=2)
     ]
     with policy.reference() as reference, torch.no_grad():
-        references = [
-            token_logp(reference, rollout, rows, batch, temperature) for rows, batch in batches
-        ]
+        references = [token_logp(reference, rollout, batch, temperature) for _, batch in batches]
     zero = torch.zeros((), device=rollout.mask_RT.device)
     totals = dict.fromkeys(("loss", "margin", "accuracy", "kl", "tokens"), zero)
     for (rows, batch), reference_N in zip(batches, references, strict=True):
         with policy.recomputing(config.recompute):
-            logp_N = token_logp(policy.network, rollout, rows, batch, temperature)
-        row_N = torch.repeat_interleave(rollout.mask_RT[rows].sum(1))
+            logp_N = token_logp(policy.network, rollout, batch, temperature)
         gap_N = logp_N - reference_N
-        h_P2 = gap_N.new_zeros(len(rows)).index_add(0, row_N, gap_N).view(-1, 2)
-        sign = sign_P[rows[::2] // 2]
+        h_P2 = row_sums(gap_N, rows, batch).view(-1, 2)
+        of = slice(rows.start // 2, rows.stop // 2)
+        sign = sign_P[of]
         margin_P = config.beta * sign * (h_P2[:, 0] - h_P2[:, 1])
         loss = -(sign.abs() * F.logsigmoid(margin_P)).sum() / pairs.clamp(min=1)
-        if bool(sign.any()):
+        if any(ordered[of]):
             loss.backward()
         gap_N, margin_P = gap_N.detach(), margin_P.detach()
         more = {

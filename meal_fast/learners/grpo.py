@@ -8,6 +8,7 @@ each is normalised by the step's own count.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 import torch
@@ -17,7 +18,15 @@ from .. import ops, tree
 from ..batch import Rollout, Scored
 from ..config import GRPOConfig
 from ..policy import Network, Policy
-from .sequences import divisor, hidden, micro_batches, packed, token_logp
+from .sequences import (
+    divisor,
+    hidden,
+    micro_batches,
+    of_rows,
+    of_tokens,
+    packed,
+    token_logp,
+)
 
 # Over micro-batches; the other metrics are means over tokens.
 SUMMED = {"loss", "policy_loss", "tokens"}
@@ -45,8 +54,8 @@ def grpo(
         )
     if config.keep:
         rollout, scored = most_telling(rollout, scored, config.keep)
-    normalizers = [divisor(rollout.of_task(rows), config.reduce) for rows in rollout.tasks]
-    totals: list[dict[str, Tensor]] = [{} for _ in normalizers]
+    normalizers = [divisor(rollout, config.reduce, rows) for rows in rollout.tasks]
+    made: list[list[dict[str, Tensor]]] = [[] for _ in normalizers]  # of each task its runs'
     batches = [
         (rows, packed(rollout, rows)) for rows in micro_batches(rollout, config.micro_tokens)
     ]
@@ -54,24 +63,28 @@ def grpo(
     if config.beta > 0:
         with policy.reference() as reference, torch.no_grad():
             references = [
-                _of_reference(reference, rollout, rows, batch, config.kl, temperature)
-                for rows, batch in batches
+                _of_reference(reference, rollout, batch, config.kl, temperature)
+                for _, batch in batches
             ]
     for (rows, batch), extra in zip(batches, references, strict=True):
         network = policy.network
         with policy.recomputing(config.recompute):
-            hidden_ND = hidden(network, rollout, rows, batch)
+            hidden_MD = hidden(network, batch)
+        tokens = {
+            "target": of_tokens(rollout.tokens_RT, batch),
+            "advantage": of_rows(scored.advantage_R, rows, batch),
+            "old_logp": of_tokens(rollout.logp_RT, batch),
+            "sequence": batch.row_M,
+            **{name: extra.pop(name) for name in OF_TOKENS & extra.keys()},
+        }
+        parts = by_task(rollout, rows)
+        hidden_of = hidden_MD.split([at.stop - at.start for _, at in parts])
         losses = []
-        for task, own, at in by_task(rollout, rows):
-            mask = rollout.mask_RT[own]
-            width = mask.shape[1]
+        for (task, at), own_MD in zip(parts, hidden_of, strict=True):
             loss, metrics = ops.linear_policy_loss(
-                hidden_ND[at],
+                own_MD,
                 network.weight,
-                rollout.tokens_RT[own][mask],
-                scored.advantage_R[own, None].expand(-1, width)[mask],
-                old_logp=rollout.logp_RT[own][mask],
-                sequence=own[:, None].expand(-1, width)[mask],
+                **{name: x[at] for name, x in tokens.items()},
                 beta=config.beta,
                 kl=config.kl,
                 clip=(config.clip_low, config.clip_high),
@@ -80,20 +93,29 @@ def grpo(
                 temperature=temperature,
                 bias=network.bias,
                 softcap=network.softcap,
-                **{name: x[at] if name in OF_TOKENS else x for name, x in extra.items()},
+                **extra,
             )
             losses.append(loss)
-            metrics["loss"] = loss.detach()
-            for name, value in metrics.items():
-                more = value if name in SUMMED else value * metrics["tokens"]
-                totals[task][name] = totals[task].get(name, 0.0) + more
+            made[task].append(metrics | {"loss": loss.detach()})
         torch.stack(losses).sum().backward()
-    for total in totals:
-        for name in total.keys() - SUMMED:
-            total[name] = total[name] / total["tokens"].clamp(min=1)
+    totals = [_whole(runs) for runs in made]
     if len(totals) == 1:
         return totals[0]
     return {name: torch.stack([total[name] for total in totals]) for name in totals[0]}
+
+
+def _whole(runs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The step's metrics from its runs', as few tensors: SUMMED, and means over the tokens."""
+    names = sorted(runs[0], key=lambda name: name not in SUMMED)
+    first = sum(name in SUMMED for name in names)
+    total: Tensor | float = 0.0
+    for run in runs:
+        values = torch.stack([run[name].to(run["loss"].dtype) for name in names])
+        values[first:] *= run["tokens"]
+        total = total + values
+    assert isinstance(total, Tensor)
+    total[first:] /= total[names.index("tokens")].clamp(min=1)
+    return dict(zip(names, total.unbind(), strict=True))
 
 
 def most_telling(rollout: Rollout, scored: Scored, keep: int) -> tuple[Rollout, Scored]:
@@ -105,44 +127,39 @@ def most_telling(rollout: Rollout, scored: Scored, keep: int) -> tuple[Rollout, 
     not nothing: the gradient is that of the kept rows' mean, and so is the KL term.
     """
     order_R = scored.advantage_R.abs().sort(descending=True, stable=True).indices
-    group_R = rollout.group_R.to(order_R.device)
-    order_R = order_R[group_R[order_R].sort(stable=True).indices]  # by group, then by |advantage|
-    size_B = torch.bincount(group_R)
-    start_B = size_B.cumsum(0) - size_B
-    rank_R = torch.arange(len(order_R), device=order_R.device) - start_B[group_R]
-    rows = order_R[rank_R < keep].sort().values
-    kept = Scored(*(getattr(scored, f.name)[rows] for f in dataclasses.fields(scored)))
-    return rollout.of_rows(rows), kept
+    kept: list[int] = []
+    taken: Counter[int] = Counter()
+    for row in order_R.tolist():  # the one time that the device is waited for
+        group = rollout.groups[row]
+        if taken[group] < keep:
+            kept.append(row)
+        taken[group] += 1
+    kept.sort()
+    (rows,) = tree.to_device([torch.tensor(kept, dtype=torch.int64)], order_R.device)
+    its = Scored(*(getattr(scored, f.name)[rows] for f in dataclasses.fields(scored)))
+    return rollout.of_rows(rows, kept), its
 
 
-def by_task(rollout: Rollout, rows: Tensor) -> list[tuple[int, Tensor, slice]]:
-    """The tasks that a run of rows is of: number, rows, and where their tokens lie among its N."""
-    if not rollout.adapter:
-        return [(0, rows, slice(None))]
-    first, last = int(rows[0]), int(rows[-1]) + 1
-    lengths, parts, start = rollout.mask_RT.sum(1).tolist(), [], 0
+def by_task(rollout: Rollout, rows: range) -> list[tuple[int, slice]]:
+    """The tasks that a run of rows is of: number, and where their tokens lie among its M."""
+    parts, start = [], 0
     for task, share in enumerate(rollout.tasks):
-        low, high = max(first, share.start), min(last, share.stop)
+        low, high = max(rows.start, share.start), min(rows.stop, share.stop)
         if low < high:
-            end = start + sum(lengths[low:high])
-            parts.append((task, rows[low - first : high - first], slice(start, end)))
+            end = start + sum(rollout.lengths[low:high])
+            parts.append((task, slice(start, end)))
             start = end
     return parts
 
 
 def _of_reference(
-    network: Network,
-    rollout: Rollout,
-    rows: Tensor,
-    batch: tree.Packed,
-    kl: str,
-    temperature: float,
+    network: Network, rollout: Rollout, batch: tree.Packed, kl: str, temperature: float
 ) -> dict[str, Any]:
     """What the loss needs of the reference: its log-probabilities; all of it for the exact KL."""
     if kl == "exact":
         return {
-            "ref_hidden": hidden(network, rollout, rows, batch),
+            "ref_hidden": hidden(network, batch),
             "ref_weight": network.weight,
             "ref_bias": network.bias,
         }
-    return {"ref_logp": token_logp(network, rollout, rows, batch, temperature)}
+    return {"ref_logp": token_logp(network, rollout, batch, temperature)}

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..batch import Rollout, Scored
 from ..config import GRPOConfig
 from ..policy import Policy
-from .grpo import micro_batches, packed, token_logp
+from .sequences import check_pairs, micro_batches, packed, row_sums, token_logp
 
 
 def parm(
@@ -42,33 +42,32 @@ def parm(
     adapter = policy.adapter
     if adapter is None:
         raise ValueError("policy: has no bilinear adapter; load it with policy.tuning=bilinear")
-    sizes = torch.bincount(rollout.group_R)
-    if bool((sizes % 2).any()):
-        raise ValueError(f"rollout.samples={sizes.tolist()}: pairs need an even number a prompt")
+    check_pairs(rollout)
     if beta_r <= 0:
         raise ValueError(f"beta_r={beta_r}: the loss of a pair needs it positive")
     device = rollout.mask_RT.device
     w_RK = rollout.w_RK.to(device)
-    w_BK = w_RK.new_zeros(len(rollout.prefix), w_RK.shape[1])
-    w_BK[rollout.group_R] = w_RK
-    if bool((w_BK[rollout.group_R] != w_RK).any()):
+    w_GK = w_RK.new_zeros(len(rollout.prefix), w_RK.shape[1])
+    w_GK.index_copy_(0, rollout.group_R, w_RK)
+    if bool((w_GK[rollout.group_R] != w_RK).any()):
         raise ValueError("rollout.w_RK: rows behind one prefix must have one preference")
     sign_PK, share_PK = orders(scored.reward_RK.to(device), w_RK)
+    ordered = sign_PK.any(1).tolist()
     weight = share_PK.sum().clamp(min=1e-9)
     zero = torch.zeros((), device=device)
     totals = dict.fromkeys(("loss", "margin", "accuracy"), zero)
     for rows in micro_batches(rollout, config.micro_tokens, unit=2):
         batch = packed(rollout, rows)
-        groups = torch.unique_consecutive(rollout.group_R[rows])
+        pairs = slice(rows.start // 2, rows.stop // 2)
+        w_BK = w_RK.new_zeros(batch.shape_BPRS[0], w_RK.shape[1])
+        w_BK.index_copy_(0, batch.group_R, w_RK[rows.start : rows.stop])
         # Going back it may run again, at the same preferences: so `at` holds the backward pass.
-        with adapter.at(w_BK[groups][batch.group_N]):
+        with adapter.at(w_BK.index_select(0, batch.group_N)):
             with policy.recomputing(config.recompute):
-                logp_N = token_logp(policy.network, rollout, rows, batch, temperature=1.0)
-            row_N = torch.repeat_interleave(rollout.mask_RT[rows].sum(1))
-            r_P2 = logp_N.new_zeros(len(rows)).index_add(0, row_N, logp_N).view(-1, 2)
-            pairs = rows[::2] // 2
+                logp_N = token_logp(policy.network, rollout, batch, temperature=1.0)
+            r_P2 = row_sums(logp_N, rows, batch).view(-1, 2)
             loss, margin_PK = pair_loss(r_P2, sign_PK[pairs], share_PK[pairs], beta_r)
-            if bool(sign_PK[pairs].any()):
+            if any(ordered[pairs]):
                 loss.backward()
         more = {
             "loss": loss.detach(),

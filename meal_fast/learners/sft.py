@@ -16,7 +16,7 @@ from .. import ops
 from ..batch import Rollout, Scored
 from ..config import GRPOConfig
 from ..policy import Policy
-from .sequences import divisor, micro_batches, packed, token_logp
+from .sequences import divisor, micro_batches, of_rows, packed, token_logp
 
 
 def sft(
@@ -37,21 +37,19 @@ def sft(
     if config.beta > 0:
         with policy.reference() as reference, torch.no_grad():
             references = [
-                token_logp(reference, rollout, rows, batch, temperature) for rows, batch in batches
+                token_logp(reference, rollout, batch, temperature) for _, batch in batches
             ]
     totals: dict[str, Tensor] = {}
     for (rows, batch), reference_N in zip(batches, references, strict=True):
-        mask = rollout.mask_RT[rows]
         with policy.recomputing(config.recompute):
-            logp_N = token_logp(policy.network, rollout, rows, batch, temperature)
-        spread = (-1, mask.shape[1])  # a row's value for each of its tokens
-        weight_N = scored.advantage_R[rows, None].expand(spread)[mask]
+            logp_N = token_logp(policy.network, rollout, batch, temperature)
+        weight_N = of_rows(scored.advantage_R, rows, batch)
         loss, metrics = ops.policy_loss_from_logp(
             logp_N,
             weight_N,
             old_logp=None,
             ref_logp=reference_N,
-            sequence=rows[:, None].expand(spread)[mask],
+            sequence=batch.row_M,
             beta=config.beta,
             kl=config.kl,
             reduce=config.reduce,
@@ -60,11 +58,11 @@ def sft(
         loss.backward()
         # The op's policy term is -a_i: right in its gradient, and no likelihood.
         nll_N, count = -logp_N.detach(), len(logp_N)
-        length_N = mask.sum(1, keepdim=True).expand(spread)[mask]
+        length_N = of_rows(rollout.mask_RT.sum(1), rows, batch)
         share_N = weight_N / length_N if config.reduce == "grpo" else weight_N
         more = {
             "loss": loss.detach() - metrics["policy_loss"] + (share_N * nll_N).sum() / normalizer,
-            "tokens": nll_N.new_tensor(count),
+            "tokens": torch.full_like(loss.detach(), count),
             "nll": nll_N.sum(),
             "kl": metrics.get("kl", nll_N.new_zeros(())) * count,
         }

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import tiles
+from . import fused, tiles
+from .fused import Given
 from .reference import (
     LossOptions,
     Tokens,
@@ -19,7 +20,16 @@ from .reference import (
     loss_terms,
     weighted_loss,
 )
-from .sweep import LinearSource, LogitsSource, Readout, Source, Stats, sweep
+from .sweep import (
+    Derivatives,
+    LinearSource,
+    LogitsSource,
+    Readout,
+    Source,
+    Stats,
+    chosen,
+    sweep,
+)
 
 Metrics = dict[str, Tensor]
 Pass = TypeVar("Pass", bound=Callable[..., Any])
@@ -133,9 +143,6 @@ def _as_inputs(
     )
 
 
-Derivatives = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
 def derivatives(stats: Stats, tokens: Tokens, options: LossOptions) -> Derivatives:
     """Of the loss, with respect to each token's logp, entropy and KL."""
     with torch.enable_grad():
@@ -148,17 +155,7 @@ def derivatives(stats: Stats, tokens: Tokens, options: LossOptions) -> Derivativ
     return grads[0], None, grads[1] if kl is not None else None
 
 
-def chosen(all_rows: Derivatives) -> Callable[[slice, Stats], Derivatives]:
-    """A `Gradient` that hands out derivatives known beforehand."""
-
-    def gradient(rows: slice, _: Stats) -> Derivatives:
-        a, b, c = (None if g is None else g[rows] for g in all_rows)
-        return a, b, c
-
-    return gradient
-
-
-def fused_loss(
+def swept_loss(
     source: Source,
     reference: Source | None,
     target: Tensor,
@@ -166,29 +163,17 @@ def fused_loss(
     options: LossOptions,
     max_bytes: int | None,
     backward: bool,
-    impl: str,
 ) -> tuple[Tensor, Metrics]:
-    """The loss of the active rows of a source, which collects its gradients when `backward`.
-
-    A token's derivative needs its own log-probability alone, so it is taken in the sweep; the
-    ratio of a sequence needs all of its tokens, so `level="sequence"` sweeps twice.
-    """
+    """`fused.loss` in torch: of the active rows of a source."""
     exact = options.kl == "exact" and reference is not None
     run: Callable[..., Stats] = functools.partial(sweep, exact_kl=exact, max_bytes=max_bytes)
-    if impl == "triton":
-        run = functools.partial(
-            tiles.sweep, exact_kl=exact, max_bytes=max_bytes, active=tokens.active
-        )
 
     def in_sweep(rows: slice, stats: Stats) -> Derivatives:
         return derivatives(stats, tokens.take(rows), options)
 
     gradient: Callable[[slice, Stats], Derivatives] | None = in_sweep if backward else None
     if backward and options.level == "sequence":
-        first = run(source, target, reference)
-        gradient = chosen(derivatives(first, tokens, options))
-        if impl == "triton":
-            run = functools.partial(run, known=first)
+        gradient = chosen(derivatives(run(source, target, reference), tokens, options))
     stats = run(source, target, reference, gradient=gradient)
     tokens = tokens.with_reference(stats.ref_logp)
     return loss_and_metrics(stats.logp, stats.kl, stats.entropy, tokens, options)
@@ -199,15 +184,29 @@ class LossPlan:
     """The constant arguments of a fused loss."""
 
     target: Tensor
-    tokens: Tokens
+    tokens: Tokens | Given  # Given: it runs in Triton
     options: LossOptions
     readout: Readout
     dtype: torch.dtype
     max_bytes: int | None
     differentiate: bool
-    impl: str
     ref_head: tuple[Tensor, Tensor, Tensor | None] | None = None  # hidden, weight, bias
     ref_logits: Tensor | None = None
+
+
+def loss_of(
+    source: Source,
+    reference: Source | None,
+    target: Tensor,
+    tokens: Tokens | Given,
+    plan: LossPlan,
+    backward: bool,
+) -> tuple[Tensor, Metrics]:
+    """The loss of a source, which collects its gradients when `backward`."""
+    run: Callable[..., tuple[Tensor, Metrics]] = swept_loss
+    if isinstance(tokens, Given):
+        run = fused.loss
+    return run(source, reference, target, tokens, plan.options, plan.max_bytes, backward)
 
 
 class LinearPolicyLoss(torch.autograd.Function):
@@ -227,25 +226,22 @@ class LinearPolicyLoss(torch.autograd.Function):
         metrics: Metrics,
     ) -> Tensor:
         a, b, c = (n and plan.differentiate for n in ctx.needs_input_grad[:3])
-        rows = active_rows(plan.tokens)
-        chosen, target = select(hidden, plan.tokens, rows), take(plan.target, rows)
-        source = LinearSource(chosen, weight, bias, plan.readout, plan.dtype, (a, b, c))
+        tokens, rows = plan.tokens, None
+        if isinstance(tokens, Given):  # whose kernels read no inactive row; a product with it does
+            rows_in = torch.where(tokens.active[:, None], hidden, 0) if b else hidden
+        else:
+            rows = active_rows(tokens)
+            rows_in = select(hidden, tokens, rows)
+            tokens = tokens if rows is None else tokens.take(rows)
+        source = LinearSource(rows_in, weight, bias, plan.readout, plan.dtype, (a, b, c))
         reference = None
         if plan.ref_head is not None:
             ref_hidden, ref_weight, ref_bias = plan.ref_head
-            ref_chosen = select(ref_hidden, plan.tokens, rows)
-            reference = LinearSource(ref_chosen, ref_weight, ref_bias, plan.readout, plan.dtype)
-        tokens = plan.tokens if rows is None else plan.tokens.take(rows)
-        loss, made = fused_loss(
-            source,
-            reference,
-            target,
-            tokens,
-            plan.options,
-            plan.max_bytes,
-            a or b or c,
-            plan.impl,
-        )
+            if isinstance(tokens, Tokens):
+                ref_hidden = select(ref_hidden, plan.tokens, rows)
+            reference = LinearSource(ref_hidden, ref_weight, ref_bias, plan.readout, plan.dtype)
+        target, backward = take(plan.target, rows), a or b or c
+        loss, made = loss_of(source, reference, target, tokens, plan, backward)
         metrics.update(made)
         g_hidden, g_weight, g_bias = _as_inputs(source, hidden, weight, bias)
         if g_hidden is not None and rows is not None:
@@ -266,17 +262,15 @@ class LogitsPolicyLoss(torch.autograd.Function):
     @in_own_dtype
     def forward(ctx: Any, logits: Tensor, plan: LossPlan, metrics: Metrics) -> Tensor:
         needs = ctx.needs_input_grad[0] and plan.differentiate
+        assert isinstance(plan.tokens, Tokens)
         rows = active_rows(plan.tokens)
-        chosen, target = select(logits, plan.tokens, rows), take(plan.target, rows)
-        source = LogitsSource(chosen, plan.readout, plan.dtype, needs)
+        source = LogitsSource(select(logits, plan.tokens, rows), plan.readout, plan.dtype, needs)
         reference = None
         if plan.ref_logits is not None:
             ref_chosen = select(plan.ref_logits, plan.tokens, rows)
             reference = LogitsSource(ref_chosen, plan.readout, plan.dtype, False)
         tokens = plan.tokens if rows is None else plan.tokens.take(rows)
-        loss, made = fused_loss(
-            source, reference, target, tokens, plan.options, plan.max_bytes, needs, "torch"
-        )
+        loss, made = loss_of(source, reference, take(plan.target, rows), tokens, plan, needs)
         metrics.update(made)
         gradient = source.grad_logits
         if gradient is not None and rows is not None:
@@ -300,15 +294,17 @@ class LogitsPolicyLossLater(torch.autograd.Function):
     @staticmethod
     @in_own_dtype
     def forward(ctx: Any, logits: Tensor, plan: LossPlan, metrics: Metrics) -> Tensor:
-        tokens, options = plan.tokens, plan.options
+        given, options = plan.tokens, plan.options
+        assert isinstance(given, Given)
         source, reference = _logits_sources(logits, plan.ref_logits, plan, False)
         exact = options.kl == "exact" and reference is not None
-        stats = tiles.sweep(source, plan.target, reference, exact_kl=exact, active=tokens.active)
-        tokens = tokens.with_reference(stats.ref_logp)
-        loss, made = loss_and_metrics(stats.logp, stats.kl, stats.entropy, tokens, options)
+        needs = ctx.needs_input_grad[0] and plan.differentiate
+        stats = tiles.sweep(source, plan.target, reference, exact_kl=exact, active=given.active)
+        pieces = fused.Pieces(given, options, source.rows, needs)
+        g_logp, _, g_kl = pieces.derivatives(slice(0, source.rows), stats)
+        loss, made = pieces.loss(reference is not None or given.ref_logp is not None)
         metrics.update(made)
-        if ctx.needs_input_grad[0] and plan.differentiate:
-            g_logp, _, g_kl = derivatives(stats, tokens, options)
+        if needs:
             ref_logits = plan.ref_logits if exact else None
             ctx.save_for_backward(logits, ref_logits, stats.kept, g_logp, g_kl)
             ctx.plan = replace(plan, ref_logits=None)
@@ -354,7 +350,7 @@ def take(tensor: Tensor, rows: Tensor | None) -> Tensor:
     return tensor if rows is None else tensor[rows]
 
 
-def select(tensor: Tensor, tokens: Tokens, rows: Tensor | None) -> Tensor:
+def select(tensor: Tensor, tokens: Tokens | Given, rows: Tensor | None) -> Tensor:
     """The rows; where all stay, zeros in place of inactive ones, which may hold NaN."""
     if rows is not None:
         return tensor.detach()[rows]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, reference
+from . import checks, dispatch, fused, reference
 from .checks import require
 from .loss import (
     Metrics,
@@ -111,6 +111,7 @@ def policy_loss_from_logp(
         logp, advantage, old_logp, ref_logp, sequence, beta, kl, clip, level, reduce,
         normalizer, importance_weight, mask, None, 0, dtype,
     )  # fmt: skip
+    assert isinstance(tokens, reference.Tokens)
 
     def flat(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.reshape(-1).to(dtype)
@@ -178,6 +179,4 @@ def _of_sequences(
     if sequence is None:
         length = live.sum(1, keepdim=True)
         return (1 / length.clamp(min=1)).expand(logp.shape).reshape(-1), (length > 0).sum()
-    index = reference.dense_ids(sequence.reshape(-1))
-    length = reference.segment_sum(live.reshape(-1).float(), index)
-    return (1 / length.clamp(min=1))[index], (length > 0).sum()
+    return fused.by_length(live.reshape(-1), sequence.reshape(-1))

@@ -1,4 +1,4 @@
-"""Float32 matrix products on a CPU through oneDNN, which torch uses for bfloat16 alone.
+"""Matrix products: float32 ones on a CPU through oneDNN, which torch uses for bfloat16 alone; LoRA.
 
 torch's own float32 product is MKL's. On 2 cores of an AMD EPYC with AVX-512 that reaches 180
 GFLOP/s at 1024 rows, and oneDNN's 430, with the same precision; Intel's processors were not tried.
@@ -115,19 +115,22 @@ def lora_linear(
 
     With `blocks` each row of x sees its own share of the r columns of x Aᵀ.
 
-    On a CPU in float32, one function: the low-rank term is added within its product, both ways,
-    and what is kept for the gradient is x and x Aᵀ alone.
+    One function: the low-rank term is added within its product, both ways, and what is kept for the
+    gradient is x, as it is, and x Aᵀ alone. In low precision the factors, float32, are rounded for
+    the products and their gradients are summed in float32; with B = 0 the result is exactly x Wᵀ.
     """
-    one_dtype = x.dtype == weight.dtype == a.dtype == b.dtype
-    if not one_dtype or weight.requires_grad or not _suits(x, len(weight)):
-        low = F.linear(x.to(a.dtype), a)
-        if blocks is not None:
-            low = low.masked_fill(blocks.others_NR.view(low.shape), 0)
-        return F.linear(x, weight, bias) + (F.linear(low, b) * scale).to(x.dtype)
-    if blocks is not None and blocks.runs:
-        return _Runs.apply(x, weight, bias, a, b, scale, blocks.runs)
     others = None if blocks is None else blocks.others_NR
-    return _LoRA.apply(x, weight, bias, a, b, scale, others)
+    frozen = x.dtype == weight.dtype and not weight.requires_grad
+    if frozen and a.dtype == b.dtype == x.dtype and _suits(x, len(weight)):
+        if blocks is not None and blocks.runs:
+            return _Runs.apply(x, weight, bias, a, b, scale, blocks.runs)
+        return _LoRA.apply(x, weight, bias, a, b, scale, others)
+    if frozen and (x.dtype in (torch.bfloat16, torch.float16) or x.device.type == "cuda"):
+        return _LibraryLoRA.apply(x, weight, bias, a, b, scale, others)
+    low = F.linear(x.to(a.dtype), a)
+    if others is not None:
+        low = low.masked_fill(others.view(low.shape), 0)
+    return F.linear(x, weight, bias) + (F.linear(low, b) * scale).to(x.dtype)
 
 
 def _add_product(a: Tensor, b: Tensor, to: Tensor) -> Tensor:
@@ -170,6 +173,61 @@ class _LoRA(torch.autograd.Function):
             dx = dx.view(*upstream.shape[:-1], weight.shape[1])
         da = matmul(d_low.t(), flat) if ctx.needs_input_grad[3] else None
         db = matmul(low.t(), dy).t().contiguous() if ctx.needs_input_grad[4] else None
+        return dx, None, None, da, db, None, None
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with float32 sums and result, or float64 ones of float64 factors."""
+    if a.dtype in (torch.float32, torch.float64):
+        return matmul(a, b)
+    if a.device.type == "cpu":  # which has no such product of low precision
+        return matmul(a.float(), b.float())
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+class _LibraryLoRA(torch.autograd.Function):
+    """`_LoRA` through torch's products, in any dtype: on a GPU four launches more than the layer's
+    own, and five back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        others: Tensor | None,
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        scaled_a = torch.mul(a, scale, out=torch.empty_like(a, dtype=x.dtype))
+        own_b = b.to(x.dtype)
+        low = flat @ scaled_a.t()
+        if others is not None:
+            low.masked_fill_(others, 0)
+        ctx.save_for_backward(flat, weight, scaled_a, own_b, low)
+        ctx.scale, ctx.others, ctx.dtypes = scale, others, (a.dtype, b.dtype)
+        out = F.linear(flat, weight, bias).addmm_(low, own_b.t())
+        return out.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        flat, weight, scaled_a, own_b, low = ctx.saved_tensors
+        dy = upstream.reshape(-1, upstream.shape[-1])
+        d_low = dy @ own_b
+        if ctx.others is not None:
+            d_low.masked_fill_(ctx.others, 0)
+        dx = da = db = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ weight).addmm_(d_low, scaled_a)
+            dx = dx.view(*upstream.shape[:-1], weight.shape[1])
+        a_dtype, b_dtype = ctx.dtypes
+        if ctx.needs_input_grad[3]:
+            da = wide_product(d_low.t(), flat).mul_(ctx.scale).to(a_dtype)
+        if ctx.needs_input_grad[4]:
+            db = wide_product(dy.t(), low).to(b_dtype)
         return dx, None, None, da, db, None, None
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import autograd, checks, reference
+from . import autograd, checks, fused, reference
 from .checks import require
 from .dispatch import choose
 from .logprob import check_head, check_rows_and_target, readout, reference_head
@@ -75,9 +75,10 @@ def linear_policy_loss(
     check_head("", hidden, weight, bias, target)
     head = reference_head(hidden, weight, bias, target, ref_hidden, ref_weight, ref_bias)
     _one_reference(kl, beta, ref_logp, ref_hidden, "ref_hidden")
+    chosen = choose("linear_policy_loss", impl, hidden, weight)
     tokens, options = make_tokens(
         target, advantage, old_logp, ref_logp, sequence, beta, kl, clip, level, reduce,
-        normalizer, importance_weight, mask, ignore_index, weight.shape[0], dtype,
+        normalizer, importance_weight, mask, ignore_index, weight.shape[0], dtype, chosen,
     )  # fmt: skip
     metrics: Metrics = {}
     plan = autograd.LossPlan(
@@ -88,7 +89,6 @@ def linear_policy_loss(
         dtype,
         max_bytes,
         torch.is_grad_enabled(),
-        choose("linear_policy_loss", impl, hidden, weight),
         ref_head=head,
     )
     rows = hidden.reshape(-1, hidden.shape[-1])
@@ -146,7 +146,7 @@ def policy_loss(
     dtype = reference.compute_dtype(logits)
     tokens, options = make_tokens(
         target, advantage, old_logp, ref_logp, sequence, beta, kl, clip, level, reduce,
-        normalizer, importance_weight, mask, ignore_index, v, dtype,
+        normalizer, importance_weight, mask, ignore_index, v, dtype, chosen,
     )  # fmt: skip
     metrics: Metrics = {}
     plan = autograd.LossPlan(
@@ -157,7 +157,6 @@ def policy_loss(
         dtype,
         max_bytes,
         torch.is_grad_enabled(),
-        chosen,
         ref_logits=ref_logits,
     )
     if chosen == "triton":
@@ -274,7 +273,8 @@ def make_tokens(
     ignore_index: int | None,  # of `like`, when it holds targets
     vocabulary: int,
     dtype: torch.dtype,
-) -> tuple[reference.Tokens, reference.LossOptions]:
+    impl: str = "torch",
+) -> tuple[reference.Tokens | fused.Given, reference.LossOptions]:
     """The loss's options and per-token constants, checked and flat."""
     shape = tuple(like.shape)
     options = loss_options(beta, kl, clip, level)
@@ -287,16 +287,19 @@ def make_tokens(
     if sequence is None and like.dim() == 2:
         sequence = torch.arange(shape[0], device=like.device)[:, None].expand(shape)
 
-    live = torch.ones(shape, dtype=torch.bool, device=like.device) if mask is None else mask.bool()
+    live = None if mask is None else mask.bool()
     if ignore_index is not None:
-        live = live & (like != ignore_index)
+        counted = like != ignore_index
+        live = counted if live is None else live & counted
         if like.device.type == "cpu":
             checks.targets_in_range(like.reshape(-1), live.reshape(-1), vocabulary)
+    elif live is None:
+        live = torch.ones(shape, dtype=torch.bool, device=like.device)
 
     def flat(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.reshape(-1)
 
-    tokens = reference.make_tokens(
+    given = (
         live.reshape(-1),
         advantage.reshape(-1),
         flat(sequence),
@@ -306,6 +309,7 @@ def make_tokens(
         flat(old_logp),
         flat(ref_logp),
         flat(importance_weight),
-        dtype,
     )
-    return tokens, options
+    if impl == "triton":
+        return fused.Given.of(*given), options
+    return reference.make_tokens(*given, dtype), options

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .gemm import matmul
+from .gemm import matmul, wide_product
 
 _BLOCK_BYTES = 2 << 20  # of a block of the tile: about a core's share of a last-level cache
 
@@ -49,13 +49,6 @@ class Readout:
         return derivative
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with float32 sums and result; low precision multiplies as such only on a GPU."""
-    if a.dtype in (torch.float32, torch.float64):
-        return matmul(a, b)
-    return torch.mm(a, b, out_dtype=torch.float32)
-
-
 class LinearSource:
     """Raw logits `hidden @ weight.T + bias`, and what their gradients become."""
 
@@ -81,7 +74,9 @@ class LinearSource:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=hidden.device)
 
-        self.grad_hidden = zeros(*hidden.shape) if needs[0] else None
+        self.grad_hidden = None  # every row of it is written
+        if needs[0]:
+            self.grad_hidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
         self.grad_weight = zeros(*weight.shape) if needs[1] else None
         self.grad_bias = zeros(weight.shape[0]) if needs[2] else None
 
@@ -90,12 +85,12 @@ class LinearSource:
         hidden = self.hidden[rows].to(self.factor_dtype)
         if self.factor_dtype == self.dtype:  # scaling the narrow factor is free
             return matmul(hidden * self.readout.raw_scale, self.weight.t(), self.bias)
-        tile = _product(hidden, self.weight.t()).mul_(self.readout.raw_scale)
+        tile = wide_product(hidden, self.weight.t()).mul_(self.readout.raw_scale)
         return tile if self.bias is None else tile.add_(self.bias)
 
     def raw(self, rows: slice) -> Tensor:
         """Raw logits without scale and bias, the caller's to overwrite."""
-        return _product(self.hidden[rows].to(self.factor_dtype), self.weight.t())
+        return wide_product(self.hidden[rows].to(self.factor_dtype), self.weight.t())
 
     def gradient_of(self, tile: Tensor) -> Tensor:
         """Where to write a raw tile's gradient: in its place, if the products have its dtype."""
@@ -107,8 +102,7 @@ class LinearSource:
         per_logit = 1 / self.readout.temperature
         grad = grad.to(self.factor_dtype)
         if self.grad_hidden is not None:
-            self.grad_hidden[rows] = _product(grad, self.weight)
-            self.grad_hidden[rows] *= per_logit
+            torch.mul(wide_product(grad, self.weight), per_logit, out=self.grad_hidden[rows])
         if self.grad_weight is not None:
             hidden = self.hidden[rows].to(self.factor_dtype)
             if self.factor_dtype == self.dtype:
@@ -167,9 +161,19 @@ class Stats:
         return Stats(self.logp[rows], self.entropy[rows], ref_logp, kl)
 
 
-# (rows, their stats) → the derivatives with respect to logp, entropy and kl; None for zero.
-Gradient = Callable[[slice, Stats], tuple[Tensor | None, Tensor | None, Tensor | None]]
+Derivatives = tuple[Tensor | None, Tensor | None, Tensor | None]  # by logp, entropy, kl; None: 0
+Gradient = Callable[[slice, Stats], Derivatives]  # of these rows, whose stats are given
 Source = LinearSource | LogitsSource
+
+
+def chosen(all_rows: Derivatives) -> Gradient:
+    """A `Gradient` that hands out derivatives known beforehand."""
+
+    def gradient(rows: slice, _: Stats) -> Derivatives:
+        a, b, c = (None if g is None else g[rows] for g in all_rows)
+        return a, b, c
+
+    return gradient
 
 
 def sweep(

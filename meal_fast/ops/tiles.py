@@ -26,6 +26,13 @@ def chunk_rows(source: LinearSource, tiles: int, gradient: bool, max_bytes: int 
     return max(1, min(source.rows, rows))
 
 
+def chunk_of(source: Source, exact_kl: bool, gradient: bool, max_bytes: int | None) -> int:
+    """How many rows `sweep` takes at a time: logits that exist need no tile."""
+    if isinstance(source, LinearSource):
+        return chunk_rows(source, 1 + exact_kl, gradient, max_bytes)
+    return max(1, source.rows)
+
+
 def logits_of(source: Source, rows: slice) -> Tensor:
     """What the kernels read: a tile of these rows, or all of the logits that exist."""
     return source.raw(rows) if isinstance(source, LinearSource) else source.logits
@@ -46,11 +53,9 @@ def sweep(
     from meal_fast.kernels import vocabulary as kernels
 
     n = source.rows
-    chunk = max(1, n)
-    if isinstance(source, LinearSource):
-        chunk = chunk_rows(source, 1 + exact_kl, gradient is not None, max_bytes)
+    chunk = chunk_of(source, exact_kl, gradient is not None, max_bytes)
     target = target.contiguous()
-    active = None if active is None else active.to(torch.uint8).contiguous()
+    active = None if active is None else active.contiguous().view(torch.uint8)
     read = source.readout
     readout = read.raw_scale, None if read.softcap is None else read.softcap / read.temperature
     stats = known
