@@ -93,7 +93,6 @@ def answers(
             engine(
                 policy,
                 network=network,
-                max_rows=512 if policy.device.type == "cuda" else 64,
                 max_cache_bytes=config.rollout.max_cache_bytes,
             ) as sampler,
         ):

@@ -12,8 +12,8 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +26,18 @@ from . import stacked, tree
 from .assets import asset
 from .bilinear import Adapter
 from .config import PolicyConfig
+from .devices import DTYPES, device_of, settled
 from .mapped import FrozenCopy
-from .ops.gemm import accelerate, linear
+from .network import Network, cut
+from .ops.gemm import accelerate
 from .preference import Goals, preference_text
 from .quiet import quiet
+from .served import Served
+from .sizes import Sizes, sizes_of
 from .worlds import build_world
 
 GUIDE = "guide.safetensors"  # in the policy's folder
 _MARK = "\u241f"  # stands for the user's text while the chat template is cut in two
-
-
-@dataclass(frozen=True)
-class Network:
-    """A decoder cut before its head: `body(input_ids, …)` gives hidden states (…, D)."""
-
-    body: nn.Module
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    softcap: float | None
-    runs: int = 1  # of each of the body's layers in a pass: so many keys and values a token
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Full logits of a few hidden states (R, D) -> (R, V), float32: what a sampler needs."""
-        out = linear(hidden, self.weight, self.bias).float()
-        return out if self.softcap is None else torch.tanh(out / self.softcap) * self.softcap
 
 
 class Policy:
@@ -75,6 +63,8 @@ class Policy:
         self._frozen = frozen
         self.adapter = adapter  # of a guide: the policy then is the base model, guided by it
         self.served: Network | None = None  # what it samples from, where a guide is put to it
+        self._copy: Served | None = None  # the same, where weights are copied: see `merged`
+        self.kept: Any = None  # what a sampler keeps for as long as the copy stays
         self.trainable = list(self.named.values())
         self._before, self._after = split_template(tokenizer)
         self.encode_prompt = lru_cache(maxsize=4096)(self._encode_prompt)
@@ -87,6 +77,11 @@ class Policy:
     @property
     def network(self) -> Network:
         return cut(self._base)
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """How much goes at once; decided once, when it is first asked for."""
+        return sizes_of(self.network)
 
     @contextmanager
     def reference(self) -> Iterator[Network]:
@@ -107,11 +102,13 @@ class Policy:
 
     @contextmanager
     def merged(self) -> Iterator[Network]:
-        """The policy for passes without gradients: float32 LoRA with its factors multiplied out.
+        """The policy for passes without gradients, LoRA's factors multiplied out.
 
-        That costs a copy of the weights, and saves two of the three products of each layer. In
-        bfloat16 the sum would be rounded: those factors stay apart. With a guide it is what
-        `guide.guided` put here, and a ValueError outside of that: each preference has its own.
+        That saves two of the three products of each layer. On a CPU in float32 the sums take the
+        weights' place as long as it lasts. On a GPU, and in bfloat16, they are written to a copy
+        whose tensors stay where they are: `meal_fast.served`. Tasks' adapters (`stacked`) stay
+        apart. With a guide it is what `guide.guided` put here, and a ValueError outside of that:
+        each preference has its own.
         """
         if self.adapter is not None:
             if self.served is None:
@@ -119,7 +116,14 @@ class Policy:
             yield self.served
             return
         layers = [m for m in self.model.modules() if hasattr(m, "get_delta_weight")]
-        if not layers or not all(stacked.mergeable(m) for m in layers):
+        if not all(stacked.mergeable(m) for m in layers):
+            yield self.network
+            return
+        weight = self.network.weight
+        if weight.is_cuda or weight.dtype != torch.float32:
+            yield self._written_copy()
+            return
+        if not layers:
             yield self.network
             return
         kept = [m.base_layer.weight.data for m in layers]
@@ -131,6 +135,17 @@ class Policy:
         finally:
             for m, weight in zip(layers, kept, strict=True):
                 m.base_layer.weight.data = weight
+
+    def _written_copy(self) -> Network:
+        if self._copy is None:
+            self._copy = Served(self._base)
+        else:
+            self._copy.write()
+        return self._copy.network
+
+    def stays(self, network: Network) -> bool:
+        """Whether the tensors of `network` keep their addresses for as long as the policy lives."""
+        return self._copy is not None and network is self._copy.network
 
     @property
     def named(self) -> dict[str, nn.Parameter]:
@@ -282,13 +297,6 @@ class Policy:
         return state
 
 
-def cut(model: Any) -> Network:
-    """A transformers causal LM as body and head."""
-    head = model.get_output_embeddings()
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return Network(model.base_model, head.weight, getattr(head, "bias", None), softcap)
-
-
 def resolve(path: str) -> str:
     """The folder (or hub name) behind `policy.path`. Raises ValueError for anything else."""
     kind, _, name = path.partition(":")
@@ -316,8 +324,10 @@ def load_policy(
     LoRA factors and a guide's start with B = 0, A drawn from `seed`. Raises ValueError where the
     path is not a model, or the model is one that the shared-prefix attention cannot run.
     """
-    path = resolve(config.path)
-    device = torch.device(device_of(config.device))
+    path, config = resolve(config.path), settled(config)
+    device = device_of(config.device)
+    if config.dtype == "tfloat32" and device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True  # of the whole process
     model, tokenizer = _load(path, config)
     frozen = adapter = None
     if config.tuning == "lora":
@@ -368,21 +378,12 @@ def _with_lora(model: Any, config: PolicyConfig, seed: int, trained: Path | None
     return stacked.fuse(model)
 
 
-def device_of(name: str) -> str:
-    """`auto` resolved. Raises ValueError for cuda without one."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"policy.device={name!r}: no CUDA device here; use cpu or auto")
-    return name
-
-
 def _load(path: str, config: PolicyConfig) -> tuple[Any, Any]:
     try:
         settings = AutoConfig.from_pretrained(path)
         tree.check_supported(settings)
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, config.dtype), attn_implementation=tree.ATTENTION
+            path, dtype=DTYPES[config.dtype], attn_implementation=tree.ATTENTION
         )
         tokenizer = AutoTokenizer.from_pretrained(path)
     except KeyError as error:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from meal_fast.config import Config, from_dict, to_dict
-from meal_fast.objectives import Normalizer
 from meal_fast.policy import Policy, load_policy
+from meal_fast.scales import Normalizer
 from meal_fast.worlds import world_prompts
 
 NAMES = ("first", "second")

@@ -102,8 +102,9 @@ def test_every_history_of_a_slot_gives_the_model_s_own_log_probabilities(history
     assert steps >= 1
     for row in rows:
         check(policy, row)
-    size = sum(x.room * x.places for x in (sampler.prompts, sampler.suffixes, sampler.tails))
-    assert size * token <= sampler.max_cache_bytes
+    held = sampler.memory
+    size = sum(x.room * x.places for x in (held.prompts, held.suffixes, held.tails))
+    assert size * token <= held.max_bytes
 
 
 def test_a_row_s_text_depends_on_nothing_but_itself():
@@ -127,18 +128,18 @@ def test_a_row_s_text_depends_on_nothing_but_itself():
 def test_fixed_shapes_give_the_same_tokens():
     """What a GPU captures as a graph: padded rows, tails and prompts to their full room."""
     requests = requests_of([3, 8, 5, 12], [(0.0, 1.0), (0.7, 0.3)], samples=3)
-    plain, fixed = engine(LLAMA, max_rows=7), engine(LLAMA, max_rows=7)
+    plain, fixed = engine(LLAMA, max_rows=19), engine(LLAMA, max_rows=19)
     fixed.fixed_shapes = True
     want, got = (e.sample(requests, sampling(max_new_tokens=9)) for e in (plain, fixed))
     assert got.texts == want.texts and got.finish == want.finish
     torch.testing.assert_close(got.logp_RT, want.logp_RT, atol=1e-5, rtol=0)
-    assert len(fixed._steps) > 1 and {rows for rows, _ in fixed._steps} <= {1, 2, 4, 7}
+    assert set(fixed.memory.steps) == {16, 19}
     longer = requests_of([30, 25, 6, 9, 2], [(0.1, 0.9), (0.6, 0.4)], samples=2)  # larger caches
     want, got = (e.sample(longer, sampling(max_new_tokens=20)) for e in (plain, fixed))
     assert got.texts == want.texts
-    steps = dict(fixed._steps)
+    steps = dict(fixed.memory.steps)
     fixed.sample(requests, sampling())  # what is there suffices: nothing is made anew
-    assert steps.items() <= fixed._steps.items()
+    assert steps.items() <= fixed.memory.steps.items()
 
 
 def test_a_sweep_prefills_each_prompt_once_whatever_the_weights():
@@ -285,7 +286,7 @@ def test_the_budget_holds_while_caches_are_made_anew(monkeypatch):
 
     def counted(shape, places, room):
         layers = make(shape, places, room)
-        alive.update(x for pair in layers for x in pair)
+        alive.add(layers)
         most[0] = max(most[0], sum(x.numel() * x.element_size() for x in alive))
         return layers
 

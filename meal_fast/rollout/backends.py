@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -22,8 +23,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from .. import ops
 from ..batch import Rollout, key
+from ..network import Network, cut
 from ..ops import checks
-from ..policy import Network, Policy
+from ..policy import Policy
 from ..tree import pad
 from .engine import rollout
 from .requests import Drawn, Request, encode, gathered, row_id
@@ -51,7 +53,7 @@ def generate_rollout(
     seed: int,
     stream: tuple[int | str, ...] = (),
     network: Network | None = None,
-    max_rows: int = 64,
+    max_rows: int = 0,
     max_cache_bytes: int = 0,
 ) -> Rollout:
     """`rollout`, by transformers' `generate` in batches of `max_rows` rows padded on the left.
@@ -64,7 +66,8 @@ def generate_rollout(
     Raises ValueError as `rollout` does, and for a network that is not the policy or its reference.
     """
     started = time.perf_counter()
-    checks.require(max_rows >= 1, "max_rows", max_rows, "must be at least 1")
+    checks.require(max_rows >= 0, "max_rows", max_rows, "0 (as suits the device) or positive")
+    max_rows = max_rows or policy.sizes.slots
     prefixes, rows = _rows(policy, requests, max_new_tokens, stream)
     stop = sorted(policy.stop_ids)
     model = _whole(policy, network)
@@ -138,15 +141,24 @@ def _whole(policy: Policy, network: Network | None) -> Any:
 
 @contextmanager
 def _plain(model: Any) -> Iterator[None]:
-    """Transformers' attention, and none of the sampling options that the model came with."""
+    """Transformers' attention, none of the sampling options that the model came with, and logits
+    that are not rounded to half precision."""
     attention, options = model.config._attn_implementation, model.generation_config
     model.generation_config = GenerationConfig()
+    head, raw = model.get_output_embeddings(), replace(cut(model), softcap=None)
+
+    def unrounded(hidden: Tensor) -> Tensor:
+        return raw.logits(hidden.flatten(0, -2)).view(*hidden.shape[:-1], -1)
+
+    if head.weight.dtype != torch.float32:
+        head.forward = unrounded
     try:
         model.set_attn_implementation("sdpa")
         yield
     finally:
         model.set_attn_implementation(attention)
         model.generation_config = options
+        vars(head).pop("forward", None)
 
 
 def vllm_rollout(
@@ -158,7 +170,7 @@ def vllm_rollout(
     seed: int,
     stream: tuple[int | str, ...] = (),
     network: Network | None = None,
-    max_rows: int = 64,
+    max_rows: int = 0,
     max_cache_bytes: int = 0,
 ) -> Rollout:
     """`rollout`, by vLLM. Its engine has never been run here: that needs a GPU.

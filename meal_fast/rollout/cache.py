@@ -28,8 +28,6 @@ from ..policy import Network
 from ..tree import behind, causal, pad
 from .requests import Prefix, Tokens
 
-_MULTIPLE = 16  # sizes of the caches are multiples of it
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -61,16 +59,14 @@ class Shape:
     def token_bytes(self) -> int:
         return 2 * self.layers * self.heads * self.width * self.dtype.itemsize
 
-    def memory(self, places: int, room: int) -> list[tuple[Tensor, Tensor]]:
-        """(places, H, room, d) keys and values of every layer, zero.
+    def memory(self, places: int, room: int) -> Tensor:
+        """(L, 2, places, H, room, d): keys and values of every layer, zero.
 
         Zero, since what lies behind a prefix's end meets a probability of 0 in a product, and
-        0 times what was in the memory before may be NaN.
+        0 times what was in the memory before may be NaN. One tensor, so that places of all layers
+        are copied at once.
         """
-        size = (places, self.heads, room, self.width)
-        return [(self._zeros(size), self._zeros(size)) for _ in range(self.layers)]
-
-    def _zeros(self, size: tuple[int, ...]) -> Tensor:
+        size = (self.layers, 2, places, self.heads, room, self.width)
         if self.device.type != "cpu":
             return torch.zeros(size, dtype=self.dtype, device=self.device)
         # numpy's zeros are pages that the system gives when they are first written
@@ -86,13 +82,19 @@ class Pool:
 
     def __init__(self, shape: Shape, places: int, room: int) -> None:
         self.shape, self.places, self.room = shape, places, room
-        self.layers = shape.memory(places, room)
+        self.all = shape.memory(places, room)
+        self.layers = list(self.all)  # of each its keys and values
         self.hidden_BD = torch.zeros(places, shape.hidden, dtype=shape.dtype, device=shape.device)
         self.length = [0] * places
         self.length_B = torch.zeros(places, dtype=torch.int64, device=shape.device)
         self.adapter_B = torch.zeros_like(self.length_B)
         self._place: dict[object, int] = {}  # the longest out of use first
-        self._free = list(range(places))[::-1]
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all prefixes."""
+        self._place.clear()
+        self._free = list(range(self.places))[::-1]
 
     def __contains__(self, key: object) -> bool:
         return key in self._place
@@ -124,13 +126,18 @@ class Pool:
         return place
 
     def fill(
-        self, place_B: Tensor, places: Sequence[int], valid_BT: Tensor, hidden: Tensor
+        self,
+        place_B: Tensor,
+        places: Sequence[int],
+        texts: Sequence[Tokens],
+        valid_BT: Tensor,
+        hidden: Tensor,
     ) -> None:
         """What is known of prefixes after their pass: lengths, and last hidden states."""
         length_B = valid_BT.sum(1)
         self.length_B[place_B] = length_B
-        for place, length in zip(places, length_B.tolist(), strict=True):
-            self.length[place] = length
+        for place, text in zip(places, texts, strict=True):
+            self.length[place] = len(text)
         at = torch.arange(len(places), device=hidden.device)
         self.hidden_BD[place_B] = hidden[at, length_B - 1]
 
@@ -143,9 +150,7 @@ class Pool:
         if (places, room) == (self.places, self.room):
             return self
         new = Pool(self.shape, places, room)
-        for mine, others in zip(self.layers, new.layers, strict=True):
-            for old, fresh in zip(mine, others, strict=True):
-                fresh[: self.places, :, : self.room] = old
+        new.all[:, :, : self.places, :, : self.room] = self.all
         new.hidden_BD[: self.places] = self.hidden_BD
         new.length[: self.places] = self.length
         new.length_B[: self.places] = self.length_B
@@ -160,26 +165,22 @@ class Tails:
 
     def __init__(self, shape: Shape, places: int, room: int) -> None:
         self.places, self.room = places, room
-        self.layers = shape.memory(places, room)
+        self.all = shape.memory(places, room)
+        self.layers = list(self.all)
 
     def begin(self, slots: Sequence[int], suffixes: Pool, places: Sequence[int]) -> None:
         """Copies suffixes to the slots of the rows that start behind them."""
         length = max(suffixes.length[place] for place in places)
-        device = self.layers[0][0].device
-        slot_R = torch.tensor(slots, device=device)
-        place_R = torch.tensor(places, device=device)
-        for mine, theirs in zip(self.layers, suffixes.layers, strict=True):
-            for tail, suffix in zip(mine, theirs, strict=True):
-                tail[slot_R, :, :length] = suffix[place_R, :, :length]
+        slot_R, place_R = self._at(slots), self._at(places)
+        self.all[:, :, slot_R, :, :length] = suffixes.all[:, :, place_R, :, :length]
 
     def move(self, source: Sequence[int], target: Sequence[int], length: int) -> None:
         """Copies slots, `length` tokens of each."""
-        device = self.layers[0][0].device
-        source_M = torch.tensor(source, device=device)
-        target_M = torch.tensor(target, device=device)
-        for pair in self.layers:
-            for tail in pair:
-                tail[target_M, :, :length] = tail[source_M, :, :length]
+        source_M, target_M = self._at(source), self._at(target)
+        self.all[:, :, target_M, :, :length] = self.all[:, :, source_M, :, :length]
+
+    def _at(self, places: Sequence[int]) -> Tensor:
+        return torch.tensor(places, device=self.all.device)
 
 
 @dataclass(frozen=True)
@@ -234,6 +235,7 @@ class TokenPass:
     width: int
     groups: Groups  # of the rows, by place - low
     tails: Tails
+    slots_R: Tensor  # 0, 1, …, R - 1
     at_R: Tensor  # where the token goes in each tail
     at: int | None  # the same, where it is the same for all rows
     seen_R: Tensor  # at_R + 1
@@ -250,7 +252,7 @@ class TokenPass:
             if self.at is not None:
                 tail[:r, :, self.at] = new[:, :, 0]
             else:
-                tail[torch.arange(r, device=new.device), :, self.at_R] = new[:, :, 0]
+                tail[self.slots_R, :, self.at_R] = new[:, :, 0]
         pk, pv = (x[self.low : self.high, :, : self.width] for x in self.prompts.layers[layer])
         tk, tv = (x[:r, :, : self.longest] for x in self.tails.layers[layer])
         lengths = self.prompts.length_B[self.low : self.high]
@@ -272,7 +274,7 @@ def fill_prompts(
     hidden = network.body(
         input_ids=tokens_BP, use_cache=False, tree=PromptPass(pool, place_B)
     ).last_hidden_state
-    pool.fill(place_B, places, valid_BP, hidden)
+    pool.fill(place_B, places, texts, valid_BP, hidden)
     return sum(map(len, texts))
 
 
@@ -297,35 +299,5 @@ def fill_suffixes(
         use_cache=False,
         tree=SuffixPass(prompts, prompt_B, valid_BP, pool, place_B),
     ).last_hidden_state
-    pool.fill(place_B, places, valid_BS, hidden)
+    pool.fill(place_B, places, suffixes, valid_BS, hidden)
     return sum(map(len, suffixes))
-
-
-def rounded(tokens: int) -> int:
-    return -(-tokens // _MULTIPLE) * _MULTIPLE
-
-
-def shares(budget: int, wanted: tuple[int, ...], each: tuple[int, ...]) -> tuple[int, ...]:
-    """Slots, prompts' places and suffixes' places for a budget of bytes: all that are wanted, or
-    half of it to the slots and a quarter of the rest to the suffixes."""
-    if sum(n * size for n, size in zip(wanted, each, strict=True)) <= budget:
-        return wanted
-    least = each[0] + each[1] + (each[2] if wanted[2] else 0)
-    if least > budget:
-        raise ValueError(
-            f"max_cache_bytes={budget}: one row of these prompts needs {least}; raise it, or lower "
-            "prompts.max_tokens or rollout.max_new_tokens"
-        )
-    rest = budget - least
-    slots = min(wanted[0], 1 + rest // 2 // each[0])
-    rest -= (slots - 1) * each[0]
-    pairs = min(wanted[2], 1 + rest // 4 // each[2]) if wanted[2] else 0
-    rest -= max(pairs - 1, 0) * each[2]
-    return slots, min(wanted[1], 1 + rest // each[1]), pairs
-
-
-def default_budget(device: torch.device) -> int:
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return (torch.cuda.mem_get_info(device)[0] + kept) // 2
-    return 2 << 30

@@ -22,18 +22,10 @@ from .. import ops
 from ..batch import Rollout
 from ..ops import Groups, dispatch
 from ..policy import Network, Policy
-from .cache import (
-    Pool,
-    Shape,
-    Tails,
-    TokenPass,
-    default_budget,
-    fill_prompts,
-    fill_suffixes,
-    rounded,
-    shares,
-)
-from .graph import FixedStep, bucket
+from ..sizes import ON_A_CPU
+from .cache import Shape, TokenPass, fill_prompts, fill_suffixes
+from .graph import FixedStep, Staging
+from .memory import Memory, default_budget, memory_of
 from .requests import (
     Counts,
     Drawn,
@@ -47,8 +39,6 @@ from .requests import (
     row_id,
 )
 
-_PASS_TOKENS = 4096  # padded tokens of a pass over prompts or suffixes
-
 
 class Engine:
     """Samples from one network whose weights stay as they are: see `engine`."""
@@ -57,9 +47,11 @@ class Engine:
         self,
         policy: Policy,
         network: Network,
-        max_rows: int = 64,
+        max_rows: int = ON_A_CPU.slots,
         max_cache_bytes: int = 0,
         join: bool = False,
+        memory: Memory | None = None,  # default: of its own
+        pass_tokens: int = ON_A_CPU.pass_tokens,  # padded, of a pass over prompts or suffixes
     ) -> None:
         if max_rows < 1:
             raise ValueError(f"max_rows={max_rows}: must be at least 1")
@@ -67,22 +59,21 @@ class Engine:
             raise ValueError(f"max_cache_bytes={max_cache_bytes}: 0 (automatic) or positive")
         self.policy, self.network, self.max_rows, self.join = policy, network, max_rows, join
         self.shape = Shape.of(network)
-        self.max_cache_bytes = max_cache_bytes or default_budget(self.shape.device)
-        self.forget()
+        if memory is None:
+            memory = Memory(self.shape, max_cache_bytes or default_budget(self.shape.device))
+        self.memory, self.pass_tokens = memory, pass_tokens
         self.counts = Counts()
         self.live: list[Row] = []  # the row in each slot
         weight = network.weight
         # Shapes that do not change are what a graph is captured of; without one they are waste.
         in_triton = dispatch.triton_obstacle(weight) is None and self.shape.width <= 256
         self.fixed_shapes = weight.is_cuda and in_triton
-        self._stop = torch.tensor(sorted(policy.stop_ids), device=self.shape.device)
+        self._stop = policy.stop_ids
+        self._staging: Staging | None = None  # of rows that have just been admitted
 
     def forget(self) -> None:
-        """Gives back all memory: no prefix is known any more."""
-        self.prompts, self.suffixes = Pool(self.shape, 0, 0), Pool(self.shape, 0, 0)
-        self.tails = Tails(self.shape, 0, 0)
-        self._steps: dict[tuple[int, int], FixedStep] = {}
-        self._limited = False  # there is less than was wanted: all that the budget allows
+        """No prefix is known any more. Memory is given back, unless it is kept with the policy."""
+        self.memory.forget()
 
     def rows(self, requests: Sequence[Request], max_new_tokens: int) -> list[Row]:
         """The rows of the requests, in their order.
@@ -136,68 +127,90 @@ class Engine:
         if not waiting:
             return
         self.live = []
-        self._fit(waiting, sampling.max_new_tokens)
+        self.memory.fit(waiting, sampling.max_new_tokens, self.max_rows)
         while waiting or self.live:
             # The step first: at fixed shapes it writes to the free slots, which then are taken.
-            hidden = [self._step(self.live)] if self.live else []
+            step, hidden = self._step(self.live, sampling) if self.live else (None, [])
             fresh, first = self._admit(waiting, self.live)
             self.live = self.live + fresh
             if self.live:
-                self._sample(self.live, torch.cat([*hidden, *first]), sampling)
+                self._sample(self.live, [*hidden, *first], step, sampling)
             yield [row for row in self.live if row.finish]
             self.live = self._release(self.live, waiting)
 
-    def _sample(self, live: list[Row], hidden: Tensor, sampling: Sampling) -> None:
-        device = self.shape.device
-        ids = [row_id(sampling.stream, r.request, r.sample, r.attempt) for r in live]
+    def _sample(
+        self, live: list[Row], hidden: list[Tensor], step: FixedStep | None, sampling: Sampling
+    ) -> None:
+        """The next token of each row, whose hidden states come in parts; `step` gave the first."""
+        self._name(live, sampling)
+        if step is not None and len(hidden) == 1:
+            key_R, position_R = step.key_R[: len(live)], step.drawn_R[: len(live)]
+        else:
+            key_R, position_R = self._keys(live)
         token, logp, _ = ops.sample(
-            self.network.logits(hidden),
+            self.network.logits(hidden[0] if len(hidden) == 1 else torch.cat(hidden)),
             seed=sampling.seed,
-            row=torch.tensor(ids, device=device),
-            position=torch.tensor([len(row.tokens) for row in live], device=device),
+            row=key_R,
+            position=position_R,
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             min_p=sampling.min_p,
         )
-        ended = torch.isin(token, self._stop)
         self.counts.sampled += len(live)
-        drawn = zip(live, token.tolist(), logp.tolist(), ended.tolist(), strict=True)
-        for row, t, lp, stop in drawn:
+        for row, t, lp in zip(live, *_read(token, logp), strict=True):
             row.tokens.append(t)
             row.logp.append(lp)
-            if stop or (sampling.stop and self._says(row, sampling.stop)):
+            if t in self._stop or (sampling.stop and self._says(row, sampling.stop)):
                 row.finish = "stop"
             elif len(row.tokens) == sampling.max_new_tokens:
                 row.finish = "length"
+
+    def _name(self, rows: list[Row], sampling: Sampling) -> None:
+        """The ids of rows that have none: they are new, or were cut."""
+        for row in rows:
+            if row.key < 0:
+                row.key = row_id(sampling.stream, row.request, row.sample, row.attempt)
+
+    def _keys(self, live: list[Row]) -> tuple[Tensor, Tensor]:
+        """Each row's id, and the number of the token that it draws next."""
+        if self._staging is None:
+            self._staging = Staging(2 * self.max_rows, self.shape.device)
+        n = len(live)
+        self._staging.numbers[:n] = [row.key for row in live]
+        self._staging.numbers[n : 2 * n] = [len(row.tokens) for row in live]
+        self._staging.send()
+        return self._staging.there[:n], self._staging.there[n : 2 * n]
 
     def _says(self, row: Row, stop: Sequence[str]) -> bool:
         text = self.policy.decode(row.tokens)
         return any(s in text for s in stop)
 
-    def _step(self, live: list[Row]) -> Tensor:
-        """Each row's last token through the model: hidden states (R, D)."""
+    def _step(self, live: list[Row], sampling: Sampling) -> tuple[FixedStep | None, list[Tensor]]:
+        """Each row's last token through the model: hidden states (R, D), and what keeps its shape.
+
+        Rows that were cut get their new id here, since the step carries it to the device.
+        """
+        self.counts.decode += len(live)
+        self._name(live, sampling)
+        memory = self.memory
+        if self.fixed_shapes:
+            step = memory.steps.fitting(self.network, memory.prompts, memory.tails, len(live))
+            return step, [step(live)]
         device = self.shape.device
         at = [len(row.suffix) + len(row.tokens) - 1 for row in live]
         places = [row.place for row in live]
-        self.counts.decode += len(live)
-        if self.fixed_shapes:
-            size = bucket(len(live), max(at) + 1, self.tails.places, self.tails.room)
-            if size not in self._steps:
-                self._steps[size] = FixedStep(self.network, self.prompts, self.tails, *size)
-            last = [row.tokens[-1] for row in live]
-            position = [len(row.prompt) + a for row, a in zip(live, at, strict=True)]
-            return self._steps[size](last, position, places, at)
         low, high = min(places), max(places) + 1
         at_R = torch.tensor(at, device=device)
         place_R = torch.tensor(places, device=device)
         token_pass = TokenPass(
-            prompts=self.prompts,
+            prompts=memory.prompts,
             low=low,
             high=high,
-            width=max(self.prompts.length[low:high]),
+            width=max(memory.prompts.length[low:high]),
             groups=Groups.of(place_R - low, high - low),
-            tails=self.tails,
+            tails=memory.tails,
+            slots_R=torch.arange(len(live), device=device),
             at_R=at_R,
             at=at[0] if min(at) == max(at) else None,
             seen_R=at_R + 1,
@@ -205,27 +218,29 @@ class Engine:
         )
         hidden: Tensor = self.network.body(
             input_ids=torch.tensor([[row.tokens[-1]] for row in live], device=device),
-            position_ids=(self.prompts.length_B[place_R] + at_R)[:, None],
+            position_ids=(memory.prompts.length_B[place_R] + at_R)[:, None],
             use_cache=False,
             tree=token_pass,
         ).last_hidden_state
-        return hidden[:, 0]
+        return None, [hidden[:, 0]]
 
     def _admit(self, waiting: deque[Row], live: list[Row]) -> tuple[list[Row], list[Tensor]]:
         """Rows for the free slots, and the hidden states (1, D) that their first tokens hang on."""
+        memory = self.memory
         in_use = {row.place for row in live}
         needed: set[int] = set()  # places of suffixes
         prompts: dict[Prefix, int] = {}  # to be computed -> place
         suffixes: dict[tuple[Prefix, Tokens], tuple[int, int]] = {}  # -> prompt's and own place
         taken: list[tuple[Row, int]] = []  # with the suffix's place
-        while waiting and len(live) + len(taken) < self.tails.places:
+        most = min(memory.tails.places, self.max_rows)
+        while waiting and len(live) + len(taken) < most:
             row = waiting[0]
             if row.finish:  # cancelled while it waited
                 waiting.popleft()
                 continue
-            place = self.prompts.find(row.prefix)
+            place = memory.prompts.find(row.prefix)
             if place is None:
-                place = self.prompts.take(row.prefix, in_use)
+                place = memory.prompts.take(row.prefix, in_use)
                 if place is None:
                     break  # until a row ends and leaves its prompt's place
                 prompts[row.prefix] = place
@@ -233,14 +248,14 @@ class Engine:
             own = -1
             if row.suffix:
                 both = (row.prefix, row.suffix)
-                found = self.suffixes.find(both)
+                found = memory.suffixes.find(both)
                 if found is None:
-                    found = self.suffixes.take(both, needed)
+                    found = memory.suffixes.take(both, needed)
                     if found is None:
                         break  # until the next step
                     suffixes[both] = (place, found)
                 needed.add(own := found)
-            row.place = place
+            row.place, row.key = place, -1
             taken.append((waiting.popleft(), own))
         self._compute(prompts, suffixes)
         rows = [row for row, _ in taken]
@@ -249,9 +264,11 @@ class Engine:
         copies = [(slot, own) for slot, (_, own) in enumerate(taken, len(live)) if own >= 0]
         if copies:
             slots, places = zip(*copies, strict=True)
-            self.tails.begin(slots, self.suffixes, places)
+            memory.tails.begin(slots, memory.suffixes, places)
         return rows, [
-            (self.suffixes.hidden_BD[own] if own >= 0 else self.prompts.hidden_BD[row.place])[None]
+            memory.suffixes.hidden_BD[own : own + 1]
+            if own >= 0
+            else memory.prompts.hidden_BD[row.place : row.place + 1]
             for row, own in taken
         ]
 
@@ -261,22 +278,25 @@ class Engine:
         suffixes: dict[tuple[Prefix, Tokens], tuple[int, int]],
     ) -> None:
         """Runs what is missing through the model; if that fails, none of it counts as cached."""
+        memory = self.memory
         try:
-            for part in _passes(list(prompts), lambda prefix: len(prefix[1])):
+            for part in _passes(list(prompts), lambda prefix: len(prefix[1]), self.pass_tokens):
                 places = [prompts[prefix] for prefix in part]
-                self.counts.prompt += fill_prompts(self.network, self.prompts, part, places)
+                self.counts.prompt += fill_prompts(self.network, memory.prompts, part, places)
             width = max((len(prompt) for (_, prompt), _ in suffixes), default=0)
-            for pairs in _passes(list(suffixes), lambda pair: width + len(pair[1])):
+            for pairs in _passes(
+                list(suffixes), lambda pair: width + len(pair[1]), self.pass_tokens
+            ):
                 of, own = zip(*(suffixes[pair] for pair in pairs), strict=True)
                 texts = [suffix for _, suffix in pairs]
                 self.counts.suffix += fill_suffixes(
-                    self.network, self.prompts, of, self.suffixes, texts, own
+                    self.network, memory.prompts, of, memory.suffixes, texts, own
                 )
         except BaseException:
             for prefix in prompts:
-                self.prompts.drop(prefix)
+                memory.prompts.drop(prefix)
             for both in suffixes:
-                self.suffixes.drop(both)
+                memory.suffixes.drop(both)
             raise
 
     def _release(self, live: list[Row], waiting: deque[Row]) -> list[Row]:
@@ -289,54 +309,11 @@ class Engine:
         movers = [i for i in stay if i >= n]
         if movers:
             longest = max(len(live[i].suffix) + len(live[i].tokens) for i in movers)
-            self.tails.move(movers, holes, longest)
+            self.memory.tails.move(movers, holes, longest)
         left = live[:n]
         for i, hole in zip(movers, holes, strict=True):
             left[hole] = live[i]
         return left
-
-    def _fit(self, rows: Sequence[Row], new: int) -> None:
-        """Memory for these rows: what they would like to have, or what the budget allows.
-
-        What there is stays as it is where it suffices, and what grows keeps what it holds where old
-        and new fit the budget side by side.
-        """
-        suffix = max(len(row.suffix) for row in rows)
-        longest = (suffix + new, max(len(row.prompt) for row in rows), suffix)
-        least_rooms = tuple(map(rounded, longest))
-        prompts = {row.prefix for row in rows}
-        pairs = {(row.prefix, row.suffix) for row in rows if row.suffix}
-        here = (self.tails, self.prompts, self.suffixes)
-        have, rooms = tuple(x.places for x in here), tuple(x.room for x in here)
-        del here  # what is replaced below must not live on
-        need = (
-            min(self.max_rows, len(rows)),
-            len(prompts | self.prompts.keys),
-            len(pairs | self.suffixes.keys),
-        )
-        roomy = all(r >= least for r, least in zip(rooms, least_rooms, strict=True))
-        enough = all(h >= n for h, n in zip(have, need, strict=True))
-        some = all(h or not n for h, n in zip(have, need, strict=True))
-        if roomy and (enough or (self._limited and some)):
-            return
-        token = self.shape.token_bytes
-        counts = tuple(map(max, have, need))
-        self.tails = Tails(self.shape, 0, 0)
-        self._steps.clear()
-        old = max(n * r * token for n, r in zip(have[1:], rooms[1:], strict=True))
-        rooms = tuple(map(max, rooms, least_rooms))
-        if (
-            sum(n * r for n, r in zip(counts, rooms, strict=True)) * token + old
-            > self.max_cache_bytes
-        ):
-            self.forget()
-            need, rooms = (need[0], len(prompts), len(pairs)), least_rooms
-            sizes = tuple(room * token for room in rooms)
-            counts = shares(self.max_cache_bytes, wanted=need, each=sizes)
-            self._limited = counts != need
-        self.prompts = self.prompts.resized(counts[1], rooms[1])
-        self.suffixes = self.suffixes.resized(counts[2], rooms[2])
-        self.tails = Tails(self.shape, counts[0], rooms[0])
 
 
 @contextmanager
@@ -344,22 +321,28 @@ def engine(
     policy: Policy,
     *,
     network: Network | None = None,
-    max_rows: int = 64,
+    max_rows: int = 0,
     max_cache_bytes: int = 0,
     join: bool = False,
 ) -> Iterator[Engine]:
     """An `Engine` on the policy as it is now (or on `network`: its reference, to sample the base).
 
     The policy's weights must not change while it is open: what is computed once is used to its end.
-    `max_rows`: slots. `max_cache_bytes`: of keys and values, in all; 0: 2 GiB on a CPU, half of the
-    free memory on a GPU. What does not fit is computed again when it is needed. `join`: a prompt
-    with one preference in a call is computed as one with it: a pass less, but a later call with
-    another preference computes the prompt again.
+    `max_rows`: slots; 0: as suits the device. `max_cache_bytes`: of keys and values, in all; 0:
+    2 GiB on a CPU, half of the free memory on a GPU. What does not fit is computed again when it is
+    needed. `join`: a prompt with one preference in a call is computed as one with it: a pass less,
+    but a later call with another preference computes the prompt again.
+
+    Where the policy samples from a copy of its weights (on a GPU), memory and graphs are the
+    policy's, and the next engine takes them up; one is open at a time.
 
     Raises ValueError, when rows are drawn, for a budget that holds no row.
     """
     with policy.merged() if network is None else nullcontext(network) as sampled:
-        yield Engine(policy, sampled, max_rows, max_cache_bytes, join)
+        memory = memory_of(policy, sampled, max_cache_bytes)
+        slots = max_rows or policy.sizes.slots
+        passes = policy.sizes.pass_tokens
+        yield Engine(policy, sampled, slots, max_cache_bytes, join, memory, passes)
 
 
 def rollout(
@@ -371,7 +354,7 @@ def rollout(
     seed: int,
     stream: tuple[int | str, ...] = (),  # what else a row's id is made of: step, task, …
     network: Network | None = None,  # default: the policy; the reference, to sample the base model
-    max_rows: int = 64,
+    max_rows: int = 0,  # as suits the device
     max_cache_bytes: int = 0,
 ) -> Rollout:
     """Samples every request and returns the rows in the order of the requests.
@@ -387,11 +370,21 @@ def rollout(
         return sampler.sample(requests, sampling)
 
 
-def _passes(items: list[Any], tokens: Callable[[Any], int]) -> list[list[Any]]:
-    """Items of like length together, as many as a pass takes with their padding."""
+def _passes(items: list[Any], tokens: Callable[[Any], int], most: int) -> list[list[Any]]:
+    """Items of like length together, as many as a pass of `most` takes with their padding."""
     parts: list[list[Any]] = []
     for item in sorted(items, key=tokens):
-        if not parts or (len(parts[-1]) + 1) * tokens(item) > _PASS_TOKENS:
+        if not parts or (len(parts[-1]) + 1) * tokens(item) > most:
             parts.append([])
         parts[-1].append(item)
     return parts
+
+
+def _read(token: Tensor, logp: Tensor) -> tuple[list[int], list[float]]:
+    """What was drawn, as numbers; a GPU is waited for once. Both are exact in float64."""
+    if not token.is_cuda:
+        return token.tolist(), logp.tolist()
+    both = torch.empty(2, len(token), dtype=torch.float64, device=token.device)
+    both[0], both[1] = token, logp
+    tokens, logps = both.tolist()
+    return [int(t) for t in tokens], logps

@@ -121,7 +121,7 @@ def gathered(
         tokens_RT, mask_RT = pad([row.tokens for row in drawn], device)
     logp_RT = torch.zeros(mask_RT.shape, device=device)
     logp_RT[mask_RT] = torch.tensor([x for row in drawn for x in row.logp], device=device)
-    return Rollout(
+    rollout = Rollout(
         prompts=tuple(q.prompt for q in requests),
         prefix=prefixes,
         group_R=torch.tensor(group, dtype=torch.int64, device=device),
@@ -139,6 +139,7 @@ def gathered(
         seconds=time.perf_counter() - started,
         adapter=tuple(q.adapter for q in requests) if any(q.adapter for q in requests) else (),
     )
+    return rollout.told(group, [len(row.tokens) for row in drawn])
 
 
 @dataclass(eq=False)
@@ -155,7 +156,7 @@ class Row:
     logp: list[float] = field(default_factory=list)  # under softmax(logits / temperature)
     finish: str = ""  # "stop", "length" or "cancelled"; "" while it waits or grows
     place: int = -1
-    key: int = 0  # its id, once it has ended
+    key: int = -1  # its id, once it has been drawn from
 
     @property
     def prefix(self) -> Prefix:
@@ -175,7 +176,7 @@ class Row:
             raise ValueError(f"keep={keep}: the row has {len(self.tokens)} tokens; keep fewer")
         del self.tokens[keep:], self.logp[keep:]
         self.attempt += 1
-        self.finish = ""
+        self.finish, self.key = "", -1
 
 
 @dataclass
