@@ -7,8 +7,9 @@ RUN ?= runs/quickstart
 STEPS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help env train assets report test test-slow test-trl smoke golden lint wheel sass mutate \
-    bench bench-rows bench-table bench-sampler bench-parallel bench-meal bench-trl clean
+.PHONY: help env train assets report test test-versions test-slow test-trl smoke golden lint wheel \
+    sass mutate gpu-check bench bench-rows bench-table bench-sampler bench-parallel bench-meal \
+    bench-trl clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +39,17 @@ report: env  ## write the report of RUN again
 test: env  ## the fast tests
 	$(PY) -m pytest -q -m "not slow and not gpu and not trl"
 
+OTHER := .venv-5.17
+$(OTHER)/installed: pyproject.toml constraints-gpu.txt
+	$(PYTHON) -m venv --clear $(OTHER)
+	$(OTHER)/bin/python -m pip --disable-pip-version-check install -q -c constraints-gpu.txt \
+	    -e '.[train,dev]'
+	@touch $@
+
+# Without the tests that interpret a kernel: they are skipped, and counted in the last line.
+test-versions: $(OTHER)/installed  ## the fast tests on transformers 5.17 and numpy 2.4
+	$(OTHER)/bin/python -m pytest -q -p no:cacheprovider -m "not slow and not gpu and not trl" -r fE
+
 test-slow: assets  ## the tests that take minutes
 	$(PY) -m pytest -q -m "slow and not gpu and not trl" || { [ $$? -eq 5 ] && echo "there are no slow tests"; }
 
@@ -57,7 +69,7 @@ smoke: assets  ## two meta-steps on the real model, into a temporary folder
 	    --rollout.samples 4 --rollout.max_new_tokens 16 --score.calibration 8 \
 	    --evaluation.prompts 2 --evaluation.grid 3
 
-golden: env  ## rewrite the golden trajectories
+golden: env  ## rewrite what the recorded rollouts are held to
 	$(PY) -m pytest -q tests --write-golden -k golden
 
 lint: env  ## ruff and mypy
@@ -75,6 +87,10 @@ sass: env  ## what the kernels compile to for Hopper, Ampere and Blackwell; need
 
 mutate: env  ## plant faults in copies of the kernels; their tests must notice each
 	$(PY) -m tools.mutate
+
+# Needs no environment of ours: a machine with a card has a torch for it.
+gpu-check:  ## put everything to the GPU of this machine, in ten minutes; MORE=--rehearse: on a CPU
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m tools.first_contact $(MORE)
 
 bench: env  ## the ops
 	$(PY) -m pytest bench --benchmark-only
@@ -99,5 +115,5 @@ bench-trl: $(VENV)/bench-installed assets  ## one GRPO step against TRL, alterna
 	$(PY) bench/ab_trl.py --steps $(STEPS)
 
 clean:  ## remove what was built; runs and downloaded assets stay
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .benchmarks .hypothesis
+	rm -rf $(VENV) $(OTHER) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .benchmarks .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

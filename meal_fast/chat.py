@@ -17,6 +17,7 @@ from pathlib import Path
 
 from .cli import OneLineParser, one_line_errors, parse_weights
 from .runs import policy_folder, read_config
+from .threads import use_threads
 
 Asked = tuple[float, ...] | None  # a preference; None: the net's, for every prompt
 Answer = Callable[[str, Asked, int], str]
@@ -132,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.device is not None:
         there = dataclasses.replace(config.policy, device=args.device)
         config = dataclasses.replace(config, policy=there)
+    use_threads(config.threads)
     policy, family = load_served(args.run, config)
 
     net = PreferenceNet.load(net_file, names) if net_file.is_file() else None

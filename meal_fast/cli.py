@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import importlib.util
 import math
 import os
 import sys
@@ -36,7 +37,8 @@ def fail(message: object) -> NoReturn:
 def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
     """A `main` whose ValueError is what the user did wrong: one line on stderr, exit code 2.
 
-    With MEAL_FAST_TRACEBACK set in the environment the traceback is kept.
+    So is a package that is not installed. With MEAL_FAST_TRACEBACK set in the environment the
+    traceback is kept.
     """
 
     @functools.wraps(main)
@@ -47,8 +49,25 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
             if os.environ.get("MEAL_FAST_TRACEBACK"):
                 raise
             fail(error)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package in ("", "meal_fast") or os.environ.get("MEAL_FAST_TRACEBACK"):
+                raise
+            fail(f"{package} is not installed: pip install {package}")
 
     return wrapped
+
+
+def require_packages(what: str, *names: str, then: str) -> None:
+    """Raises ValueError where a package that `what` needs is not installed.
+
+    Called before anything is computed that would be lost. `then`: the command that goes on.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(
+                f"{name} is not installed, and {what} needs it: pip install {name}, then {then}"
+            )
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .cli import fail, one_line_errors
+from .cli import fail, one_line_errors, require_packages
 from .comparison import Finished, compare
-from .plan import Plan, Run, parse
+from .plan import Plan, Run, parse, threaded
 from .runs import read_json, read_metrics, read_statistics, write_atomic
 from .schedule import Outcome, run_all
 
@@ -117,6 +117,9 @@ def notes(plan: Plan, runs: Sequence[Run], record: Record, result: dict[str, Any
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     plan, jobs = parse(argv, __doc__)
+    plan = threaded(plan, jobs)
+    needed = ("moocore", "scipy", "matplotlib")
+    require_packages("a comparison", *needed, then="the same command")
     record = Record(plan)
     # seed by seed, so that a comparison that is stopped has something to compare
     runs = [Run(plan, method, seed) for seed in plan.seeds for method in plan.methods]

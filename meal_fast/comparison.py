@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from . import measures
 from .cli import option_named, values_of
@@ -252,6 +251,8 @@ def over_seeds(value_S: Sequence[float] | Array, drawn: Array | None = None) -> 
     sample = values[None] if drawn is None else drawn
     draw_BS = measures.resamples(seeds, RESAMPLES, seed=1)  # not that of as many prompts
     error = (draw_BS * sample).sum(1).std() * np.sqrt(seeds / (seeds - 1))
+    from scipy import stats
+
     half = float(stats.t.ppf(0.975, seeds - 1) * error)
     mean = float(values.mean())
     return Estimate(mean, mean - half, mean + half)

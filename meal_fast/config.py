@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from .options import opt, replaced, require
+from .options import check_device, opt, replaced, require
 from .recipe_options import CHOICES, MealConfig, ParmConfig, RejectionConfig, RicConfig
 
 RecipeName = Literal[
@@ -32,7 +32,7 @@ RecipeName = Literal[
     "ric",
 ]
 Tuning = Literal["lora", "full", "bilinear"]
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["auto", "float32", "tfloat32", "bfloat16"]
 Normalization = Literal["max", "standard", "tanh", "none"]
 KLEstimator = Literal["k1", "k2", "k3", "exact"]
 Reduce = Literal["grpo", "dapo", "dr_grpo"]
@@ -60,22 +60,27 @@ class PolicyConfig:
     tuning: Tuning = opt("lora", "train LoRA adapters, or every parameter; parm: bilinear adapters")
     lora_rank: int = opt(16, "rank of the LoRA factors; bilinear: of each of the two terms")
     lora_alpha: int = opt(32, "LoRA scale: the update is alpha/rank * B A")
-    dtype: Dtype = opt("float32", "of the frozen weights; what is trained is always float32")
+    dtype: Dtype = opt(
+        "auto",
+        "of frozen weights and products; what is trained is float32. tfloat32: float32, in a GPU's "
+        "products 10 bits; auto: float32 on a CPU, on a GPU bfloat16, and tfloat32 for tuning=full",
+    )
     preference_text: PreferenceText = opt(
         "bar", "how it reads w, see meal_fast.preference; none: not; scores: recipe ric's"
     )
-    device: str = opt("auto", "cpu, cuda, cuda:0, or auto (cuda when there is one)")
+    device: str = opt("auto", "cpu, cuda, cuda:N, or auto (cuda when there is one)")
 
     def __post_init__(self) -> None:
+        check_device("policy.device", self.device)
         require(self.lora_rank >= 1, "policy.lora_rank", self.lora_rank, "must be at least 1")
         require(self.lora_alpha > 0, "policy.lora_alpha", self.lora_alpha, "must be positive")
-        full_bf16 = self.tuning == "full" and self.dtype != "float32"
+        full_bf16 = self.tuning == "full" and self.dtype == "bfloat16"
         require(
             not full_bf16,
             "policy.dtype",
             self.dtype,
             "full-parameter training needs float32: a bf16 step at |weight| 0.02 is 1.2e-4 and "
-            "loses updates of 1e-6",
+            "loses updates of 1e-6; use auto, float32, or tfloat32 on a GPU",
         )
 
 
@@ -171,7 +176,11 @@ class GRPOConfig:
     max_grad_norm: float = opt(1.0, "gradient clipping; 0: none")
     keep: int = opt(0, "GRPO: rows of a group to learn from, largest |advantage| first; 0: all [R]")
     epochs: int = opt(1, "updates per rollout")
-    micro_tokens: int = opt(1024, "tokens of a forward and backward pass; smaller: less memory")
+    micro_tokens: int = opt(
+        0,
+        "tokens of a forward and backward pass; smaller: less memory; 0: 1024 on a CPU, what "
+        "memory has room for on a GPU",
+    )
     recompute: bool = opt(False, "keep no activations but each layer's input: less memory still")
 
     def __post_init__(self) -> None:
@@ -182,7 +191,8 @@ class GRPOConfig:
             require(value >= 0, f"grpo.{name}", value, "must not be negative")
         require(self.clip_low < 1, "grpo.clip_low", self.clip_low, "must be below 1")
         require(self.epochs >= 1, "grpo.epochs", self.epochs, "must be at least 1")
-        require(self.micro_tokens >= 1, "grpo.micro_tokens", self.micro_tokens, "must be positive")
+        n = self.micro_tokens
+        require(n >= 0, "grpo.micro_tokens", n, "must be 0 (automatic) or positive")
 
 
 @dataclass(frozen=True)
@@ -238,8 +248,12 @@ class Config:
         ("helpful=packaged:complied", "harmless=packaged:harmless"),
         "NAME=SOURCE, two or more; see meal_fast.objectives for the forms of SOURCE",
     )
+    objectives_device: str = opt(
+        "auto", "of the reward models: cpu, cuda, cuda:N, or auto (the policy's device)"
+    )
     checkpoint_every: int = opt(5, "meta-steps between checkpoints")
     logger: Logger = opt("none", "beside metrics.jsonl")
+    threads: int = opt(0, "of the CPU, saved with the run; 0: as many as this machine has cores")
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     prompts: PromptConfig = field(default_factory=PromptConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
@@ -260,6 +274,7 @@ class Config:
             self.recipe,
             f"unknown; choose from {', '.join(get_args(RecipeName))}",
         )
+        check_device("objectives_device", self.objectives_device)
         names = [o.partition("=")[0] for o in self.objectives]
         require(
             len(names) >= 2 and all("=" in o for o in self.objectives),
@@ -288,6 +303,7 @@ class Config:
                 "Reptile needs at least 2 inner updates; with 1 it is joint training "
                 "(use the recipe without 'meta')",
             )
+        require(self.threads >= 0, "threads", self.threads, "must be 0 (automatic) or positive")
         require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "≥ 1")
         if self.meta.parallel:
             backend = self.rollout.backend

@@ -27,15 +27,17 @@ import numpy as np
 from . import measures
 from .answers import MODES, Progress, Served, Sweep, answers
 from .batch import Prompt
-from .cli import OneLineParser, one_line_errors
+from .cli import OneLineParser, one_line_errors, require_packages
 from .config import Config
 from .measures import Array
 from .preference import Weights, evaluation_weights, on_lattice, shown_weights
 from .runs import policy_folder, read_config, read_statistics
+from .threads import use_threads
 
 if TYPE_CHECKING:
-    from .objectives import Normalizer, Objectives
+    from .objectives import Objectives
     from .policy import Policy
+    from .scales import Normalizer
 
 RESAMPLES = 1000
 MODELS = ("base", "trained")
@@ -244,11 +246,13 @@ def versions(device: str) -> dict[str, str]:
 def run_evaluation(run: Path, config: Config, statistics: dict[str, Any], say: Progress) -> Any:
     """Loads what a finished run folder holds and evaluates it."""
     from .family import load_served
-    from .objectives import Normalizer, load_objectives
+    from .objectives import load_objectives
     from .prompts import load_prompts
+    from .scales import Normalizer
 
+    use_threads(config.threads)
     policy, family = load_served(run, config)
-    objectives = load_objectives(config.objectives, policy.device)
+    objectives = load_objectives(config.objectives, config.objectives_device, policy.device)
     # a set of its own is held out as a whole; of the training set, one split is
     prompts = load_prompts(
         config.prompts.evaluation or config.prompts.train,
@@ -285,7 +289,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--seed", type=int, help="of the sampling and the bootstrap (default: the run's)"
     )
-    p.add_argument("--device", help="cpu, cuda, … (default: the run's own)")
+    p.add_argument(
+        "--device", help="of policy and reward models: cpu, cuda, … (default: the run's)"
+    )
     p.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: RUN)")
     p.add_argument("--no-report", action="store_true", help="write evaluation.json alone")
     return p
@@ -298,14 +304,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     shared = config.evaluation.statistics
     statistics = read_statistics(Path(shared) if shared else args.run / "statistics.json")
     policy_folder(args.run)
+    require_packages("evaluation", "moocore", then=f"python -m meal_fast.evaluate {args.run}")
     asked = {k: getattr(args, k) for k in ("prompts", "samples", "grid", "ask")}
     options = {k: v for k, v in asked.items() if v is not None}
+    on_device: dict[str, Any] = {}
+    if args.device is not None:
+        policy = dataclasses.replace(config.policy, device=args.device)
+        on_device = {"policy": policy, "objectives_device": "auto"}
     config = dataclasses.replace(
         config,
         evaluation=dataclasses.replace(config.evaluation, **options),
-        policy=config.policy
-        if args.device is None
-        else dataclasses.replace(config.policy, device=args.device),
+        **on_device,
         seed=config.seed if args.seed is None else args.seed,
     )
     out = args.out or args.run

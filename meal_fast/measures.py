@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import moocore
 import numpy as np
 from numpy.typing import NDArray
 
@@ -154,12 +153,16 @@ def reference_point(points: Array) -> Array:
 def hypervolume(points: Array, reference_K: Array) -> Array:
     """Volume dominated by the points and above the reference: points (..., W, K) -> (...)."""
     flat = points.reshape(-1, *points.shape[-2:])
+    import moocore
+
     volumes = [moocore.hypervolume(front, ref=reference_K, maximise=True) for front in flat]
     return np.asarray(volumes, dtype=np.float64).reshape(points.shape[:-2])
 
 
 def nondominated(points: Array) -> NDArray[np.bool_]:
     """(N, K) -> (N,): true where no other point is at least as good in all and better in one."""
+    import moocore
+
     return np.asarray(moocore.is_nondominated(points, maximise=True, keep_weakly=True), dtype=bool)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from dataclasses import field
 from typing import Any
@@ -20,6 +21,12 @@ def opt(default: Any, help: str) -> Any:
 def require(ok: bool, option: str, value: object, remedy: str) -> None:
     if not ok:
         raise ValueError(f"{option}={value!r}: {remedy}")
+
+
+def check_device(option: str, name: str) -> None:
+    """Raises ValueError for what is no device's name; whether it is there is seen later."""
+    known = re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", name)
+    require(bool(known), option, name, "no device; use cpu, cuda, cuda:N or auto")
 
 
 def replaced(base: Any, values: dict[str, Any], choices: Choices, where: str = "") -> Any:

@@ -26,14 +26,15 @@ from .comparison import Method
 from .config import Config, RecipeName, from_dict
 from .papers import BPS_TABLE_2_PROMPT
 from .presets import PRESETS, preset
-from .runs import read_config, read_json
+from .runs import as_saved, read_config, read_json
 from .schedule import Job
+from .threads import automatic
 
 # What the command line of a comparison gives in another way.
 NOT_OPTIONS = ("recipe", "seed", "meta.tokens", "score.statistics", "evaluation.statistics")
 # What a run may differ in from the comparison and still be kept: what Trainer lets a resumed run
-# change, and where its statistics came from.
-FREE = ("checkpoint_every", "logger", "evaluation.", "score.statistics")
+# change, where its statistics came from, and its last digits.
+FREE = ("checkpoint_every", "logger", "evaluation.", "score.statistics", "threads")
 # A method that differs in these trains by statistics of its own; it is measured by everyone's.
 OWN_SCALE = {"score.normalization", "score.utopia", "score.calibration"}
 
@@ -104,7 +105,8 @@ class Run:
         """
         if not (self.folder / "config.json").exists():
             return "new"
-        saved, wanted = values_of(read_config(self.folder)), values_of(self.config)
+        made_with = read_config(self.folder)
+        saved, wanted = values_of(made_with), values_of(as_saved(self.config, made_with))
         changed = [
             f"{option} {saved[option]!r}, now {value!r}"
             for option, value in wanted.items()
@@ -141,6 +143,18 @@ class Run:
             config = dataclasses.replace(config, score=score)
         flags = as_flags(config, preset(self.plan.preset))
         return Job("train", (self.plan.preset, "--no-report", "--out", folder, *flags))
+
+
+def threaded(plan: Plan, jobs: int) -> Plan:
+    """`plan` with a number of threads for all its runs: the one asked for, that of the runs which
+    are there, or this machine's share for one of `jobs` at a time."""
+    there = [
+        read_config(run.folder).threads
+        for run in (Run(plan, method, seed) for seed in plan.seeds for method in plan.methods)
+        if (run.folder / "config.json").exists()
+    ]
+    threads = plan.base.threads or max(there, default=0) or max(1, automatic() // max(jobs, 1))
+    return dataclasses.replace(plan, base=dataclasses.replace(plan.base, threads=threads))
 
 
 def budgeted(config: Config, tokens: int) -> Config:

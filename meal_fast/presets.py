@@ -25,7 +25,7 @@ _STEERING = Config(
     rollout=RolloutConfig(prompts=4, samples=16, max_new_tokens=24),
     score=ScoreConfig(calibration=96),
     # What the base model seldom says is in sixteen answers more surely; to learn from costs more.
-    grpo=GRPOConfig(lr=1e-3, beta=0.05, keep=8, micro_tokens=1024),
+    grpo=GRPOConfig(lr=1e-3, beta=0.05, keep=8),
     meta=MetaConfig(steps=30, tasks=2, n_inner=2, epsilon=1.5),
     evaluation=EvaluationConfig(prompts=48, samples=2),
     checkpoint_every=5,
@@ -72,6 +72,7 @@ _TINY = Config(
     meta=MetaConfig(steps=4, tasks=2, n_inner=2, epsilon=1.5),
     evaluation=EvaluationConfig(prompts=4, samples=2, grid=5),
     checkpoint_every=2,
+    threads=1,  # more would only wait for each other
 )
 
 # concave-front: a known front, see meal_fast.worlds; trains in about a minute.
@@ -88,6 +89,7 @@ _CONCAVE_FRONT = Config(
     meta=MetaConfig(steps=300, tasks=2, n_inner=2, epsilon=1.5),
     evaluation=EvaluationConfig(prompts=1, samples=64, grid=11),
     checkpoint_every=100,
+    threads=1,
 )
 
 # Meal's experiments, in the harness of "Rewards-in-Context" (RiC), on which it compares itself:

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .cli import OneLineParser, one_line_errors
+from .cli import OneLineParser, one_line_errors, require_packages
 from .measures import FEW
 from .page import page
 from .runs import read_config, read_json, read_metrics
@@ -28,6 +28,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     read_config(run)  # a clear error for a folder that is not a run
     config = read_json(run, "config.json")
     result = read_json(out, "evaluation.json")
+    require_packages("the report", "matplotlib", then=f"python -m meal_fast.report {run}")
     from . import figures
 
     figures.save_png(figures.front_png(result), out / "front.png")

@@ -9,12 +9,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .config import Config, from_dict
+from .config import Config, from_dict, to_dict
+
+# Options that leave their value to the machine, by what says so. A run is saved with what it was.
+AUTOMATIC = {"threads": 0, "policy.dtype": "auto", "grpo.micro_tokens": 0}
 
 
 def read_config(run: Path) -> Config:
     """The configuration of a run folder. Raises ValueError where `run` is not one."""
     return from_dict(read_json(run, "config.json"))
+
+
+def as_saved(config: Config, saved: Config) -> Config:
+    """`config` with what it leaves to the machine as a run that is there has it."""
+    asked, held = flat(to_dict(config)), flat(to_dict(saved))
+    values: dict[str, Any] = {}
+    for name, automatic in AUTOMATIC.items():
+        if asked[name] == automatic:
+            section, _, option = name.rpartition(".")
+            (values.setdefault(section, {}) if section else values)[option] = held[name]
+    return from_dict(values, config)
+
+
+def flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """Nested tables as one, with dotted names."""
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        out |= flat(value, f"{where}{name}.") if isinstance(value, dict) else {where + name: value}
+    return out
 
 
 def read_json(run: Path, name: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -62,7 +61,7 @@ def run_all(
                 started(name, job)
                 say(f"{name}: {job.program}")
                 log = logs / f"{name.replace('/', '_')}.log"
-                active[name] = (Child if jobs else Here)(job, log, max(1, jobs))
+                active[name] = (Child if jobs else Here)(job, log)
             for name, child in list(active.items()):
                 code = child.poll()
                 if code is None:
@@ -87,20 +86,15 @@ def run_all(
 class Child:
     """A process. In a session of its own, so that Ctrl-C reaches it once and through us."""
 
-    def __init__(self, job: Job, log: Path, jobs: int) -> None:
+    def __init__(self, job: Job, log: Path) -> None:
         self.log = log
         self.start = log.stat().st_size if log.exists() else 0
-        environment = dict(os.environ)
-        if jobs > 1:
-            share = max(1, (os.cpu_count() or 1) // jobs)
-            environment.setdefault("OMP_NUM_THREADS", str(share))
         with open(log, "ab") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", f"meal_fast.{job.program}", *job.argv],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                env=environment,
                 start_new_session=True,
             )
 
@@ -129,7 +123,7 @@ class Child:
 class Here(Child):
     """The same in this process, done when made. Memory and a crash are then everyone's."""
 
-    def __init__(self, job: Job, log: Path, jobs: int) -> None:
+    def __init__(self, job: Job, log: Path) -> None:
         from . import evaluate, train
 
         self.log = log

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer = Trainer(config, args.out, resume=args.resume)
     except OSError as error:
         fail(f"out={str(args.out)!r}: {error}; name a folder that can be written")
-    loggers = Loggers(config.logger, args.out, to_dict(config))
+    loggers = Loggers(config.logger, args.out, to_dict(trainer.config))
     with Display(trainer.updates, trainer.done, trainer.progress(trainer.done)) as display:
 
         def show(metrics: dict) -> None:

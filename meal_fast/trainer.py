@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import torch
 from . import __version__, preference
 from .batch import Prompt
 from .config import Config, to_dict
+from .devices import device_of, settled
 from .experience import Experience
 from .family import FILE, Family
 from .objectives import Objectives, load_objectives
@@ -25,8 +27,17 @@ from .policy import Policy, load_policy
 from .prompts import in_turn, load_prompts
 from .recipes import recipe_of
 from .rollout import Request, backend
-from .runs import read_config, replacing, shared_statistics, write_atomic
-from .scales import Scales
+from .runs import (
+    AUTOMATIC,
+    as_saved,
+    flat,
+    read_config,
+    replacing,
+    shared_statistics,
+    write_atomic,
+)
+from .scales import Scales, constant
+from .threads import same_sums, use_threads
 
 # What a resumed run may change: nothing that enters the mathematics of the steps.
 FREE_ON_RESUME = ("checkpoint_every", "logger", "evaluation.")
@@ -34,6 +45,9 @@ FREE_ON_RESUME = ("checkpoint_every", "logger", "evaluation.")
 
 class Trainer:
     """One run in one folder. `train()` goes from wherever the folder's checkpoint stands.
+
+    It sets the number of threads of its process (the run's own, where one is resumed), and on a
+    CPU torch's deterministic algorithms.
 
     Raises ValueError, before anything expensive, for whatever is wrong with config, folder, prompts
     or objectives.
@@ -47,18 +61,31 @@ class Trainer:
         resume: bool = False,
         on_update: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        self.config, self.out = config, out
+        if resume and (out / "config.json").is_file():
+            config = as_saved(config, read_config(out))
+        self.out = out
         self.on_update = on_update or (lambda metrics: None)
         self.stop_requested = False
         self._checkpoint = open_run(config, out, resume)
+        config = dataclasses.replace(
+            config, threads=use_threads(config.threads), policy=settled(config.policy)
+        )
         shared = shared_statistics(config) if self._checkpoint is None else None
         self.recipe = recipe_of(config)
         self.recipe.experience.check(config)
+        device = device_of(config.policy.device)
         prompts = load_prompts(config.prompts.train, "train")
-        self.objectives: Objectives = load_objectives(config.objectives)
+        self.objectives: Objectives = load_objectives(
+            config.objectives, config.objectives_device, device
+        )
         # A broken one fails here; two rows, so that one number for all of them is noticed.
         self.objectives.score(["How are you?", "Who are you?"], ["Fine, thank you.", "A model."])
         self.policy: Policy = load_policy(config.policy, config.names, seed=config.seed)
+        if self.policy.device.type == "cpu":
+            same_sums()
+        micro_tokens = config.grpo.micro_tokens or self.policy.sizes.micro_tokens
+        grpo = dataclasses.replace(config.grpo, micro_tokens=micro_tokens)
+        self.config = config = dataclasses.replace(config, grpo=grpo)
         if config.meta.parallel:
             self.policy.check_stackable()
         self.prompts = fitting(self.policy, prompts, config)
@@ -218,14 +245,25 @@ class Trainer:
         rolled, raw, names = batch.rolled, batch.reward_RK, self.config.names
         scales, kept = self.experience.scales, len(rolled.group_R) > 0
         normal = scales.normalizer.apply(raw)
+        above_R = (normal > constant(scales.utopia, normal)).any(1)
+        measured = [
+            raw.mean(0),
+            normal.mean(0),
+            above_R.sum(),
+            batch.scored.score_R.mean(),
+            rolled.mask_RT.sum(1).float().mean(),
+        ]
+        values = torch.cat([value.float().view(-1) for value in measured]).tolist()  # one copy
+        reward, normalized = values[: len(names)], values[len(names) : -3]
+        above, score, length = values[-3:]
         return {
-            "score": float(batch.scored.score_R.mean()) if kept else None,
-            "rewards": dict(zip(names, raw.mean(0).tolist(), strict=True)),
-            "normalized": dict(zip(names, normal.mean(0).tolist(), strict=True)),
-            "above_utopia": int((normal > torch.tensor(scales.utopia)).any(1).sum()),
+            "score": score if kept else None,
+            "rewards": dict(zip(names, reward, strict=True)),
+            "normalized": dict(zip(names, normalized, strict=True)),
+            "above_utopia": int(above),
             "tokens": batch.tokens,
             "prefill_tokens": rolled.prefill_tokens,
-            "length": float(rolled.mask_RT.sum(1).float().mean()) if kept else None,
+            "length": length if kept else None,
             "stopped": sum(f == "stop" for f in rolled.finish) / max(len(rolled.finish), 1),
             **batch.log,
         }
@@ -251,7 +289,7 @@ class Trainer:
                     for lane, lr in zip(lanes, rates, strict=True)
                 ]
             )
-        values = torch.stack([v.detach().float().cpu().reshape(-1) for v in learned.values()])
+        values = torch.stack([v.detach().double().reshape(-1) for v in learned.values()])
         return [dict(zip(learned, of_task, strict=True)) for of_task in values.T.tolist()]
 
     def _prompts_of(self, update: int) -> list[Prompt]:
@@ -334,7 +372,9 @@ def open_run(config: Config, out: Path, resume: bool) -> dict[str, Any] | None:
     changed = [
         f"{name} ({old.get(name)!r} -> {new.get(name)!r})"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and not name.startswith(FREE_ON_RESUME)
+        if old.get(name) != new.get(name)
+        and not name.startswith(FREE_ON_RESUME)
+        and not (name in AUTOMATIC and old[name] == AUTOMATIC[name])  # older: does not say
     ]
     if changed:
         raise ValueError(f"--resume with a changed config: {', '.join(changed)}")
@@ -354,14 +394,6 @@ def fitting(policy: Policy, prompts: tuple[Prompt, ...], config: Config) -> tupl
             f"at most {limit} tokens, but rollout.prompts={config.rollout.prompts}"
         )
     return kept
-
-
-def flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
-    """Nested tables as one, with dotted names."""
-    out: dict[str, Any] = {}
-    for name, value in values.items():
-        out |= flat(value, f"{where}{name}.") if isinstance(value, dict) else {where + name: value}
-    return out
 
 
 def _check_space(out: Path, policy: Policy, models: int) -> None:

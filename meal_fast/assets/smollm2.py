@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader
-from gguf.quants import dequantize
 from safetensors.torch import save_file
 
 _BLOCK = {
@@ -41,6 +39,9 @@ _SPECIAL = {
 
 def convert(gguf_file: Path, to: Path) -> None:
     """Write model, configuration, tokenizer and chat template of `gguf_file` into `to`."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
     reader = GGUFReader(gguf_file)
     fields = {name: field for name, field in reader.fields.items()}
 
