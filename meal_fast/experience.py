@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +19,8 @@ from .objectives import Objectives
 from .policy import Network, Policy
 from .preference import Weights
 from .rollout import Request, backend
-from .scales import Scales
+from .scales import Scales, constant
+from .tree import to_device
 
 Score = Literal["linear", "tchebycheff", "smooth-tchebycheff"]
 Stream = tuple[int | str, ...]
@@ -40,10 +43,8 @@ class Experience:
         parts = []
         for rows in self.rolled.tasks:
             rolled, of = self.rolled.of_task(rows), self.scored
-            scored = Scored(
-                of.reward_RK[rows], of.normalized_RK[rows], of.score_R[rows], of.advantage_R[rows]
-            )
-            tokens = int(rolled.mask_RT.sum())
+            scored = Scored(of.reward_RK[rows], of.score_R[rows], of.advantage_R[rows])
+            tokens = sum(rolled.lengths)
             parts.append(Experience(rolled, scored, self.reward_RK[rows], tokens, self.log))
         return parts
 
@@ -99,7 +100,7 @@ class Sampled:
     ) -> Experience:
         rolled = self._sampled(requests, stream, network)
         scored = self.score(self._rewards(rolled), rolled)
-        return Experience(rolled, scored, scored.reward_RK, int(rolled.mask_RT.sum()))
+        return Experience(rolled, scored, scored.reward_RK, sum(rolled.lengths))
 
     def _sampled(
         self, requests: Sequence[Request], stream: Stream, network: Network | None = None
@@ -118,22 +119,35 @@ class Sampled:
         )
 
     def _rewards(self, rolled: Rollout) -> Tensor:
-        """Raw rewards (R, K)."""
-        texts = [rolled.prompts[g].text for g in rolled.group_R.tolist()]
+        """Raw rewards (R, K), where the rollout is."""
+        texts = [rolled.prompts[g].text for g in rolled.groups]
         return self.objectives.score(texts, rolled.texts)
 
     def score(self, reward_RK: Tensor, rolled: Rollout) -> Scored:
-        """Normalised rewards, scores and group-relative advantages of a rollout's rewards."""
-        normalized = self.scales.normalizer.apply(reward_RK)
+        """Scores and group-relative advantages of a rollout's rewards, which it normalises.
+
+        All where the rollout is, in one launch of a GPU, and nothing waits for it.
+        """
+        normalizer, given = self.scales.normalizer, reward_RK
+        offset = divisor = None
+        if normalizer.linear:
+            offset, divisor = (constant(x, given) for x in (normalizer.offset, normalizer.divisor))
+        else:
+            given = normalizer.apply(reward_RK)
+        rows_of = Counter(rolled.groups)  # which lie group by group
+        ends = accumulate((rows_of[group] for group in range(len(rolled.prompts))), initial=0)
+        (offsets,) = to_device([torch.tensor(list(ends))], reward_RK.device)
         score, advantage = ops.group_advantages(
-            normalized,
-            rolled.w_RK.to(normalized.device),
-            rolled.group_R.to(normalized.device),
-            utopia=torch.tensor(self.scales.utopia),
+            given,
+            rolled.w_RK,
+            offsets=offsets,
+            utopia=constant(self.scales.utopia, reward_RK),
             mu=self.config.score.mu,
             scalarization=self.kind,
+            offset=offset,
+            divisor=divisor,
         )
-        return Scored(reward_RK, normalized, score, advantage.to(rolled.mask_RT.device))
+        return Scored(reward_RK, score, advantage)
 
 
 class BaseSamples(Sampled):

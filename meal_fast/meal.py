@@ -54,7 +54,7 @@ from .rollout.rejection import (
     ray_preference,
     realized_preference,
 )
-from .scales import Scales
+from .scales import Scales, constant
 
 
 class Meal(Sampled):
@@ -166,15 +166,17 @@ class Meal(Sampled):
         rolled, order_R = relabelled(self.policy, rolled, w_R)
         log["learnt"] = rolled.w_RK.mean(0).tolist()
         asked_R, reward_RK = kept.rollout.group_R[order_R], kept.reward_RK[order_R]
-        normalized_RK, score_R = self.scales.normalizer.apply(reward_RK), kept.score_R[order_R]
+        score_R = kept.score_R[order_R]
         weight_R = torch.ones_like(score_R)
         if self.config.meal.update == "hypergradient":
             a_R = acceptance_weights(score_R, asked_R, self.config.rejection.tau_a)
             weight_R = a_R * torch.bincount(asked_R)[asked_R]  # 1 on average, as without
             if self._looks_ahead:
+                normalized_RK = self.scales.normalizer.apply(reward_RK)
                 log |= self._look_ahead(requests, rolled, asked_R, normalized_RK)
-        scored = Scored(reward_RK, normalized_RK, score_R, weight_R)
-        return Experience(rolled, scored, kept.ended_RK, int(log["sampled_tokens"]), log)
+        scored = Scored(reward_RK, score_R, weight_R)
+        ended_RK = kept.ended_RK.to(reward_RK.device)
+        return Experience(rolled, scored, ended_RK, int(log["sampled_tokens"]), log)
 
     def _look_ahead(
         self, requests: Sequence[Request], rolled: Rollout, asked_R: Tensor, normalized_RK: Tensor
@@ -218,13 +220,15 @@ class Meal(Sampled):
         """GRPO learns from every row under w0; the rejection rules choose for the net alone."""
         batch = self._all_of(requests, stream)
         rolled = batch.rolled
-        score_R, w_hat_RK = self._judge(batch.reward_RK, rolled.w_RK.cpu())
+        # What is kept is decided on the host, as in `rejection_sample`.
+        w_RK = rolled.w_RK.cpu()
+        score_R, w_hat_RK = self._judge(batch.reward_RK.cpu(), w_RK)
         passed_R, rejected = accept(
             self.config.rejection,
             score_R,
             rolled.group_R.cpu(),
             w_hat_RK=w_hat_RK,
-            w_RK=rolled.w_RK.cpu(),
+            w_RK=w_RK,
             uniform_R=acceptance_uniform(
                 self.config.seed,
                 torch.tensor([key(*stream, "accepted", r) for r in range(len(score_R))]),
@@ -232,7 +236,7 @@ class Meal(Sampled):
             last=True,
         )
         passed = rolled.of_rows(passed_R.nonzero()[:, 0])
-        self._learn_preferences(passed, w_hat_RK[passed_R])
+        self._learn_preferences(passed, w_hat_RK[passed_R].to(self.policy.device))
         rows = len(passed_R)
         log: dict[str, Any] = {"w": rolled.w_RK.mean(0).tolist()}
         log |= {"acceptance": float(passed_R.float().mean())}
@@ -240,12 +244,10 @@ class Meal(Sampled):
         return dataclasses.replace(batch, log=log)
 
     def _judge(self, reward_RK: Tensor, w_RK: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores S(r, w0) and realised preferences."""
-        options, utopia_K = self.config.rejection, torch.tensor(self.scales.utopia)
-        normalized_RK, utopia_K = self.scales.normalizer.apply(reward_RK), utopia_K.to(reward_RK)
-        score_R = scalarize(
-            normalized_RK, w_RK.to(reward_RK.device), utopia_K, self.config.score.mu, self.kind
-        )
+        """Scores S(r, w0) and realised preferences, where both are."""
+        options, utopia_K = self.config.rejection, constant(self.scales.utopia, reward_RK)
+        normalized_RK = self.scales.normalizer.apply(reward_RK)
+        score_R = scalarize(normalized_RK, w_RK, utopia_K, self.config.score.mu, self.kind)
         if options.realized == "ray":
             return score_R, ray_preference(normalized_RK, utopia_K, options.tau)
         assert self.scales.standard is not None

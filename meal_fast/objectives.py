@@ -18,13 +18,14 @@ and the keys of a model, with `%0A` for a newline and `%26` for `&`, are
     sign        1, or -1 when lower is better
     max_length  tokens; longer inputs are cut (default: what the model takes, 1024 at most)
     path        where the weights lie, when not at SOURCE
+    device      where it runs: cpu, cuda, cuda:N (default: the option objectives_device)
 """
 
 from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote
@@ -34,11 +35,13 @@ from torch import Tensor
 
 from .assets import NAMES as ASSETS
 from .assets import asset
+from .devices import device_of
 from .ops.gemm import accelerate
 from .quiet import quiet
 
 FORMATS = ("pair", "response", "response+prompt", "template:TEXT")
-BATCH = 32  # rows of a forward pass, of like length
+BATCH = 32  # rows of a forward pass on a CPU, of like length
+PASS_TOKENS = 32_768  # with padding, of one on a GPU: 32 rows of 1,024, or 512 of 64
 
 # TL;DR prompts carry their post between these marks (RiC's layout): see meal_fast.prompts.
 _POST = re.compile(r"### Input:(.*?)(?:### Response:|$)", re.DOTALL)
@@ -58,6 +61,7 @@ class Classifier:
     logit: int = 0
     sign: float = 1.0
     max_length: int = 0  # 0: what tokenizer and model allow
+    device: str = ""  # empty: where the others run
 
 
 _HH = "\n\nHuman: {prompt} \n\nAssistant:"
@@ -91,16 +95,17 @@ Scorer = Callable[[Sequence[str], Sequence[str]], Any]
 class Objectives:
     """K objectives in order. `score` is the only way in; it checks what comes out."""
 
-    def __init__(self, scorers: dict[str, Scorer]) -> None:
+    def __init__(self, scorers: dict[str, Scorer], device: str | torch.device = "cpu") -> None:
         if len(scorers) < 2:
             raise ValueError(
                 f"objectives={list(scorers)!r}: two or more are needed, there is nothing to steer"
             )
         self.names = tuple(scorers)
+        self.device = torch.device(device)  # of the rewards, wherever the scorers run
         self._scorers = scorers
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        """Raw rewards (R, K), float32 on the CPU; row r scores `responses[r]` to `prompts[r]`.
+        """Raw rewards (R, K), float32 on `device`; row r scores `responses[r]` to `prompts[r]`.
 
         Raises ObjectiveError when an objective raises, returns another number of scores than R, or
         one that is NaN or infinite.
@@ -110,14 +115,24 @@ class Objectives:
         columns = [
             _checked(name, scorer, prompts, responses) for name, scorer in self._scorers.items()
         ]
-        return torch.stack(columns, dim=1)
+        # Looked at and copied together: every objective on a GPU has then been asked its work.
+        places = {column.device for column in columns}
+        at = places.pop() if len(places) == 1 else self.device
+        reward_RK = torch.stack([column.to(at) for column in columns], dim=1)
+        _check_finite(self.names, reward_RK, responses)
+        return reward_RK.to(self.device)
 
 
 @quiet()
-def load_objectives(specs: Sequence[str], device: str | torch.device = "cpu") -> Objectives:
-    """The objectives that `specs` name (the grammar is at the head of this file), on `device`.
+def load_objectives(
+    specs: Sequence[str],
+    device: str | torch.device = "auto",  # of the models whose spec names none; auto: `to`
+    to: str | torch.device = "cpu",  # of the rewards: the policy's
+) -> Objectives:
+    """The objectives that `specs` name (the grammar is at the head of this file).
 
-    Raises ValueError for a broken spec, an unknown key or format, or a model that cannot be loaded.
+    Raises ValueError for a broken spec, an unknown key or format, a device that is not there, or a
+    model that cannot be loaded.
     """
     sources = {}
     for spec in specs:
@@ -131,15 +146,19 @@ def load_objectives(specs: Sequence[str], device: str | torch.device = "cpu") ->
     parsed = {name: _parse(name, source) for name, source in sources.items()}
     if len(parsed) < 2:
         raise ValueError(f"objectives={list(specs)!r}: two or more are needed")
-    device = torch.device(device)
-    return Objectives(
-        {
-            name: ClassifierScorer(name, target, device)
-            if isinstance(target, Classifier)
-            else target
-            for name, target in parsed.items()
-        }
-    )
+    given = device_of(str(to if str(device) == "auto" else device), "objectives_device")
+    runs_on = {
+        name: device_of(target.device, f"objective {name!r}: device") if target.device else given
+        for name, target in parsed.items()
+        if isinstance(target, Classifier)
+    }
+    scorers = {
+        name: ClassifierScorer(name, target, runs_on[name])
+        if isinstance(target, Classifier)
+        else target
+        for name, target in parsed.items()
+    }
+    return Objectives(scorers, to)
 
 
 def _checked(
@@ -158,19 +177,23 @@ def _checked(
             f"objective {name!r} returned shape {tuple(column.shape)} for {len(responses)} "
             f"responses: one number for each is needed"
         )
-    bad = (~torch.isfinite(column)).nonzero().flatten().tolist()
-    if bad:
-        raise ObjectiveError(
-            f"objective {name!r} returned {column[bad[0]].item()} for row {bad[0]}, "
-            f"the response {_short(responses[bad[0]])}"
-        )
     return column
 
 
+def _check_finite(names: Sequence[str], reward_RK: Tensor, responses: Sequence[str]) -> None:
+    bad_RK = ~torch.isfinite(reward_RK)
+    if bool(bad_RK.any()):
+        k, row = bad_RK.T.nonzero()[0].tolist()
+        raise ObjectiveError(
+            f"objective {names[k]!r} returned {reward_RK[row, k].item()} for row {row}, "
+            f"the response {_short(responses[row])}"
+        )
+
+
 def _column(scorer: Scorer, prompts: Sequence[str], responses: Sequence[str]) -> Tensor | Exception:
-    """What the scorer says, float32 on the CPU; what it raised: a user's function, so anything."""
+    """What the scorer says, float32; what it raised: a user's function, so anything."""
     try:
-        return torch.as_tensor(scorer(prompts, responses), dtype=torch.float32).detach().cpu()
+        return torch.as_tensor(scorer(prompts, responses), dtype=torch.float32).detach()
     except Exception as error:
         return error
 
@@ -228,6 +251,7 @@ def _with_options(name: str, base: Classifier, query: str) -> Classifier:
         "sign": float,
         "max_length": int,
         "path": str,
+        "device": str,
     }
     options: dict[str, Any] = {}
     for part in filter(None, query.split("&")):
@@ -339,100 +363,44 @@ class ClassifierScorer:
             encoded = tokenizer([tokenizer.eos_token])
         return {key: rows[0] for key, rows in encoded.items()}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        """(R,) float32 on the CPU. Rows of like length share a batch: padding costs as much."""
+        """(R,) float32 on its device, which is not waited for.
+
+        Rows of like length share a batch: padding costs as much.
+        """
         rows = [self.encode(p, r) for p, r in zip(prompts, responses, strict=True)]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-        reward = torch.empty(len(rows))
-        for start in range(0, len(order), BATCH):
-            chosen = order[start : start + BATCH]
+        made = []
+        for chosen in self._batches(rows, order):
             inputs = self.tokenizer.pad([rows[i] for i in chosen], return_tensors="pt")
-            logits = self.model(**inputs.to(self.device)).logits[:, self.spec.logit]
-            reward[chosen] = self.spec.sign * logits.float().cpu()
+            given = {name: self._sent(value) for name, value in inputs.items()}
+            logits = self.model(**given).logits[:, self.spec.logit]
+            made.append(self.spec.sign * logits.float())
+        reward = torch.empty(len(rows), device=self.device)
+        if made:
+            reward[self._sent(torch.tensor(order))] = torch.cat(made)
         return reward
 
+    def _batches(
+        self, rows: Sequence[dict[str, list[int]]], order: Sequence[int]
+    ) -> Iterator[Sequence[int]]:
+        """Runs of `order`, which goes by length: of BATCH rows, on a GPU of PASS_TOKENS tokens."""
+        start = 0
+        while start < len(order):
+            end = start + BATCH
+            if self.device.type != "cpu":
+                end = start + 1
+                while end < len(order):
+                    longest = len(rows[order[end]]["input_ids"])
+                    if (end + 1 - start) * longest > PASS_TOKENS:
+                        break
+                    end += 1
+            yield order[start:end]
+            start = end
 
-@dataclass(frozen=True)
-class Normalizer:
-    """Reward normalisation, fitted once on a calibration sample and saved with the run [P].
-
-    r̃ = (r − offset) / divisor, per objective: `max` offset 0, divisor max|r| (the default);
-    `standard` mean and standard deviation (n − 1); `tanh` that, then tanh; `none` 0 and 1.
-    """
-
-    mode: str
-    offset: tuple[float, ...]  # (K,)
-    divisor: tuple[float, ...]  # (K,)
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("max", "standard", "tanh", "none"):
-            raise ValueError(
-                f"score.normalization={self.mode!r}: choose from max, standard, tanh, none"
-            )
-        if len(self.offset) != len(self.divisor) or not self.offset:
-            raise ValueError("a normaliser needs one offset and one divisor per objective")
-        values = torch.tensor([self.offset, self.divisor], dtype=torch.float64)
-        if not torch.isfinite(values).all() or not (values[1] > 0).all():
-            raise ValueError(f"divisors must be positive and finite, got {self.divisor}")
-
-    @classmethod
-    def fit(cls, reward_RK: Tensor, mode: str) -> Normalizer:
-        """The statistics of a calibration sample (R, K), R ≥ 2.
-
-        Raises ValueError for a reward that is not finite, and for an objective that gives every
-        response of the sample the same reward: it cannot be normalised, nor steered.
-        """
-        if reward_RK.ndim != 2 or reward_RK.shape[0] < 2:
-            raise ValueError(
-                f"calibration rewards of shape {tuple(reward_RK.shape)}: at least 2 rows are needed"
-            )
-        reward = reward_RK.double()
-        if not torch.isfinite(reward).all():
-            raise ValueError("calibration rewards must be finite")
-        if mode != "none":
-            for k, (low, high) in enumerate(zip(*reward.aminmax(dim=0), strict=True)):
-                if low == high:
-                    raise ValueError(
-                        f"objective {k} (from 0) gives every response of the calibration sample "
-                        f"the reward {low.item():g}: use a larger sample or another objective"
-                    )
-        zero, one = torch.zeros(reward.shape[1]), torch.ones(reward.shape[1])
-        if mode in ("standard", "tanh"):
-            zero, one = reward.mean(dim=0), reward.std(dim=0)
-        elif mode == "max":
-            one = reward.abs().amax(dim=0)
-        return cls(mode, tuple(zero.tolist()), tuple(one.tolist()))
-
-    @property
-    def linear(self) -> bool:
-        """Whether offset and divisor are all there is to it (not so for `tanh`)."""
-        return self.mode != "tanh"
-
-    def apply(self, reward_RK: Tensor) -> Tensor:
-        """r̃ (R, K) in the dtype and on the device of `reward_RK`."""
-        if reward_RK.shape[-1] != len(self.offset):
-            raise ValueError(
-                f"rewards of {reward_RK.shape[-1]} objectives, statistics of {len(self.offset)}"
-            )
-        scaled = (reward_RK - reward_RK.new_tensor(self.offset)) / reward_RK.new_tensor(
-            self.divisor
-        )
-        return scaled.tanh() if self.mode == "tanh" else scaled
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON; `from_dict` reads them back exactly."""
-        return {"mode": self.mode, "offset": list(self.offset), "divisor": list(self.divisor)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Normalizer:
-        """What `to_dict` gave. Raises ValueError for anything else."""
-        if not isinstance(values, dict) or set(values) != {"mode", "offset", "divisor"}:
-            raise ValueError(f"not a normaliser's values: {values!r}")
-        return cls(values["mode"], tuple(values["offset"]), tuple(values["divisor"]))
-
-
-def default_utopia(normalized_RK: Tensor) -> Tensor:
-    """z* (K,): per objective the calibration sample's maximum plus a tenth of its range [R]."""
-    low, high = normalized_RK.aminmax(dim=0)
-    return high + 0.1 * (high - low)
+    def _sent(self, value: Tensor) -> Tensor:
+        """On its device; from pinned memory, so that nothing waits for the copy."""
+        if self.device.type != "cuda":
+            return value.to(self.device)
+        return value.pin_memory().to(self.device, non_blocking=True)

@@ -185,11 +185,10 @@ class RiC(Sampled):
         rolled = dataclasses.replace(
             rolled, prefill_tokens=sampled.prefill_tokens, seconds=sampled.seconds
         )
-        raw_RK = torch.tensor([answers[i].reward for i in order])
-        normalized_RK = self.scales.normalizer.apply(raw_RK)
-        score_R = normalized_RK.mean(1)  # for the log: no preference weighs them
+        raw_RK = torch.tensor([answers[i].reward for i in order], device=rolled.mask_RT.device)
+        score_R = self.scales.normalizer.apply(raw_RK).mean(1)  # for the log: unweighted
         ones_R = torch.ones(len(order), device=rolled.mask_RT.device)
-        scored = Scored(raw_RK, normalized_RK, score_R, ones_R)
+        scored = Scored(raw_RK, score_R, ones_R)
         log |= {"goal_lo": self.lo.tolist(), "goal_hi": self.hi.tolist()}
         return Experience(rolled, scored, reward_RK, int(sampled.mask_RT.sum()), log)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,101 @@ import torch
 from torch import Tensor
 
 from .config import ScoreConfig
-from .objectives import Normalizer, default_utopia
 from .runs import write_atomic
+
+
+def constant(values: Sequence[float], like: Tensor) -> Tensor:
+    """(K,) in the dtype and on the device of `like`; copied there once, and not to be changed."""
+    return _constant(tuple(values), like.dtype, like.device)
+
+
+@lru_cache(maxsize=64)
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """Reward normalisation, fitted once on a calibration sample and saved with the run [P].
+
+    r̃ = (r − offset) / divisor, per objective: `max` offset 0, divisor max|r| (the default);
+    `standard` mean and standard deviation (n − 1); `tanh` that, then tanh; `none` 0 and 1.
+    """
+
+    mode: str
+    offset: tuple[float, ...]  # (K,)
+    divisor: tuple[float, ...]  # (K,)
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("max", "standard", "tanh", "none"):
+            raise ValueError(
+                f"score.normalization={self.mode!r}: choose from max, standard, tanh, none"
+            )
+        if len(self.offset) != len(self.divisor) or not self.offset:
+            raise ValueError("a normaliser needs one offset and one divisor per objective")
+        values = torch.tensor([self.offset, self.divisor], dtype=torch.float64)
+        if not torch.isfinite(values).all() or not (values[1] > 0).all():
+            raise ValueError(f"divisors must be positive and finite, got {self.divisor}")
+
+    @classmethod
+    def fit(cls, reward_RK: Tensor, mode: str) -> Normalizer:
+        """The statistics of a calibration sample (R, K), R ≥ 2.
+
+        Raises ValueError for a reward that is not finite, and for an objective that gives every
+        response of the sample the same reward: it cannot be normalised, nor steered.
+        """
+        if reward_RK.ndim != 2 or reward_RK.shape[0] < 2:
+            raise ValueError(
+                f"calibration rewards of shape {tuple(reward_RK.shape)}: at least 2 rows are needed"
+            )
+        reward = reward_RK.double()
+        if not torch.isfinite(reward).all():
+            raise ValueError("calibration rewards must be finite")
+        if mode != "none":
+            for k, (low, high) in enumerate(zip(*reward.aminmax(dim=0), strict=True)):
+                if low == high:
+                    raise ValueError(
+                        f"objective {k} (from 0) gives every response of the calibration sample "
+                        f"the reward {low.item():g}: use a larger sample or another objective"
+                    )
+        zero, one = torch.zeros(reward.shape[1]), torch.ones(reward.shape[1])
+        if mode in ("standard", "tanh"):
+            zero, one = reward.mean(dim=0), reward.std(dim=0)
+        elif mode == "max":
+            one = reward.abs().amax(dim=0)
+        return cls(mode, tuple(zero.tolist()), tuple(one.tolist()))
+
+    @property
+    def linear(self) -> bool:
+        """Whether offset and divisor are all there is to it (not so for `tanh`)."""
+        return self.mode != "tanh"
+
+    def apply(self, reward_RK: Tensor) -> Tensor:
+        """r̃ (R, K) in the dtype and on the device of `reward_RK`."""
+        if reward_RK.shape[-1] != len(self.offset):
+            raise ValueError(
+                f"rewards of {reward_RK.shape[-1]} objectives, statistics of {len(self.offset)}"
+            )
+        offset, divisor = (constant(v, reward_RK) for v in (self.offset, self.divisor))
+        scaled = (reward_RK - offset) / divisor
+        return scaled.tanh() if self.mode == "tanh" else scaled
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON; `from_dict` reads them back exactly."""
+        return {"mode": self.mode, "offset": list(self.offset), "divisor": list(self.divisor)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Normalizer:
+        """What `to_dict` gave. Raises ValueError for anything else."""
+        if not isinstance(values, dict) or set(values) != {"mode", "offset", "divisor"}:
+            raise ValueError(f"not a normaliser's values: {values!r}")
+        return cls(values["mode"], tuple(values["offset"]), tuple(values["divisor"]))
+
+
+def default_utopia(normalized_RK: Tensor) -> Tensor:
+    """z* (K,): per objective the calibration sample's maximum plus a tenth of its range [R]."""
+    low, high = normalized_RK.aminmax(dim=0)
+    return high + 0.1 * (high - low)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ REFUSED = [
     ("grpo", "clip_high", -0.1),
     ("grpo", "max_grad_norm", -1.0),
     ("grpo", "epochs", 0),
-    ("grpo", "micro_tokens", 0),
+    ("grpo", "micro_tokens", -1),
     ("meta", "steps", 0),
     ("meta", "tasks", 0),
     ("meta", "n_inner", 0),
@@ -68,6 +68,7 @@ def test_full_parameters_need_float32():
     with pytest.raises(ValueError, match=r"policy\.dtype='bfloat16'.*float32"):
         c.PolicyConfig(tuning="full", dtype="bfloat16")
     assert c.PolicyConfig(tuning="lora", dtype="bfloat16").dtype == "bfloat16"
+    assert c.PolicyConfig(tuning="full", dtype="tfloat32").dtype == "tfloat32"
 
 
 def test_utopia_is_finite_and_one_number_per_objective():
@@ -163,7 +164,10 @@ def test_what_contradicts_a_recipe_of_several_models_is_refused(values, words):
         ({"meta": 3}, r"^meta=3: must be a table"),
         ({"recipe": "ppo"}, r"^recipe='ppo': .*weighted-meta-grpo"),
         ({"recipe": 3}, r"^recipe=3: must be a string"),
-        ({"policy": {"dtype": "int8"}}, r"^policy\.dtype='int8': choose from float32, bfloat16"),
+        (
+            {"policy": {"dtype": "int8"}},
+            r"^policy\.dtype='int8': choose from auto, float32, tf.*, bf",
+        ),
         ({"meta": {"adam": "keep"}}, r"^meta\.adam='keep': choose from persist_v"),
         ({"meta": {"steps": 1.5}}, r"^meta\.steps=1\.5: must be a whole number"),
         ({"meta": {"steps": True}}, r"^meta\.steps=True: must be a whole number"),
@@ -255,5 +259,5 @@ def test_options_cannot_be_changed_in_place():
 
 def test_choices_of_a_literal_and_of_anything_else():
     assert c.choices_of("AdamMode") == ("persist_v", "reset", "per_preference")
-    assert c.choices_of("Dtype") == ("float32", "bfloat16")
+    assert c.choices_of("Dtype") == ("auto", "float32", "tfloat32", "bfloat16")
     assert c.choices_of("float") == ()

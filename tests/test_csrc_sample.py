@@ -202,8 +202,8 @@ def test_without_a_compiler_triton_runs_and_the_log_says_so_once(no_compiler, mo
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_a_card(dtype, options):
-    if not torch.cuda.is_available() or cuda_build.nvcc() is None:
-        pytest.skip("no CUDA device, or no nvcc")
+    if cuda_build.nvcc() is None:
+        pytest.skip("no nvcc")
     torch.manual_seed(0)
     for v in (1, 300, 49_152, 50_257):
         logits = (3 * torch.randn(64, v)).to(dtype)

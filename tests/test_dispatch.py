@@ -1,5 +1,6 @@
 """Which implementation runs where; what cannot be met is refused in one line."""
 
+import importlib.metadata
 import sys
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from meal_fast.ops import dispatch
+from tools.interpreter import interpreter_obstacle
 
 CPU = torch.zeros(2)
 
@@ -57,3 +59,19 @@ def test_what_cannot_be_met_is_refused(monkeypatch):
         dispatch.choose("op", "cuda", CPU)
     with pytest.raises(ValueError, match="impl='jax': choose from torch, triton, cuda"):
         dispatch.choose("op", "jax", CPU)
+
+
+def test_tests_of_interpreted_kernels_know_where_they_cannot_run(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    versions = {"triton": "3.6.0", "numpy": "2.3.5"}
+    monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert interpreter_obstacle() == "Triton compiles here: TRITON_INTERPRET is not 1"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert interpreter_obstacle() is None
+    versions["numpy"] = "2.10.0rc1"
+    assert "does not work with numpy 2.4 or later" in interpreter_obstacle()
+    versions["triton"] = "3.7.0"
+    assert interpreter_obstacle() is None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert interpreter_obstacle() == "triton is not installed"

@@ -12,8 +12,9 @@ from meal_fast import evaluate as ev
 from meal_fast import worlds
 from meal_fast.batch import Prompt
 from meal_fast.measures import spearman
-from meal_fast.objectives import Normalizer, load_objectives
+from meal_fast.objectives import load_objectives
 from meal_fast.preference import lattice
+from meal_fast.scales import Normalizer
 from tests.run_folder import NAMES, build_run, tiny_config, tiny_policy
 
 PROMPTS = tuple(Prompt(f"p{i}", t) for i, t in enumerate(worlds.world_prompts("tiny", "train")[:5]))

@@ -17,14 +17,14 @@ PACKAGE = ROOT / "meal_fast"
 
 # A module imports from its own row (without cycles) and the rows above; a package counts as one.
 LAYERS = (
-    ("options",),
+    ("options", "threads"),
     ("recipe_options",),
     ("config",),
     ("presets", "batch", "papers"),
     ("runs", "cli"),
     ("ops",),
-    ("assets", "tree", "mapped", "quiet", "stacked"),
-    ("bilinear",),
+    ("assets", "devices", "tree", "mapped", "quiet", "stacked"),
+    ("bilinear", "decoder", "network", "served", "sizes"),
     ("prompts", "objectives", "preference", "policy", "worlds", "measures"),
     ("scales", "guide", "family"),
     ("rollout",),

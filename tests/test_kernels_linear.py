@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="triton has no build for this platform")
@@ -104,7 +104,9 @@ def test_the_wrapper_matches_float64(device, dtype, readout):
     check(got, hidden, weight, target, **readout)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     n=st.integers(1, 20),
     v=st.integers(1, 300),
@@ -115,8 +117,7 @@ def test_the_wrapper_matches_float64(device, dtype, readout):
     spread=st.sampled_from([0.01, 1.0, 20.0]),
     seed=st.integers(0, 99),
 )
-def test_any_shape_and_split(n, v, per_part, temperature, softcap, with_bias, spread, seed):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def test_any_shape_and_split(device, n, v, per_part, temperature, softcap, with_bias, spread, seed):
     hidden, weight, target = problem(n, v, device, seed=seed, spread=spread)
     bias = some_bias(v, device) if with_bias else None
     readout = {"temperature": temperature, "softcap": softcap, "bias": bias}

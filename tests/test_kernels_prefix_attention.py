@@ -216,8 +216,6 @@ def test_wide_heads_run_in_torch(device):
 
 @pytest.mark.gpu
 def test_nothing_waits_for_the_card_and_a_graph_replays_with_other_groups():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     case = draw([1, 0, 1, 1], [70, 33], [20, 1, 9, 0], d=16, spare=0).to("cuda")
     other = replace(
         case,

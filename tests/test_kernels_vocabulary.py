@@ -14,7 +14,6 @@ from meal_fast.kernels import vocabulary
 from meal_fast.kernels.vocabulary import ENTROPY, KEPT, KL, LOGP, REF_LOGP
 
 from meal_fast import ops
-from meal_fast.ops import dispatch
 from meal_fast.ops.tiles import chunk_rows
 
 # What a select leaves out is computed all the same, and numpy says so.
@@ -24,15 +23,11 @@ F64 = torch.float64
 N, D, V = 7, 5, 37
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if request.param == "cpu" and not dispatch.interpreted():
-        pytest.skip("Triton compiles here")
+@pytest.fixture
+def device(device, monkeypatch):
     # Small vocabularies would fit a block, and the sums over blocks would go untested.
     monkeypatch.setattr(vocabulary, "MAX_BLOCK", 16)
-    return request.param
+    return device
 
 
 def close(got, expected, rtol=1e-5, atol=1e-5):

@@ -11,10 +11,10 @@ from meal_fast.batch import Prompt
 from meal_fast.chat import main as chat
 from meal_fast.config import Config, from_dict
 from meal_fast.meal import Meal, relabelled
-from meal_fast.objectives import Normalizer, load_objectives
+from meal_fast.objectives import load_objectives
 from meal_fast.presets import preset
 from meal_fast.rollout import Request, rollout
-from meal_fast.scales import Scales
+from meal_fast.scales import Normalizer, Scales
 from meal_fast.trainer import Trainer
 from tests.processes import one_thread, refused, updates  # noqa: F401  (a fixture)
 from tests.run_folder import tiny_policy

@@ -24,13 +24,12 @@ from transformers import (
 
 from meal_fast.objectives import (
     HUB,
-    Normalizer,
     ObjectiveError,
     Objectives,
-    default_utopia,
     load_objectives,
     post_of,
 )
+from meal_fast.scales import Normalizer, default_utopia
 
 PROMPTS = [
     "How do tides work?",

@@ -171,7 +171,7 @@ REWARD = torch.tensor(
 
 
 def scored():
-    return Scored(REWARD, REWARD, REWARD.sum(1), REWARD.sum(1))
+    return Scored(REWARD, REWARD.sum(1), REWARD.sum(1))
 
 
 def reward_of(policy, rolled, row):
@@ -233,12 +233,12 @@ def test_one_pair_by_hand():
 
 
 def test_the_places_of_a_packed_batch_know_their_prefix(rolled):
-    rows = torch.tensor([2, 3, 8, 9, 10])
+    rows = [2, 3, 8, 9, 10]
     batch = packed(rolled, rows)
     groups = [0, 2]
     lengths = [len(rolled.prefix[g]) for g in groups]
     expected = [g for g, n in enumerate(lengths) for _ in range(n)]
-    for row in rows.tolist():
+    for row in rows:
         n = int(rolled.mask_RT[row].sum()) - 1
         expected += [groups.index(int(rolled.group_R[row]))] * n
     assert batch.group_N.tolist() == expected

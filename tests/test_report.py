@@ -10,8 +10,9 @@ import torch
 
 from meal_fast import report
 from meal_fast.evaluate import evaluate
-from meal_fast.objectives import Normalizer, load_objectives
+from meal_fast.objectives import load_objectives
 from meal_fast.prompts import load_prompts
+from meal_fast.scales import Normalizer
 from tests.run_folder import build_run, tiny_config
 
 NASTY = '<script>alert("1")</script> & <img src=https://example.org/x.png>'

@@ -124,6 +124,7 @@ def test_statistics_are_the_base_model_s(whole):
         ("weighted-meta-grpo", "lora", "per_preference"),
         ("grid-grpo", "lora", "persist_v"),
         ("grid-grpo", "full", "persist_v"),
+        ("mo-odpo", "full", "persist_v"),
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, recipe, tuning, adam):
