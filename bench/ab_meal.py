@@ -16,7 +16,6 @@ import tempfile
 from pathlib import Path
 
 import rows
-import torch
 
 from meal_fast.config import Config, MealConfig
 from meal_fast.presets import preset
@@ -45,11 +44,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--results", type=Path, default=rows.RESULTS / "cpu.jsonl")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     quick = preset("quickstart")
     base = dataclasses.replace(
         quick,
         recipe="meal",
+        threads=args.threads,
         meta=dataclasses.replace(quick.meta, steps=args.steps),
         score=dataclasses.replace(quick.score, calibration=32),
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import rows
 import torch
@@ -22,10 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def device_name() -> str:
     """cpu, or the card's model: h200."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    words = re.findall(r"[a-z0-9]+", torch.cuda.get_device_name().lower())
-    return next((w for w in words if w not in ("nvidia", "geforce", "rtx")), words[-1])
+    return rows.slug(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -80,7 +80,7 @@ def main() -> None:
             utopia=torch.zeros(1),
             scalarization="linear",
         )
-        scored = Scored(reward_RK, reward_RK, score, advantage)
+        scored = Scored(reward_RK, score, advantage)
         marks.append(time.perf_counter())
         optimizer.zero_grad(set_to_none=True)
         grpo(policy, rolled, scored, config, TEMPERATURE)

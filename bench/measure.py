@@ -61,6 +61,27 @@ class Meter:
         return statistics.median(self.seconds(work) for _ in range(ROUNDS[self.device]))
 
 
+class Turns:
+    """Ours, the first of `given`, and the others, one after the other and again."""
+
+    def __init__(self, given: dict[str, Work], device: str) -> None:
+        self.given, self.meter = given, Meter(device)
+        self.name = next(iter(given))
+        self.peaks = {key: self.meter.peak_mib(work) for key, work in given.items()}  # warms up
+        self.took: dict[str, list[float]] = {key: [] for key in given}
+
+    def run(self) -> None:
+        self.took[self.name].append(self.meter.seconds(self.given[self.name]))
+
+    def run_others(self) -> None:
+        for key in self.given:
+            if key != self.name:
+                self.took[key].append(self.meter.seconds(self.given[key]))
+
+    def medians(self) -> dict[str, float]:
+        return {key: statistics.median(times) for key, times in self.took.items()}
+
+
 def status_mib(field: str) -> float:
     with open("/proc/self/status", encoding="ascii") as file:
         line = next(line for line in file if line.startswith(field))
@@ -84,20 +105,10 @@ def compare(
         floor: seconds that no implementation of the op can do without, measured here.
         flops, moved: of matrix products, and bytes to and from memory, that the op must do.
     """
-    meter = Meter(device)
-    name, *others = given
-    peaks = {key: meter.peak_mib(work) for key, work in given.items()}
-    took: dict[str, list[float]] = {key: [] for key in given}
-
-    def run_others() -> None:
-        for key in others:
-            took[key].append(meter.seconds(given[key]))
-
-    def run() -> None:
-        took[name].append(meter.seconds(given[name]))
-
-    benchmark.pedantic(run, setup=run_others, rounds=ROUNDS[device])
-    medians = {key: statistics.median(times) for key, times in took.items()}
+    turns = Turns(given, device)
+    meter, name, peaks = turns.meter, turns.name, turns.peaks
+    benchmark.pedantic(turns.run, setup=turns.run_others, rounds=ROUNDS[device])
+    medians = turns.medians()
     info: dict[str, Any] = {
         "op": op,
         "case": case,

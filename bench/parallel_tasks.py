@@ -63,7 +63,8 @@ def config_of(case: str, tasks: int, steps: int, model: str | None) -> Config:
 
 def side_of(config: Config, parallel: bool, out: Path) -> Trainer:
     meta = dataclasses.replace(config.meta, parallel=parallel)
-    trainer = Trainer(dataclasses.replace(config, meta=meta), out)
+    threads = torch.get_num_threads()
+    trainer = Trainer(dataclasses.replace(config, meta=meta, threads=threads), out)
     trainer.policy.__class__ = Endless
     return trainer
 

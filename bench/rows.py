@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable
 from importlib import metadata
@@ -27,15 +28,34 @@ def machine() -> dict[str, Any]:
     return {"cpu": model, "cores": cores, "load_before": round(os.getloadavg()[0], 2)}
 
 
-def commit() -> str:
-    """The commit measured, with `+` where tracked files were changed since."""
+def commit(root: Path = HERE.parent) -> str:
+    """Name the commit measured, with `+` where tracked files were changed since.
+
+    Without git, or outside of a repository: what MEAL_FAST_COMMIT says, or else the file COMMIT
+    beside the README, which whoever copies the files can write; or else "unknown".
+    """
 
     def git(*words: str) -> str:
-        ran = subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=True)
+        ran = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True)
         return ran.stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    try:
+        # A copy of the files may lie inside another repository.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() == root.resolve():
+            changed = git("status", "--porcelain", "--untracked-files=no")
+            return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    if told := os.environ.get("MEAL_FAST_COMMIT"):
+        return told
+    file = root / "COMMIT"
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else "unknown"
+
+
+def slug(device: str) -> str:
+    """A device's name as a file's: `h100-80gb-hbm3` of "NVIDIA H100 80GB HBM3"."""
+    words = re.findall(r"[a-z0-9]+", device.lower())
+    return "-".join([w for w in words if w not in ("nvidia", "geforce")] or words)
 
 
 def now() -> str:

@@ -1,9 +1,11 @@
-"""The README's tables of measurements, from the rows in bench/results/: `make bench-table`.
+"""The tables of measurements, from the rows in bench/results/: `make bench-table`.
 
     python bench/table.py [--check]
 
 Of each bench and case the newest row counts. Between `<!-- bench: DEVICE -->` and `<!-- /bench -->`
-the README is written again; with --check it is compared, and the exit status is 1 when it differs.
+the README is written again, and docs/gpu-measured.md between `<!-- gpu-check -->` and
+`<!-- /gpu-check -->` from what `make gpu-check` wrote; with --check they are compared, and the exit
+status is 1 when one differs.
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ from typing import Any
 import rows
 
 README = rows.HERE.parent / "README.md"
-PLACE = re.compile(r"(<!-- bench: (?P<device>\w+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+PLACE = re.compile(r"(<!-- bench: (?P<device>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+MEASURED = rows.HERE.parent / "docs" / "gpu-measured.md"
+CHECKED = re.compile(r"(<!-- gpu-check -->\n).*?(<!-- /gpu-check -->)", re.DOTALL)
+SHARE = "share of "  # of a kernel, in the time of a profile
 OURS = "meal-fast"
 Row = dict[str, Any]
 
@@ -76,18 +81,90 @@ def rendered(text: str, results: Path = rows.RESULTS) -> str:
     return PLACE.sub(write, text)
 
 
+def rendered_checked(text: str, results: Path = rows.RESULTS) -> str:
+    return CHECKED.sub(lambda place: place[1] + checked(results) + place[2], text)
+
+
+def checked(results: Path = rows.RESULTS) -> str:
+    """What `make gpu-check` measured, a section for each card; rehearsals are left out."""
+    made = []
+    for path in sorted(results.glob("*.jsonl")):
+        given = [row for row in rows.read(path) if "part" in row and not row.get("rehearsal")]
+        if given:
+            made.append(card(given))
+    return "\n".join(made) or "Nothing has been measured on a card yet.\n"
+
+
+def card(given: list[Row]) -> str:
+    """One card's newest rows, a table for each part."""
+    key = ("part", "case", "what", "who")
+    found = list({tuple(row[k] for k in key): row for row in given}.values())
+    last = found[-1]
+    software = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    lines = [
+        f"## {last['device']}",
+        "",
+        f"{last['date'][:10]}, commit {last['commit']}; {software}.",
+    ]
+    for part in dict.fromkeys(row["part"] for row in found):
+        lines += ["", f"### {part}", "", "| case | what | measured | of the floor | others |"]
+        lines.append("|---|---|---|---|---|")
+        lines += part_lines([row for row in found if row["part"] == part])
+    return "\n".join(lines) + "\n"
+
+
+def part_lines(found: list[Row]) -> list[str]:
+    """One line for each case and what was measured of it; the kernels of a profile in one."""
+    lines = []
+    kernels: dict[str, list[str]] = {}
+    grouped: dict[tuple[str, str], list[Row]] = {}
+    for row in found:
+        if row["what"].startswith(SHARE):
+            name = row["what"].removeprefix(SHARE)
+            kernels.setdefault(row["case"], []).append(f"`{name}` {100 * row['figure']:.0f} %")
+        else:
+            grouped.setdefault((row["case"], row["what"]), []).append(row)
+    for (case, what), same in grouped.items():
+        ours = next((row for row in same if row["who"] == OURS), same[0])
+        share = f"{100 * ours['share']:.3g} %" if "share" in ours else "–"
+        others = "; ".join(f"{row['who']} {said(row)}" for row in same if row is not ours) or "–"
+        lines.append(f"| {case} | {cell_text(what)} | {said(ours)} | {share} | {others} |")
+    for case, names in kernels.items():
+        lines.append(f"| {case} | time by kernel | {cell_text(', '.join(names))} | – | – |")
+    return lines
+
+
+def cell_text(text: str) -> str:
+    """As a table's cell can hold it."""
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def said(row: Row) -> str:
+    """A row's figure with its unit, a duration in the unit that suits it, and a failure's mark."""
+    figure, unit = row["figure"], row["unit"]
+    if unit == "µs":
+        text = duration(figure * 1e-6)
+    else:
+        text = f"{figure:.4g} {unit}" if isinstance(figure, float | int) else f"{figure} {unit}"
+    failed = " **failed**" if row.get("ok") is False else ""
+    return cell_text(text.strip()) + failed
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python bench/table.py", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    text = README.read_text(encoding="utf-8")
-    made = rendered(text)
-    if check and made != text:
-        print("README.md: its tables are not those of bench/results; run make bench-table")
-        return 1
-    README.write_text(made, encoding="utf-8")
-    return 0
+    differ = False
+    for path, write in ((README, rendered), (MEASURED, rendered_checked)):
+        text = path.read_text(encoding="utf-8")
+        made = write(text)
+        if not check:
+            path.write_text(made, encoding="utf-8")
+        elif made != text:
+            print(f"{path.name}: its tables are not those of bench/results; run make bench-table")
+            differ = True
+    return int(differ)
 
 
 if __name__ == "__main__":
