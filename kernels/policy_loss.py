@@ -40,6 +40,12 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min / 4)
 BLOCK = 512
 # Rows of the sums that programs leave.
 SUMS = ("live", "active", "loss", "policy", "ratio", "clipped", "kl", "entropy")
+# What `loss_kernel` is given of a chunk of tokens, which begins anywhere.
+OF_TOKENS = [
+    f"{name}_ptr"
+    for name in "sums grad_logp grad_kl grad_ratio logp advantage old_logp mean_log_ratio ref_logp "
+    "token_kl entropy importance mask coefficient".split()
+]
 
 
 @triton.jit
@@ -117,7 +123,8 @@ def token_terms(
     return policy, kl, ratio, clipped, d_policy, d_kl
 
 
-@triton.jit
+# Each micro-batch has other sizes: none of them is worth a compilation.
+@triton.jit(do_not_specialize=["tokens", "columns"], do_not_specialize_on_alignment=OF_TOKENS)
 def loss_kernel(
     sums_ptr,
     grad_logp_ptr,
@@ -221,7 +228,7 @@ def _row_total(sums_ptr, row, columns, WIDTH: tl.constexpr):
     return tl.sum(total, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns"])
 def total_kernel(
     loss_ptr,
     figures_ptr,

@@ -8,7 +8,8 @@ Qwen3. Whatever scales, shifts or norms something else does not agree.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,22 +26,43 @@ _PROJECTIONS, _HEAD_NORMS = ("q_proj", "k_proj", "v_proj", "o_proj"), {"q_norm",
 _TOKENS = 7  # on which the bodies are compared
 _NEAR = {torch.float32: 1e-2, torch.bfloat16: 0.1}  # relative; float32 products may have 10 bits
 
-# Weights or layers with adapters, one below the other, in a tensor that follows them: `Served`.
-Own = Callable[[list[Any]], Tensor]
+# Weights, one below the other, in a tensor that follows them: `Served`.
+Own = Callable[[Sequence[Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Product:
+    """x Wᵀ + bias, and with factors + (x Aᵀ) Bᵀ, as `ops.gemm.lora_linear` rounds it."""
+
+    weight: Tensor  # (N, K)
+    bias: Tensor | None
+    factors: tuple[Tensor, Tensor] | None = None  # A (r, K), times LoRA's scale, and B (N, r)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = linear(x, self.weight, self.bias)
+        if self.factors is None:
+            return out
+        a, b = self.factors
+        return out.addmm_(x @ a.t(), b.t())
+
+
+# Linear layers that read the same, one below the other, with or without adapters.
+Join = Callable[[list[Any]], Product]
 
 
 class Decoder(nn.Module):
-    """The body of a Llama-like model: what `transformers` computes, in 20 launches a layer.
+    """The body of a Llama-like model: what `transformers` computes, in 20 launches a layer, or 28
+    where LoRA's factors stay apart.
 
     Queries, keys and values are one product, gate and up another; a norm is one kernel and its
     weight; queries and keys are turned together.
     """
 
-    def __init__(self, body: Any, own: Own) -> None:
+    def __init__(self, body: Any, own: Own, join: Join) -> None:
         super().__init__()
         self.config, self.rotary = body.config, body.rotary_emb
         self.embedding: Tensor = own([body.embed_tokens.weight])
-        self.layers: list[_Layer] = [_Layer(layer, own) for layer in body.layers]
+        self.layers: list[_Layer] = [_Layer(layer, own, join) for layer in body.layers]
         self.norm = _Norm(body.norm, own)
 
     def forward(
@@ -79,18 +101,16 @@ class _Norm:
 
 
 class _Layer:
-    def __init__(self, layer: Any, own: Own) -> None:
+    def __init__(self, layer: Any, own: Own, join: Join) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.scale, self.d = attention.scaling, attention.head_dim
         q, k, v, o = (getattr(attention, name) for name in _PROJECTIONS)
-        self.queries, self.keys = (_base(x).weight.shape[0] // self.d for x in (q, k))
+        self.queries, self.keys = (base_of(x).weight.shape[0] // self.d for x in (q, k))
         self.before, self.between = (
             _Norm(norm, own) for norm in (layer.input_layernorm, layer.post_attention_layernorm)
         )
-        self.qkv = _joined([q, k, v], own)
-        self.o = _joined([o], own)
-        self.gate_up = _joined([mlp.gate_proj, mlp.up_proj], own)
-        self.down = _joined([mlp.down_proj], own)
+        self.qkv, self.o = join([q, k, v]), join([o])
+        self.gate_up, self.down = join([mlp.gate_proj, mlp.up_proj]), join([mlp.down_proj])
         self.act = mlp.act_fn
         self.head_norms: _Norm | None = None
         if hasattr(attention, "q_norm"):
@@ -102,7 +122,7 @@ class _Layer:
     def __call__(
         self, x: Tensor, size: tuple[int, int], turn: Any, number: int, tree: Pass | None
     ) -> Tensor:
-        qkv = linear(self.before(x), *self.qkv).view(len(x), -1, self.d)
+        qkv = self.qkv(self.before(x)).view(len(x), -1, self.d)
         qk, v = qkv.split([self.queries + self.keys, self.keys], 1)
         if self.head_norms is not None:
             qk = self.head_norms(qk)
@@ -114,21 +134,15 @@ class _Layer:
             out = causal(q, k, v, self.scale).transpose(1, 2)
         else:
             out = tree.attend(number, q, k, v, self.scale)
-        x = x + linear(out.reshape(len(x), -1), *self.o)
-        gate, up = linear(self.between(x), *self.gate_up).chunk(2, -1)
-        return x + linear(self.act(gate) * up, *self.down)
+        x = x + self.o(out.reshape(len(x), -1))
+        gate, up = self.gate_up(self.between(x)).chunk(2, -1)
+        return x + self.down(self.act(gate) * up)
 
 
-def _base(layer: Any) -> nn.Linear:
+def base_of(layer: Any) -> nn.Linear:
+    """A linear layer without its adapters."""
     linear_layer: nn.Linear = getattr(layer, "base_layer", layer)
     return linear_layer
-
-
-def _joined(layers: list[Any], own: Own) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of linear layers that read the same, as one."""
-    adapted = [layer if hasattr(layer, "get_delta_weight") else layer.weight for layer in layers]
-    biases = [_base(layer).bias for layer in layers]
-    return own(adapted), None if biases[0] is None else own(biases)
 
 
 def llama_like(body: Any) -> bool:
@@ -138,7 +152,7 @@ def llama_like(body: Any) -> bool:
         return {name for name, _ in module.named_children()}
 
     def plain(layers: list[Any]) -> bool:  # linear ones, all of them with a bias or none
-        bases = [_base(layer) for layer in layers]
+        bases = [base_of(layer) for layer in layers]
         kinds = all(isinstance(base, nn.Linear) for base in bases)
         return kinds and len({base.bias is None for base in bases}) == 1
 

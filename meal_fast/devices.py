@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from .config import Dtype, PolicyConfig
 
@@ -45,3 +46,33 @@ def settled(config: PolicyConfig) -> PolicyConfig:
     on_a_gpu: Dtype = "tfloat32" if config.tuning == "full" else "bfloat16"
     on_a_cpu = device_of(config.device).type == "cpu"
     return replace(config, dtype="float32" if on_a_cpu else on_a_gpu)
+
+
+def prepare(device: torch.device, dtype: Dtype) -> None:
+    """Sets what of torch is the whole process's, for a policy on `device`."""
+    if device.type != "cuda":
+        return
+    # cuDNN's attention, torch's first choice on Hopper, is built anew for every shape, which takes
+    # longer than a pass, and with a mask its gradient can be NaN (torch 2.11).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "tfloat32"
+
+
+def exact_angles(model: nn.Module) -> None:
+    """Keeps the angles of rotary positions out of TF32, where they are a product of matrices.
+
+    Rounded to 10 bits, the angle of position 500 is off by a fifth of a radian.
+    """
+    before: list[bool] = []
+
+    def exact(*_: object) -> None:
+        before.append(torch.backends.cuda.matmul.allow_tf32)
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+    def as_before(*_: object) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = before.pop()
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            module.register_forward_pre_hook(exact)
+            module.register_forward_hook(as_before, always_call=True)

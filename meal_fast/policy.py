@@ -26,7 +26,7 @@ from . import stacked, tree
 from .assets import asset
 from .bilinear import Adapter
 from .config import PolicyConfig
-from .devices import DTYPES, device_of, settled
+from .devices import DTYPES, device_of, exact_angles, prepare, settled
 from .mapped import FrozenCopy
 from .network import Network, cut
 from .ops.gemm import accelerate
@@ -102,13 +102,13 @@ class Policy:
 
     @contextmanager
     def merged(self) -> Iterator[Network]:
-        """The policy for passes without gradients, LoRA's factors multiplied out.
+        """The policy for passes without gradients; in float32 with LoRA's factors multiplied out.
 
-        That saves two of the three products of each layer. On a CPU in float32 the sums take the
-        weights' place as long as it lasts. On a GPU, and in bfloat16, they are written to a copy
-        whose tensors stay where they are: `meal_fast.served`. Tasks' adapters (`stacked`) stay
-        apart. With a guide it is what `guide.guided` put here, and a ValueError outside of that:
-        each preference has its own.
+        That saves two of the three products of each layer. On a CPU the sums take the weights'
+        place as long as it lasts. On a GPU, and in bfloat16, where the factors stay apart, there is
+        a copy whose tensors stay where they are: `meal_fast.served`. Tasks' adapters (`stacked`)
+        stay apart. With a guide it is what `guide.guided` put here, and a ValueError outside of
+        that: each preference has its own.
         """
         if self.adapter is not None:
             if self.served is None:
@@ -137,11 +137,13 @@ class Policy:
                 m.base_layer.weight.data = weight
 
     def _written_copy(self) -> Network:
-        if self._copy is None:
+        rank = self.model.peft_config["default"].r if self.lora else 0
+        if self._copy is None or rank > self._copy.rank:
+            self._copy = self.kept = None  # before there is another
             self._copy = Served(self._base)
         else:
             self._copy.write()
-        return self._copy.network
+        return self._copy.network or self.network
 
     def stays(self, network: Network) -> bool:
         """Whether the tensors of `network` keep their addresses for as long as the policy lives."""
@@ -326,8 +328,7 @@ def load_policy(
     """
     path, config = resolve(config.path), settled(config)
     device = device_of(config.device)
-    if config.dtype == "tfloat32" and device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True  # of the whole process
+    prepare(device, config.dtype)
     model, tokenizer = _load(path, config)
     frozen = adapter = None
     if config.tuning == "lora":
@@ -398,6 +399,7 @@ def _load(path: str, config: PolicyConfig) -> tuple[Any, Any]:
         raise ValueError(
             f"policy.path={config.path!r}: no model could be loaded ({line})"
         ) from None
+    exact_angles(model)
     if not getattr(model, "_supports_attention_backend", False):
         raise ValueError(
             f"policy.path={config.path!r}: {type(model).__name__} has an attention of its own and "

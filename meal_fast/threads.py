@@ -43,14 +43,15 @@ def use_threads(threads: int) -> int:
     return threads
 
 
-def same_sums() -> None:
-    """Lets torch take the CPU algorithms whose sums do not depend on which thread is first.
+def same_sums(on: bool) -> None:
+    """Lets torch take the CPU algorithms whose sums do not depend on which thread is first, or not.
 
     One that did: the gradient of `x[places]` where places repeat, which two threads and more add up
-    in whatever order they come. In order it is quicker as well.
+    in whatever order they come. In order it is quicker as well. On a GPU it would be slower, and
+    what runs there needs it nowhere.
     """
     import torch
 
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(on, warn_only=True)
     # Nothing here reads memory that it has not written. (A property of the module's own class.)
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010

@@ -81,8 +81,7 @@ class Trainer:
         # A broken one fails here; two rows, so that one number for all of them is noticed.
         self.objectives.score(["How are you?", "Who are you?"], ["Fine, thank you.", "A model."])
         self.policy: Policy = load_policy(config.policy, config.names, seed=config.seed)
-        if self.policy.device.type == "cpu":
-            same_sums()
+        same_sums(self.policy.device.type == "cpu")
         micro_tokens = config.grpo.micro_tokens or self.policy.sizes.micro_tokens
         grpo = dataclasses.replace(config.grpo, micro_tokens=micro_tokens)
         self.config = config = dataclasses.replace(config, grpo=grpo)

@@ -58,9 +58,10 @@ class FixedStep:
         tails: Tails,
         rows: int,
         pool: Any = None,  # of the memory that graphs share
+        side: torch.cuda.Stream | None = None,  # on which they are captured, and share it
     ) -> None:
         self.network, self.prompts, self.tails, self.rows = network, prompts, tails, rows
-        self._pool, self._uses = pool, 0
+        self._pool, self._side, self._uses = pool, side, 0
         self._staging = Staging(_FIELDS * rows + prompts.places + 1, prompts.shape.device)
         fields = self._staging.there[: _FIELDS * rows].view(_FIELDS, rows)
         self._token_R, self._position_R, self._place_R, self._at_R, self._order_R = fields[:5]
@@ -123,7 +124,7 @@ class FixedStep:
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         # The warm-up and the capture write what the replay writes: the same keys and values.
-        side = torch.cuda.Stream(self._token_R.device)
+        side = self._side or torch.cuda.Stream(self._token_R.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self._run()
@@ -140,7 +141,10 @@ class FixedStep:
 class Steps(dict[int, FixedStep]):
     """The decode steps of one memory, by their number of rows."""
 
-    _pool: Any = None  # of memory, which their graphs share
+    # Which their graphs share: memory, and the stream of their captures, since what is freed on one
+    # stream is not used again on another.
+    _pool: Any = None
+    _side: torch.cuda.Stream | None = None
 
     def fitting(self, network: Network, prompts: Pool, tails: Tails, rows: int) -> FixedStep:
         """The step for so many rows; it is the same memory in every call."""
@@ -148,7 +152,8 @@ class Steps(dict[int, FixedStep]):
         if size not in self:
             if self._pool is None and prompts.shape.device.type == "cuda":
                 self._pool = torch.cuda.graph_pool_handle()
-            self[size] = FixedStep(network, prompts, tails, size, self._pool)
+                self._side = torch.cuda.Stream(prompts.shape.device)
+            self[size] = FixedStep(network, prompts, tails, size, self._pool, self._side)
         return self[size]
 
 

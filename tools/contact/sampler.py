@@ -15,8 +15,10 @@ from tools.contact.here import Cases, Here
 from tools.contact.shapes import random_policy, requests
 
 # How far from 1 ratios may be before the first update: the largest, and the root of their mean
-# square. In bfloat16 the layers of a decode step and of a long pass round apart now and then.
-RATIO, RATIO_RMS = {"float32": 1e-3, "bfloat16": 1e-2}, 1e-3
+# square. In bfloat16 the layers of a decode step and of a long pass round apart now and then; on a
+# GPU both kinds of attention round their probabilities, each in its own order.
+RATIO = {"float32": 1e-3, "bfloat16": 3e-2}
+RATIO_RMS = {"float32": 1e-3, "bfloat16": 4e-3}
 
 
 def cases(here: Here) -> Cases:
@@ -46,7 +48,7 @@ def log_probabilities(here: Here, name: str, dtype: str) -> None:
             rolled = sampler.sample(given, sampling)
         apart = (learner_logp(policy, rolled, 1.0) - rolled.logp_RT[rolled.mask_RT]).abs()
         worst, rms = float(apart.max().expm1()), float(apart.square().mean().sqrt())
-        ok = worst <= RATIO[dtype] and rms <= RATIO_RMS if drawn == 0 else None
+        ok = worst <= RATIO[dtype] and rms <= RATIO_RMS[dtype] if drawn == 0 else None
         here.row(f"largest |ratio − 1|, {what}", worst, ok=ok, note=f"rms {rms:.1e}")
 
 

@@ -81,11 +81,12 @@ def run(here: Here, given: Sequence[Path]) -> None:
         said = ", ".join(f"{n} {outcome}" for outcome, n in sorted(found.items()))
         here.row(file, found["passed"], "passed", note=said)
     total = sum(counts.values(), Counter())
-    here.row("all files", total["passed"], "passed", note=f"{total['failed']} failed, "
+    ok = None if total else False  # a pytest that is not there, or does not get as far as a test
+    here.row("all files", total["passed"], "passed", ok=ok, note=f"{total['failed']} failed, "
              f"{total['skipped']} skipped")  # fmt: skip
     for process, log, was_late in zip(ran, logs, late, strict=True):
         # 0: all passed; 1: some failed, which is told already; 5: none was selected.
-        if was_late or process.returncode not in (0, 1, 5):
+        if was_late or process.returncode not in (0, 1, 5) or not total:
             why = "not finished in time" if was_late else f"exit status {process.returncode}"
             here.row("pytest", why, ok=False)
             here.fail(f"pytest: {why}\n{log.read_text()[-reports.TEXT :]}")
