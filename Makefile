@@ -36,8 +36,10 @@ train: assets  ## train, evaluate and report the quickstart into runs/quickstart
 report: env  ## write the report of RUN again
 	$(PY) -m meal_fast.report $(RUN)
 
+# On all cores, one thread each; what is quick on one is not held up by another's threads.
+FAST := -q -n auto --dist worksteal -m "not slow and not gpu and not trl"
 test: env  ## the fast tests
-	$(PY) -m pytest -q -m "not slow and not gpu and not trl"
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(FAST)
 
 OTHER := .venv-5.17
 $(OTHER)/installed: pyproject.toml constraints-gpu.txt
@@ -48,7 +50,7 @@ $(OTHER)/installed: pyproject.toml constraints-gpu.txt
 
 # Without the tests that interpret a kernel: they are skipped, and counted in the last line.
 test-versions: $(OTHER)/installed  ## the fast tests on transformers 5.17 and numpy 2.4
-	$(OTHER)/bin/python -m pytest -q -p no:cacheprovider -m "not slow and not gpu and not trl" -r fE
+	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest $(FAST) -p no:cacheprovider -r fE
 
 test-slow: assets  ## the tests that take minutes
 	$(PY) -m pytest -q -m "slow and not gpu and not trl" || { [ $$? -eq 5 ] && echo "there are no slow tests"; }

@@ -53,9 +53,13 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
             package = (error.name or "").partition(".")[0]
             if package in ("", "meal_fast") or os.environ.get("MEAL_FAST_TRACEBACK"):
                 raise
-            fail(f"{package} is not installed: pip install {package}")
+            fail(f"{package} is not installed: pip install {PACKAGES.get(package, package)}")
 
     return wrapped
+
+
+# What a module's package is called, where it is not the module's name.
+PACKAGES = {"yaml": "PyYAML"}
 
 
 def require_packages(what: str, *names: str, then: str) -> None:
@@ -64,9 +68,14 @@ def require_packages(what: str, *names: str, then: str) -> None:
     Called before anything is computed that would be lost. `then`: the command that goes on.
     """
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        try:
+            there = importlib.util.find_spec(name) is not None
+        except ValueError:  # what was imported as something without a specification
+            there = False
+        if not there:
+            package = PACKAGES.get(name, name)
             raise ValueError(
-                f"{name} is not installed, and {what} needs it: pip install {name}, then {then}"
+                f"{name} is not installed, and {what} needs it: pip install {package}, then {then}"
             )
 
 

@@ -303,7 +303,8 @@ class Config:
                 "Reptile needs at least 2 inner updates; with 1 it is joint training "
                 "(use the recipe without 'meta')",
             )
-        require(self.threads >= 0, "threads", self.threads, "must be 0 (automatic) or positive")
+        ok = 0 <= self.threads <= 1024
+        require(ok, "threads", self.threads, "must be 0 (automatic) or 1 to 1024")
         require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "≥ 1")
         if self.meta.parallel:
             backend = self.rollout.backend

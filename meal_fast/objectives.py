@@ -37,6 +37,7 @@ from .assets import NAMES as ASSETS
 from .assets import asset
 from .devices import device_of
 from .ops.gemm import accelerate
+from .options import check_device
 from .quiet import quiet
 
 FORMATS = ("pair", "response", "response+prompt", "template:TEXT")
@@ -262,6 +263,8 @@ def _with_options(name: str, base: Classifier, query: str) -> Classifier:
             options[key] = kinds[key](unquote(text))
         except ValueError as error:
             raise ValueError(f"objective {name!r}: {key}={text!r} is not a number") from error
+    if options.get("device"):
+        check_device(f"objective {name!r}: device", options["device"])
     model = replace(base, **options)
     if model.format not in FORMATS[:3] and not model.format.startswith("template:"):
         raise ValueError(

@@ -25,7 +25,7 @@ def require(ok: bool, option: str, value: object, remedy: str) -> None:
 
 def check_device(option: str, name: str) -> None:
     """Raises ValueError for what is no device's name; whether it is there is seen later."""
-    known = re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d+)?", name)
+    known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", name)
     require(bool(known), option, name, "no device; use cpu, cuda, cuda:N or auto")
 
 

@@ -132,7 +132,10 @@ class Run:
             size = [f"--prompts={e.prompts}", f"--samples={e.samples}", f"--grid={e.grid}"]
             return Job("evaluate", (folder, "--no-report", *size, f"--ask={e.ask}"))
         if stage == "interrupted":
-            return Job("train", ("--resume", "--no-report", "--out", folder))
+            # An older run does not say how many threads it has.
+            known = read_config(self.folder).threads
+            threads = () if known else (f"--threads={self.config.threads}",)
+            return Job("train", ("--resume", "--no-report", "--out", folder, *threads))
         config = self.config
         shared = str(self.plan.statistics)
         if self.own_scale:

@@ -28,7 +28,8 @@ def automatic() -> int:
 def use_threads(threads: int) -> int:
     """Lets torch compute with `threads` threads, 0: `automatic()`, whatever the load; the number.
 
-    Raises ValueError under OMP_DYNAMIC, which would leave the number to the load of the machine.
+    Raises ValueError under OMP_DYNAMIC, which would leave the number to the load of the machine,
+    and under an OMP_THREAD_LIMIT below it: oneDNN's products would be wrong, not slow.
     """
     import torch
 
@@ -38,6 +39,12 @@ def use_threads(threads: int) -> int:
             "number of threads, and so the last digits; unset it"
         )
     threads = threads or automatic()
+    limit = os.environ.get("OMP_THREAD_LIMIT", "").strip()
+    if limit.isdigit() and int(limit) < threads:
+        raise ValueError(
+            f"OMP_THREAD_LIMIT={limit!r}: fewer than the {threads} threads of this run; unset it, "
+            f"or use --threads {limit}"
+        )
     # Besides the number this switches off MKL's own choice of fewer threads, on until then.
     torch.set_num_threads(threads)
     return threads

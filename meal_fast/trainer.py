@@ -61,8 +61,8 @@ class Trainer:
         resume: bool = False,
         on_update: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        if resume and (out / "config.json").is_file():
-            config = as_saved(config, read_config(out))
+        held = read_config(out) if resume and (out / "config.json").is_file() else None
+        config = config if held is None else as_saved(config, held)
         self.out = out
         self.on_update = on_update or (lambda metrics: None)
         self.stop_requested = False
@@ -102,6 +102,9 @@ class Trainer:
                 scales = Scales.load(out / "statistics.json")
             self._metrics: BinaryIO = open(out / "metrics.jsonl", "wb")
         else:
+            if held is not None and not held.threads:  # an older run: from now on it says so
+                held = dataclasses.replace(held, threads=config.threads)
+                write_atomic(out / "config.json", json.dumps(to_dict(held), indent=1).encode())
             scales = Scales.load(out / "statistics.json")
             self._metrics = open(out / "metrics.jsonl", "r+b")
             self._metrics.truncate(self._checkpoint["metrics_bytes"])
@@ -376,7 +379,10 @@ def open_run(config: Config, out: Path, resume: bool) -> dict[str, Any] | None:
         and not (name in AUTOMATIC and old[name] == AUTOMATIC[name])  # older: does not say
     ]
     if changed:
-        raise ValueError(f"--resume with a changed config: {', '.join(changed)}")
+        raise ValueError(
+            f"--resume with a changed config: {', '.join(changed)}; leave PRESET and these options "
+            "out to go on, or name another --out"
+        )
     path = out / "checkpoint.pt"
     if not path.exists():
         return None  # stopped before its first checkpoint: starts again

@@ -26,7 +26,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from meal_fast.assets import NAMES, asset, fetch, keys, prompt_sets, reward_models, smollm2
+from meal_fast.assets import NAMES, asset, fetch, keys, parts, prompt_sets, reward_models, smollm2
 from meal_fast.assets.parts import build_part, is_complete
 from meal_fast.assets.splitting import SPLITS, normalize, split_of
 
@@ -441,3 +441,24 @@ def test_the_real_policy_speaks() -> None:
     inputs = tokenizer(text, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+
+
+def test_one_process_at_a_time_builds_a_part(tmp_path):
+    """Each finds the other's key and makes its own in its place, over and over."""
+    code = (
+        "import sys; from pathlib import Path; from meal_fast.assets.parts import build_part\n"
+        "make = lambda to: (to / 'file').write_text('x' * 1000)\n"
+        "for i in range(150): build_part(Path(sys.argv[1]) / 'part', {'n': i % 7}, make)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(3)]
+    assert [(p.communicate()[1], p.returncode) for p in running] == [(b"", 0)] * 3
+    assert [p.name for p in tmp_path.iterdir()] == ["part"] and parts.is_complete(tmp_path / "part")
+
+
+@pytest.mark.parametrize(
+    "said", ["null", "[]", '{"key": null, "files": {}}', '{"key": {}, "files": 1}']
+)
+def test_a_manifest_of_another_shape_is_none(tmp_path, said):
+    (tmp_path / parts.MANIFEST).write_text(said)
+    assert parts.read_manifest(tmp_path) is None and not parts.is_complete(tmp_path)

@@ -132,3 +132,29 @@ def test_the_runs_of_a_comparison_have_one_number(tmp_path, monkeypatch):
     (run.folder / "config.json").write_text(saved)
     with pytest.raises(ValueError, match="made with"):  # other options, but not its threads
         number(1, "--threads", "0")
+
+
+def test_a_limit_below_the_threads_and_too_many_are_refused(tmp_path):
+    """Under the limit oneDNN would get fewer threads than it divides its products among."""
+    out = tmp_path / "run"
+    command = ["-m", "meal_fast.train", *WIDE, "--out", out, "--threads"]
+    done = python(*command, "2", OMP_THREAD_LIMIT="1")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "OMP_THREAD_LIMIT='1'" in done.stderr and "--threads 1" in done.stderr
+    done = python(*command, "100000")
+    assert done.returncode == 2 and "threads=100000" in done.stderr
+    assert not out.exists()
+
+
+def test_an_older_run_says_its_threads_from_its_next_resume_on(tmp_path):
+    run = tmp_path / "run"
+    trained(run, "--threads", "1")
+    path = run / "config.json"
+    values = json.loads(path.read_text())
+    del values["threads"]
+    path.write_text(json.dumps(values))
+    for asked, code in (("1", 0), ("2", 2)):
+        done = python("-m", "meal_fast.train", "--resume", "--out", run, "--threads", asked,
+                      "--no-evaluate")  # fmt: skip
+        assert done.returncode == code, done.stderr
+        assert json.loads(path.read_text())["threads"] == 1

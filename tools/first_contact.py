@@ -266,6 +266,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, at tiny sizes")
     parser.add_argument("--list", action="store_true", help="the parts, and no more")
     args = parser.parse_args(argv)
+    if not 0 < args.seconds < float("inf"):
+        print(f"first contact: --seconds {args.seconds}: must be positive", file=sys.stderr)
+        return 2
     if args.list:
         for name, part in PARTS.items():
             print(f"{name:<10} {part.share:>4.0f} s  {part.about}")
@@ -281,7 +284,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="first-contact-") as scratch:
         default = Path(tempfile.mkdtemp(prefix="rehearsal-")) if args.rehearse else rows.RESULTS
         out = Path(os.environ.get("OUT") or default)
-        check = Check(found, out, args.rehearse, Path(scratch))
+        try:
+            check = Check(found, out, args.rehearse, Path(scratch))
+        except OSError as error:
+            why = f"{error.strerror}; name a folder that can be written"
+            print(f"first contact: OUT={str(out)!r}: {why}", file=sys.stderr)
+            return 2
         names = list(dict.fromkeys(args.part or PARTS))
         stopped = go(check, names, begin + args.seconds - LAST)
         print(summary.text(check, names, stopped))

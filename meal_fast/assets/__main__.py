@@ -23,6 +23,7 @@ def build_all(cache: Path, seed: int = 0) -> None:
     from meal_fast.assets import NAMES, fetch
     from meal_fast.assets.keys import asset_key
     from meal_fast.assets.parts import build_part, is_complete
+    from meal_fast.cli import require_packages
 
     start = time.monotonic()
     sources = fetch.fetch(cache)
@@ -30,6 +31,8 @@ def build_all(cache: Path, seed: int = 0) -> None:
     missing = {name for name, key in keys.items() if not is_complete(cache / name, key)}
     if not missing:
         return
+    needed = ("gguf", "numpy", "safetensors", "scipy", "tokenizers", "transformers", "yaml")
+    require_packages("building the assets", *needed, then="`make assets` again")
     _say(start, f"building {', '.join(sorted(missing))} in {cache}")
 
     if "smollm2-135m" in missing:
@@ -92,6 +95,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         build_all(cache_dir(), args.seed)
+    except ValueError as error:
+        print(f"meal-fast: error: {error}", file=sys.stderr)
+        return 2
     except (RuntimeError, OSError, ModuleNotFoundError) as error:
         print(f"meal-fast: error: {error}", file=sys.stderr)
         return 1

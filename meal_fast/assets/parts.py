@@ -7,15 +7,19 @@ from, and the size of every file: both are checked without reading the files.
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 
 def cache_dir() -> Path:
@@ -34,7 +38,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return None
-    return manifest if isinstance(manifest, dict) and {"key", "files"} <= set(manifest) else None
+    if not isinstance(manifest, dict):
+        return None
+    tables = (manifest.get("key"), manifest.get("files"))
+    return manifest if all(isinstance(table, dict) for table in tables) else None
 
 
 def is_complete(folder: Path, key: Mapping[str, Any] | None = None) -> bool:
@@ -51,11 +58,40 @@ def is_complete(folder: Path, key: Mapping[str, Any] | None = None) -> bool:
 def build_part(folder: Path, key: Mapping[str, Any], make: Callable[[Path], None]) -> bool:
     """Fill `folder` with `make(temporary folder)` unless it is complete with the same key.
 
-    Returns whether anything was made. When `make` raises, `folder` stays as it was.
+    Returns whether anything was made. When `make` raises, `folder` stays as it was. One process at
+    a time: another that wants the same part waits, and then finds it. Raises ValueError where the
+    cache cannot be written.
     """
     if is_complete(folder, key):
         return False
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"MEAL_FAST_CACHE: {str(folder.parent)!r} cannot be made ({error.strerror}); name a "
+            "folder that can be written"
+        ) from None
+    with _alone(folder):
+        return not is_complete(folder, key) and _build(folder, key, make)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process of this machine's user at a time; elsewhere than on Unix nobody waits.
+
+    The lock's file lies among the temporary ones, where nobody minds that it stays.
+    """
+    if fcntl is None:
+        yield
+        return
+    digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    path = Path(tempfile.gettempdir()) / f"meal-fast-{os.getuid()}-{digest}.lock"
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _build(folder: Path, key: Mapping[str, Any], make: Callable[[Path], None]) -> bool:
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         make(work)

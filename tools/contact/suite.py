@@ -59,7 +59,9 @@ def run(here: Here, given: Sequence[Path]) -> None:
     """Every failure as it comes; counts of each file at the end, or when time is up."""
     told = here.folder / "reports"
     told.mkdir(exist_ok=True)
-    environment = {**os.environ, reports.VARIABLE: str(told), "OMP_NUM_THREADS": "1"}
+    # Where a test calls this, it may be in a worker of pytest-xdist: these pytests are in none.
+    ours = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    environment = {**ours, reports.VARIABLE: str(told), "OMP_NUM_THREADS": "1"}
     started = commands(here, given)
     logs = [told / f"{i}.txt" for i, _ in enumerate(started)]
     ran = [
