@@ -351,6 +351,7 @@ def update_launches(out: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) 
 sequences_hidden = sequences.hidden
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_an_update_launches_no_more_beside_its_layers_than_it_did(tmp_path, monkeypatch):
     for name, options in {"beta": {"beta": 0.1}, "plain": {"beta": 0.0}}.items():
         launches = update_launches(tmp_path / name, monkeypatch, **options)

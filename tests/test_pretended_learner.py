@@ -153,6 +153,7 @@ def test_a_rollouts_scores_are_one_launch(interpreter):
             close(got.advantage_R.cpu(), want.advantage_R, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("interpreter")
 def test_what_an_update_launches_outside_the_layers():
     """One run of rows, with a KL term: packing, states picked, the reference's log-probabilities,
     the loss and its gradient, metrics."""
@@ -175,6 +176,7 @@ def test_what_an_update_launches_outside_the_layers():
     assert kernels.items() <= outside.items()
 
 
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("options", [{}, {"level": "sequence"}], ids=["token", "sequence"])
 @pytest.mark.parametrize("frozen", [True, False])
 def test_what_a_further_chunk_of_the_vocabulary_launches(options, frozen):
