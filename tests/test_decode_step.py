@@ -85,7 +85,7 @@ def test_a_step_is_captured_at_its_third_use_and_lives_on():
             with engine(policy) as sampler:
                 tokens, graphs = drawn(sampler, cuda)
                 memory = sampler.memory
-                told.append([x.all.data_ptr() for x in (memory.prompts, memory.tails)])
+                told.append([x.blocks[0].data_ptr() for x in (memory.prompts, memory.tails)])
             if update == 0:  # the first tokens come of the prompts' pass: no step
                 assert graphs[: USES + 1] == [0] * USES + [1]
             else:

@@ -59,19 +59,24 @@ class Shape:
     def token_bytes(self) -> int:
         return 2 * self.layers * self.heads * self.width * self.dtype.itemsize
 
-    def memory(self, places: int, room: int) -> Tensor:
-        """(L, 2, places, H, room, d): keys and values of every layer, zero.
+    def memory(self, places: int, room: int) -> tuple[list[Tensor], list[Any]]:
+        """Keys and values of every layer, (places, H, room, d) each, zero: as blocks that are
+        copied at once, (…, places, H, room, d), and as each layer's pair.
 
         Zero, since what lies behind a prefix's end meets a probability of 0 in a product, and
-        0 times what was in the memory before may be NaN. One tensor, so that places of all layers
-        are copied at once.
+        0 times what was in the memory before may be NaN. On a GPU all are one block.
         """
-        size = (self.layers, 2, places, self.heads, room, self.width)
+        size = (places, self.heads, room, self.width)
         if self.device.type != "cpu":
-            return torch.zeros(size, dtype=self.dtype, device=self.device)
-        # numpy's zeros are pages that the system gives when they are first written
+            whole = torch.zeros(self.layers, 2, *size, dtype=self.dtype, device=self.device)
+            return [whole], list(whole)
+        # numpy's zeros are pages that the system gives when they are first written; to one array of
+        # all layers it gives them more slowly.
         bits = np.dtype(f"i{self.dtype.itemsize}")
-        return torch.from_numpy(np.zeros(size, bits)).view(self.dtype)
+        blocks = [
+            torch.from_numpy(np.zeros(size, bits)).view(self.dtype) for _ in range(2 * self.layers)
+        ]
+        return blocks, list(zip(blocks[::2], blocks[1::2], strict=True))
 
 
 class Pool:
@@ -82,8 +87,7 @@ class Pool:
 
     def __init__(self, shape: Shape, places: int, room: int) -> None:
         self.shape, self.places, self.room = shape, places, room
-        self.all = shape.memory(places, room)
-        self.layers = list(self.all)  # of each its keys and values
+        self.blocks, self.layers = shape.memory(places, room)
         self.hidden_BD = torch.zeros(places, shape.hidden, dtype=shape.dtype, device=shape.device)
         self.length = [0] * places
         self.length_B = torch.zeros(places, dtype=torch.int64, device=shape.device)
@@ -150,7 +154,8 @@ class Pool:
         if (places, room) == (self.places, self.room):
             return self
         new = Pool(self.shape, places, room)
-        new.all[:, :, : self.places, :, : self.room] = self.all
+        for fresh, old in zip(new.blocks, self.blocks, strict=True):
+            fresh[..., : self.places, :, : self.room, :] = old
         new.hidden_BD[: self.places] = self.hidden_BD
         new.length[: self.places] = self.length
         new.length_B[: self.places] = self.length_B
@@ -165,22 +170,24 @@ class Tails:
 
     def __init__(self, shape: Shape, places: int, room: int) -> None:
         self.places, self.room = places, room
-        self.all = shape.memory(places, room)
-        self.layers = list(self.all)
+        self.blocks, self.layers = shape.memory(places, room)
+        self._device = shape.device
 
     def begin(self, slots: Sequence[int], suffixes: Pool, places: Sequence[int]) -> None:
         """Copies suffixes to the slots of the rows that start behind them."""
         length = max(suffixes.length[place] for place in places)
         slot_R, place_R = self._at(slots), self._at(places)
-        self.all[:, :, slot_R, :, :length] = suffixes.all[:, :, place_R, :, :length]
+        for tail, suffix in zip(self.blocks, suffixes.blocks, strict=True):
+            tail[..., slot_R, :, :length, :] = suffix[..., place_R, :, :length, :]
 
     def move(self, source: Sequence[int], target: Sequence[int], length: int) -> None:
         """Copies slots, `length` tokens of each."""
         source_M, target_M = self._at(source), self._at(target)
-        self.all[:, :, target_M, :, :length] = self.all[:, :, source_M, :, :length]
+        for tail in self.blocks:
+            tail[..., target_M, :, :length, :] = tail[..., source_M, :, :length, :]
 
     def _at(self, places: Sequence[int]) -> Tensor:
-        return torch.tensor(places, device=self.all.device)
+        return torch.tensor(places, device=self._device)
 
 
 @dataclass(frozen=True)
