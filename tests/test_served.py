@@ -270,7 +270,7 @@ def test_what_is_kept_outlives_an_engine_and_forgets_its_prefixes():
                 sampler = Engine(of, sampler.network)
             out = sampler.sample(REQUESTS, Sampling(8, 0.9, 3))
             memory = sampler.memory
-            return out, memory, [x.all.data_ptr() for x in (memory.prompts, memory.tails)]
+            return out, memory, [x.blocks[0].data_ptr() for x in (memory.prompts, memory.tails)]
 
     first, memory, addresses = drawn(policy)
     with torch.no_grad():
