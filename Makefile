@@ -101,20 +101,20 @@ bench-rows: $(VENV)/bench-installed  ## the ops beside TRL and liger-kernel, as 
 	$(PY) -m pytest bench --benchmark-only --rows
 
 bench-table: env  ## the README's tables, from bench/results
-	$(PY) bench/table.py
+	$(PY) -m bench.table
 
 bench-sampler: assets  ## the sampler beside generate, alternating; and what redraws cost
-	$(PY) bench/ab_generate.py
-	$(PY) bench/redraws.py
+	$(PY) -m bench.ab_generate
+	$(PY) -m bench.redraws
 
 bench-parallel: assets  ## a meta-step's tasks in one batch and one after the other, alternating
-	$(PY) bench/parallel_tasks.py
+	$(PY) -m bench.parallel_tasks
 
 bench-meal: assets  ## what the preference-weight-net costs beside plain rejection-sampled SFT
-	$(PY) bench/ab_meal.py
+	$(PY) -m bench.ab_meal
 
 bench-trl: $(VENV)/bench-installed assets  ## one GRPO step against TRL, alternating
-	$(PY) bench/ab_trl.py --steps $(STEPS)
+	$(PY) -m bench.ab_trl --steps $(STEPS)
 
 clean:  ## remove what was built; runs and downloaded assets stay
 	rm -rf $(VENV) $(OTHER) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .benchmarks .hypothesis

@@ -1,6 +1,6 @@
 """The sampler against transformers' `generate`: alternating processes, medians, one row a case.
 
-    python bench/ab_generate.py --rounds 2
+    python -m bench.ab_generate --rounds 2
 
 What the cases are: bench/sampler_side.py. The rows go to bench/results/cpu.jsonl.
 """
@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import rows
-from ab_trl import Lines, one_process
+from bench import rows
+from bench.ab_trl import Lines, one_process
 
 HERE = Path(__file__).resolve().parent
 SIDES = ("meal-fast", "generate")
@@ -45,7 +45,7 @@ def main() -> None:
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
     if args.model is None:
-        from meal_fast.assets import asset
+        from meal_fast.data.assets import asset
 
         args.model = str(asset("smollm2-135m"))
     for case in args.cases:
@@ -63,7 +63,7 @@ def main() -> None:
             "bench": "sampler",
             "date": rows.now(),
             "commit": rows.commit(),
-            "command": f"python bench/ab_generate.py --rounds {args.rounds} --cases {case}",
+            "command": f"python -m bench.ab_generate --rounds {args.rounds} --cases {case}",
             "machine": before,
             "threads": args.threads,
             "case": case,

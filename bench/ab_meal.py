@@ -1,6 +1,6 @@
 """What the preference-weight-net and its relabelling cost beside plain rejection-sampled SFT.
 
-    python bench/ab_meal.py --rounds 2
+    python -m bench.ab_meal --rounds 2
 
 Recipe `meal` with its defaults against the static baseline (lambda = 1, rho = 1: no net, the asked
 preference stays), on the quickstart's model, prompts and reward models; alternating (A B A B), each
@@ -15,11 +15,10 @@ import statistics
 import tempfile
 from pathlib import Path
 
-import rows
-
-from meal_fast.config import Config, MealConfig
-from meal_fast.presets import preset
-from meal_fast.trainer import Trainer
+from bench import rows
+from meal_fast.config.config import Config, MealConfig
+from meal_fast.config.presets import preset
+from meal_fast.training.trainer import Trainer
 
 SIDES = {
     "meal": MealConfig(every=2),
@@ -63,7 +62,7 @@ def main() -> None:
         "bench": "meal-step",
         "date": rows.now(),
         "commit": rows.commit(),
-        "command": f"python bench/ab_meal.py --rounds {args.rounds} --steps {args.steps}",
+        "command": f"python -m bench.ab_meal --rounds {args.rounds} --steps {args.steps}",
         "machine": before,
         "threads": args.threads,
         "median_seconds": medians,

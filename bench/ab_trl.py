@@ -1,6 +1,6 @@
 """One GRPO step, meal-fast against TRL: alternating processes, medians, ratios, one JSON row.
 
-    python bench/ab_trl.py --steps 3 --rounds 2
+    python -m bench.ab_trl --steps 3 --rounds 2
 
 Each round starts a process of meal-fast and one of TRL on the same model with the same threads. The
 first step of a process warms up and is left out. The row goes to bench/results/cpu.jsonl.
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import rows
+from bench import rows
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = {"meal-fast": HERE / "meal_step.py", "trl": HERE / "trl_step.py"}
@@ -67,7 +67,7 @@ def main() -> None:
     if args.steps < 2 or args.rounds < 1:
         parser.error("--steps must be at least 2 (the first warms up) and --rounds at least 1")
     if args.model is None:
-        from meal_fast.assets import asset
+        from meal_fast.data.assets import asset
 
         args.model = str(asset("smollm2-135m"))
     before = rows.machine()
@@ -87,8 +87,8 @@ def main() -> None:
         "date": rows.now(),
         "commit": rows.commit(),
         "command": shlex.join(
-            ["python", "bench/ab_trl.py", "--steps", str(args.steps), "--rounds", str(args.rounds)]
-            + ["--threads", str(args.threads)]
+            ["python", "-m", "bench.ab_trl", "--steps", str(args.steps)]
+            + ["--rounds", str(args.rounds), "--threads", str(args.threads)]
             + (["--trl-options", args.trl_options] if args.trl_options else [])
             + (["--meal-options", args.meal_options] if args.meal_options else [])
         ),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import rows
 import torch
+
+from bench import rows
 
 COMMIT = pytest.StashKey[str]()
 

@@ -1,6 +1,6 @@
 """meal-fast's side: rollout, score and update on the workload of workload.py, one JSON line a step.
 
-python bench/meal_step.py --model FOLDER --steps 3
+python -m bench.meal_step --model FOLDER --steps 3
 """
 
 import hashlib
@@ -9,7 +9,9 @@ import time
 
 import torch
 import transformers
-from workload import (
+
+import meal_fast
+from bench.workload import (
     BETA,
     LR,
     MAX_GRAD_NORM,
@@ -22,14 +24,12 @@ from workload import (
     report_step,
     reward,
 )
-
-import meal_fast
 from meal_fast import ops
-from meal_fast.batch import Prompt, Scored
-from meal_fast.config import GRPOConfig, PolicyConfig
-from meal_fast.learners import grpo
-from meal_fast.policy import Policy, load_policy
+from meal_fast.config.config import GRPOConfig, PolicyConfig
+from meal_fast.data_types import Prompt, Scored
+from meal_fast.models.policy import Policy, load_policy
 from meal_fast.rollout import Request, rollout
+from meal_fast.training.losses import grpo
 
 
 class Endless(Policy):

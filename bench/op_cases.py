@@ -12,14 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import rivals
 import torch
-from caches import Step
 from meal_fast.kernels.cases import HEADS
-from measure import Meter, Work
-from rivals import Head
 from torch import Tensor
 
+from bench import rivals
+from bench.caches import Step
+from bench.measure import Meter, Work
+from bench.rivals import Head
 from meal_fast import ops
 from meal_fast.ops import dispatch
 

@@ -1,6 +1,6 @@
 """A Reptile meta-step with its tasks in one batch against one after the other, in turn (A B A B).
 
-    python bench/parallel_tasks.py --steps 3
+    python -m bench.parallel_tasks --steps 3
 
 SmolLM2-135M with LoRA, rank 16, B_w tasks of 2 inner updates each, GRPO with beta = 0.1; both sides
 sample the same tokens, and no token ends a response. A row a case goes to bench/results/cpu.jsonl.
@@ -21,13 +21,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import rows
 import torch
 
-from meal_fast.config import Config, from_dict
-from meal_fast.policy import Policy
-from meal_fast.presets import preset
-from meal_fast.trainer import Trainer
+from bench import rows
+from meal_fast.config.config import Config, from_dict
+from meal_fast.config.presets import preset
+from meal_fast.models.policy import Policy
+from meal_fast.training.trainer import Trainer
 
 CASES = {"few": (1, 8, 32), "bps": (2, 8, 64), "quickstart": (4, 8, 24)}
 SIDES = ("sequential", "parallel")
@@ -111,7 +111,7 @@ def measured(case: str, args: argparse.Namespace) -> dict[str, Any]:
         "bench": "parallel-tasks",
         "date": rows.now(),
         "commit": rows.commit(),
-        "command": f"python bench/parallel_tasks.py --steps {args.steps} --tasks {args.tasks} "
+        "command": f"python -m bench.parallel_tasks --steps {args.steps} --tasks {args.tasks} "
         f"--threads {args.threads} --cases {case}"
         + (f" --model {args.model}" if args.model else ""),
         "machine": before,

@@ -1,6 +1,6 @@
 """Tokens through the model for each response kept, with the caches and without.
 
-    python bench/redraws.py
+    python -m bench.redraws
 
 8 prompts of 200 tokens; 4 responses of 64 tokens are kept of each, drawn 4 at a time. The reward is
 a hash of the text, so that a response is kept with exactly the probability given, whatever it says.
@@ -13,12 +13,12 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import rows
 import torch
-from sampler_side import Ours, texts
 
-from meal_fast.batch import Prompt
-from meal_fast.config import RejectionConfig
+from bench import rows
+from bench.sampler_side import Ours, texts
+from meal_fast.config.config import RejectionConfig
+from meal_fast.data_types import Prompt
 from meal_fast.rollout import Request, Sampling, engine, rejection_sample
 
 PROMPTS, TOKENS, KEEP, NEW = 8, 200, 4, 64
@@ -43,7 +43,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.model is None:
-        from meal_fast.assets import asset
+        from meal_fast.data.assets import asset
 
         args.model = str(asset("smollm2-135m"))
     side = Ours(args.model)
@@ -63,7 +63,7 @@ def main() -> None:
             "bench": "redraws",
             "date": rows.now(),
             "commit": rows.commit(),
-            "command": "python bench/redraws.py",
+            "command": "python -m bench.redraws",
             "machine": rows.machine(),
             "acceptance": acceptance,
             "tokens_per_kept": round(log["tokens_per_kept"], 1),

@@ -1,6 +1,6 @@
 """One side of the sampler comparison: meal-fast's engine, or transformers' `generate`.
 
-python bench/sampler_side.py --side generate --case long
+python -m bench.sampler_side --side generate --case long
 
 Cases (SmolLM2-135M, float32, temperature 1, nothing truncated, no token ends a response):
 
@@ -58,8 +58,8 @@ def memory(field: str) -> int:
 
 class Ours:
     def __init__(self, model: str) -> None:
-        from meal_fast.config import PolicyConfig
-        from meal_fast.policy import Policy, load_policy
+        from meal_fast.config.config import PolicyConfig
+        from meal_fast.models.policy import Policy, load_policy
 
         class Endless(Policy):
             stop_ids = frozenset({-1})
@@ -76,7 +76,7 @@ class Ours:
         new: int,
     ) -> tuple[int, int]:
         """Sampled tokens, and tokens of prompts and preferences through the model."""
-        from meal_fast.batch import Prompt
+        from meal_fast.data_types import Prompt
         from meal_fast.rollout import Request, rollout
 
         requests = [Request(Prompt(p, p), w, samples) for p in prompts for w in weights]
@@ -99,7 +99,7 @@ class Generate:
         samples: int,
         new: int,
     ) -> tuple[int, int]:
-        from meal_fast.preference import preference_text
+        from meal_fast.data.preferences import preference_text
 
         tokens = prefill = 0
         for w in weights:

@@ -1,6 +1,6 @@
 """The tables of measurements, from the rows in bench/results/: `make bench-table`.
 
-    python bench/table.py [--check]
+    python -m bench.table [--check]
 
 Of each bench and case the newest row counts. Between `<!-- bench: DEVICE -->` and `<!-- /bench -->`
 the README is written again, and docs/gpu-measured.md between `<!-- gpu-check -->` and
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import rows
+from bench import rows
 
 README = rows.HERE.parent / "README.md"
 PLACE = re.compile(r"(<!-- bench: (?P<device>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
@@ -151,7 +151,7 @@ def said(row: Row) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python bench/table.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check

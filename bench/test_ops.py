@@ -11,13 +11,13 @@ from __future__ import annotations
 import functools
 
 import pytest
-import rivals
 import torch
-from caches import Step
-from measure import Work, compare
-from rivals import Head
 from torch import Tensor
 
+from bench import rivals
+from bench.caches import Step
+from bench.measure import Work, compare
+from bench.rivals import Head
 from meal_fast import ops
 
 D, V = 576, 49152  # width and vocabulary of SmolLM2-135M

@@ -9,10 +9,11 @@ Never run on a GPU so far.
 
 from __future__ import annotations
 
-import op_cases
 import pytest
 import torch
-from measure import compare
+
+from bench import op_cases
+from bench.measure import compare
 
 pytestmark = [
     pytest.mark.gpu,

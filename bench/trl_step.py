@@ -1,6 +1,6 @@
 """TRL's side: GRPOTrainer on the workload of workload.py, one JSON line a step.
 
-    python bench/trl_step.py --model FOLDER --steps 3
+    python -m bench.trl_step --model FOLDER --steps 3
 
 TRL's defaults hold wherever the workload says nothing; what differs is named below.
 """
@@ -14,7 +14,8 @@ import trl
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from workload import (
+
+from bench.workload import (
     BETA,
     LR,
     MAX_GRAD_NORM,

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from .cli import OneLineParser, one_line_errors, parse_weights
-from .runs import policy_folder, read_config
-from .threads import use_threads
+from meal_fast.config.cli import OneLineParser, one_line_errors, parse_weights
+from meal_fast.config.run_dir import policy_folder, read_config
+from meal_fast.models.threads import use_threads
 
 Asked = tuple[float, ...] | None  # a preference; None: the net's, for every prompt
 Answer = Callable[[str, Asked, int], str]
@@ -124,11 +124,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("--prompt='': is empty; give a text, or leave it out to read lines")
     policy_folder(args.run)  # a clear error, before torch is imported
 
-    from .batch import Prompt
-    from .family import load_served
-    from .preference import snapped
-    from .preference_net import PreferenceNet, features
-    from .rollout import Engine, Request, Sampling, engine
+    from meal_fast.data.preferences import snapped
+    from meal_fast.data_types import Prompt
+    from meal_fast.models.model_soup import load_served
+    from meal_fast.rollout import Engine, Request, Sampling, engine
+    from meal_fast.training.preference_net import PreferenceNet, features
 
     if args.device is not None:
         there = dataclasses.replace(config.policy, device=args.device)

@@ -21,12 +21,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__
-from .cli import fail, one_line_errors, require_packages
-from .comparison import Finished, compare
-from .plan import Plan, Run, parse, threaded
-from .runs import read_json, read_metrics, read_statistics, write_atomic
-from .schedule import Outcome, run_all
+from meal_fast import __version__
+from meal_fast.config.cli import fail, one_line_errors, require_packages
+from meal_fast.config.run_dir import read_json, read_metrics, read_statistics, write_atomic
+from meal_fast.evaluation.comparison import Finished, compare
+from meal_fast.evaluation.comparison_spec import Plan, Run, parse, threaded
+from meal_fast.evaluation.runner import Outcome, run_all
 
 
 def code_version() -> str:
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(f"no run finished; the first: {failed[0]['reason']}")
     distance = None
     if plan.preset == "concave-front":
-        from .worlds import truth
+        from meal_fast.data.toy import truth
 
         distance = truth().distance
     result = compare(finished, plan.base, plan.tokens, distance)
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "code": code,
     }
     write_atomic(plan.out / "compare.json", json.dumps(result, allow_nan=False).encode())
-    from .comparison_page import headline, write_page
+    from meal_fast.evaluation.comparison_report import headline, write_page
 
     print(headline(result))
     print(write_page(result, plan.out))

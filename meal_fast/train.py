@@ -18,8 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from .cli import fail, one_line_errors, parse_train
-from .runs import read_json, write_atomic
+from meal_fast.config.cli import fail, one_line_errors, parse_train
+from meal_fast.config.run_dir import read_json, write_atomic
 
 if TYPE_CHECKING:
     import torch
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> None:
     config, args = parse_train(argv)  # answers --help and wrong options before torch is imported
 
-    from .config import to_dict
-    from .display import Display, Loggers, check_logger, clock
-    from .trainer import Clock, Trainer
+    from meal_fast.config.config import to_dict
+    from meal_fast.training.console import Display, Loggers, check_logger, clock
+    from meal_fast.training.trainer import Clock, Trainer
 
     wall = Clock()
     check_logger(config.logger)
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _note_cost(args.out, trainer.policy.device)
     print(f"meal-fast: trained in {clock(wall.lap())}; policy in {args.out / 'policy'}")
     if args.evaluate:
-        from .evaluate import main as evaluate
+        from meal_fast.evaluation.evaluator import main as evaluate
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)

@@ -31,10 +31,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT)]
 
-import rows  # noqa: E402
-
+from bench import rows  # noqa: E402
 from tools.contact import summary  # noqa: E402
 from tools.interpreter import interpreter_obstacle  # noqa: E402
 
@@ -75,7 +74,7 @@ print(json.dumps({"cuda": cuda, "device": name, "toolkit": torch.version.cuda}))
 
 def environment(rehearse: bool) -> dict[str, str]:
     """What the parts' processes run under."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "bench"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     set_up = {**os.environ, **quiet, "PYTHONPATH": path.rstrip(os.pathsep)}
     set_up.pop("TRITON_INTERPRET", None)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import group_advantages
+from meal_fast.ops import group_advantages
 
 __all__ = ["framework", "preference_score"]
 

@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops import linear_logprob
-from ..ops.checks import floating, positive, same_device, shape, targets_in_range
-from ..ops.reference import compute_dtype
-from ..ops.sweep import LogitsSource, Readout, sweep
+from meal_fast.ops import linear_logprob
+from meal_fast.ops.checks import floating, positive, same_device, shape, targets_in_range
+from meal_fast.ops.reference import compute_dtype
+from meal_fast.ops.sweep import LogitsSource, Readout, sweep
+
 from . import framework, preference_score
 
 __all__ = ["install", "log_probs_from_hidden", "log_probs_from_logits", "preference_score"]

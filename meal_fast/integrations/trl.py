@@ -29,7 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import group_advantages, linear_logprob
+from meal_fast.ops import group_advantages, linear_logprob
+
 from . import framework
 
 # TRL 1.16 made the fused head a part of the model's forward; before, trainers read its logits.

@@ -46,7 +46,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import group_advantages, linear_logprob, policy_loss_from_logp
+from meal_fast.ops import group_advantages, linear_logprob, policy_loss_from_logp
+
 from . import framework, preference_score
 
 __all__ = [

@@ -13,23 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from . import fused, tiles
 from .fused import Given
-from .reference import (
-    LossOptions,
-    Tokens,
-    loss_and_metrics,
-    loss_terms,
-    weighted_loss,
-)
-from .sweep import (
-    Derivatives,
-    LinearSource,
-    LogitsSource,
-    Readout,
-    Source,
-    Stats,
-    chosen,
-    sweep,
-)
+from .reference import LossOptions, Tokens, loss_and_metrics, loss_terms, weighted_loss
+from .sweep import Derivatives, LinearSource, LogitsSource, Readout, Source, Stats, chosen, sweep
 
 Metrics = dict[str, Tensor]
 Pass = TypeVar("Pass", bound=Callable[..., Any])

@@ -2,8 +2,8 @@
 
 from .backends import backend
 from .engine import Engine, Row, engine, rollout
-from .redraw import Kept, rejection_sample
-from .requests import Request, Sampling
+from .rejection_sampler import Kept, rejection_sample
+from .sequence import Request, Sampling
 
 __all__ = [
     "Engine",

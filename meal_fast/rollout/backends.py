@@ -21,14 +21,15 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from .. import ops
-from ..batch import Rollout, key
-from ..network import Network, cut
-from ..ops import checks
-from ..policy import Policy
-from ..tree import pad
+from meal_fast import ops
+from meal_fast.data_types import Rollout, key
+from meal_fast.models.network import Network, cut
+from meal_fast.models.policy import Policy
+from meal_fast.models.shared_prefix import pad
+from meal_fast.ops import checks
+
 from .engine import rollout
-from .requests import Drawn, Request, encode, gathered, row_id
+from .sequence import Drawn, Request, encode, gathered, row_id
 
 
 def backend(name: str) -> Callable[..., Rollout]:

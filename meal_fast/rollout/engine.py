@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..batch import Rollout
-from ..ops import Groups, dispatch
-from ..policy import Network, Policy
-from ..sizes import ON_A_CPU
-from .cache import Shape, TokenPass, fill_prompts, fill_suffixes
-from .graph import FixedStep, Staging
+from meal_fast import ops
+from meal_fast.data_types import Rollout
+from meal_fast.models.policy import Network, Policy
+from meal_fast.models.sizes import ON_A_CPU
+from meal_fast.ops import Groups, dispatch
+
+from .cuda_graph import FixedStep, Staging
+from .kv_cache import Shape, TokenPass, fill_prompts, fill_suffixes
 from .memory import Memory, default_budget, memory_of
-from .requests import (
+from .sequence import (
     Counts,
     Drawn,
     Prefix,

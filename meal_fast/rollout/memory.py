@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from ..policy import Network, Policy
-from ..sizes import free_bytes
-from .cache import Pool, Shape, Tails
-from .graph import Steps
-from .requests import Row
+from meal_fast.models.policy import Network, Policy
+from meal_fast.models.sizes import free_bytes
+
+from .cuda_graph import Steps
+from .kv_cache import Pool, Shape, Tails
+from .sequence import Row
 
 _MULTIPLE = 16  # rooms are multiples of it
 _KEPT_MULTIPLE = 64  # of what is kept, which should seldom have to grow

@@ -7,8 +7,8 @@ import subprocess
 import time
 
 import torch
-from measure import Meter
 
+from bench.measure import Meter
 from tools.contact.here import Cases, Here
 from tools.contact.programs import program
 

@@ -6,12 +6,12 @@ import functools
 import importlib.util
 from collections.abc import Callable
 
-import op_cases
 import torch
 import torch._dynamo
-from measure import ROUNDS, Turns
-from op_cases import COMPILED, OpCase
 
+from bench import op_cases
+from bench.measure import ROUNDS, Turns
+from bench.op_cases import COMPILED, OpCase
 from tools.contact.here import Cases, Here
 
 PEERS = {"liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}

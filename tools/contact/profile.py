@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from meal_fast.batch import Rollout, Scored
-from meal_fast.config import GRPOConfig
-from meal_fast.learners import grpo
-from meal_fast.policy import Policy
+from meal_fast.config.config import GRPOConfig
+from meal_fast.data_types import Rollout, Scored
+from meal_fast.models.policy import Policy
 from meal_fast.rollout import Sampling, engine
+from meal_fast.training.losses import grpo
 from tools.contact.here import Cases, Here
 from tools.contact.shapes import (
     SHAPES,

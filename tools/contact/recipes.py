@@ -9,10 +9,10 @@ import math
 import time
 from typing import Any
 
-from meal_fast.config import Config
-from meal_fast.presets import preset
-from meal_fast.recipes import RECIPES
-from meal_fast.trainer import Trainer
+from meal_fast.config.config import Config
+from meal_fast.config.presets import preset
+from meal_fast.training.recipes import RECIPES
+from meal_fast.training.trainer import Trainer
 from tools.contact.here import Cases, Here
 
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from meal_fast.batch import Rollout
-from meal_fast.learners import sequences
-from meal_fast.policy import Policy
+from meal_fast.data_types import Rollout
+from meal_fast.models.policy import Policy
 from meal_fast.rollout import Sampling, backend, engine
+from meal_fast.training.losses import sequences
 from tools.contact.here import Cases, Here
 from tools.contact.shapes import random_policy, requests
 

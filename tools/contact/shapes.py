@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from meal_fast.batch import Prompt
-from meal_fast.config import PolicyConfig
-from meal_fast.policy import Policy, load_policy
+from meal_fast.config.config import PolicyConfig
+from meal_fast.data.toy import build_world
+from meal_fast.data_types import Prompt
+from meal_fast.models.policy import Policy, load_policy
 from meal_fast.rollout import Request
-from meal_fast.worlds import build_world
 from tools.contact.here import Here
 
 NAMES = ("first", "second")

@@ -34,7 +34,7 @@ def cases(here: Here) -> Cases:
 
 def files(folder: Path) -> list[Path]:
     """Those that have tests for a card, the largest first; no other is imported."""
-    found = [p for p in folder.glob("test_*.py") if ON_A_CARD.search(p.read_text())]
+    found = [p for p in folder.rglob("test_*.py") if ON_A_CARD.search(p.read_text())]
     return sorted(found, key=lambda p: -p.stat().st_size)
 
 

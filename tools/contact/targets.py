@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from caches import Step
 from meal_fast.kernels.cases import HEADS
 from torch import Tensor
 
+from bench.caches import Step
 from meal_fast import ops
 from meal_fast.ops import cuda_build, dispatch
 

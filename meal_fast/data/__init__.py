@@ -1,0 +1,1 @@
+"""Prompts, preferences, objectives, reward statistics, toy worlds, packaged assets."""

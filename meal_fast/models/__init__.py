@@ -1,0 +1,1 @@
+"""Policy and reference, adapters, one forward for prompts and the rows that share them."""

@@ -1,0 +1,183 @@
+"""Several models with a preference each, and what they make of a w between theirs.
+
+`interpolate`, Rewarded Soups: theta(w) = sum_k w_k theta_k, of the models of the K corners [P].
+`nearest`, MORLHF: the model whose own preference is nearest to w [R]; the method has no other w.
+
+With LoRA, what is interpolated are the merged weights W + scale * B_k A_k [R]: so it is with all
+parameters trained, and the interpolated factors would have the products w_j w_k B_j A_k besides
+(the published code of Rewarded Soups interpolates factors). The sum is itself of low rank and kept
+so, exactly: A = [A_1; ...; A_K] and B = [w_1 B_1, ..., w_K B_K] have the product sum_k w_k B_k A_k.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from meal_fast.config.config import Config
+from meal_fast.config.run_dir import policy_folder
+from meal_fast.data.preferences import Weights
+
+from .guided import Guides
+from .policy import Policy, load_policy
+
+Rule = Literal["interpolate", "nearest"]
+FILE = "family.safetensors"  # in the run's folder
+
+
+@dataclass(frozen=True)
+class Family:
+    """M models of one architecture.
+
+    Raises ValueError for models whose parameters differ in name or shape, for preferences that
+    repeat, and where `interpolate` has other models than the K corners.
+    """
+
+    weights: tuple[Weights, ...]  # M, the preference of each model
+    models: tuple[Mapping[str, Tensor], ...]  # M, its trained parameters by name, float32
+    rule: Rule
+
+    def __post_init__(self) -> None:
+        if self.rule not in get_args(Rule):
+            raise ValueError(f"rule={self.rule!r}: choose from {', '.join(get_args(Rule))}")
+        if not len(set(self.weights)) == len(self.weights) == len(self.models) > 0:
+            raise ValueError(
+                f"weights={self.weights}: a family has one model or more, each of another "
+                f"preference; here are {len(self.models)} models"
+            )
+        corners = sorted(self.weights) == sorted(_corners(len(self.weights[0])))
+        if self.rule == "interpolate" and not corners:
+            raise ValueError(
+                f"weights={self.weights}: to interpolate takes the models of the corners, one an "
+                "objective and no others"
+            )
+        for w, model in zip(self.weights[1:], self.models[1:], strict=True):
+            _check_alike(
+                f"the models of w={self.weights[0]} and w={w}",
+                self.models[0],
+                model,
+                "train both from one model with the same options",
+            )
+
+    def shares(self, w: Weights) -> tuple[float, ...]:
+        """The share (M,) of each model in what serves w. Raises ValueError off the simplex."""
+        k = len(self.weights[0])
+        if len(w) != k or not (min(w) >= 0 and abs(sum(w) - 1) <= 1e-6):
+            raise ValueError(f"w={w}: must be {k} numbers, none negative, summing to 1")
+        if self.rule == "interpolate":
+            return tuple(w[corner.index(1.0)] for corner in self.weights)
+        # Rounded, so that of equally near models the first is taken on every machine.
+        distances = [
+            round(sum((a - b) ** 2 for a, b in zip(w, own, strict=True)), 9) for own in self.weights
+        ]
+        nearest = distances.index(min(distances))
+        return tuple(float(j == nearest) for j in range(len(self.weights)))
+
+    def groups(self, weights: Sequence[Weights]) -> list[list[int]]:
+        """Places in `weights`, those together that the same parameters serve."""
+        found: dict[tuple[float, ...], list[int]] = {}
+        for place, w in enumerate(weights):
+            found.setdefault(self.shares(w), []).append(place)
+        return list(found.values())
+
+    def theta(self, w: Weights) -> dict[str, Tensor]:
+        """The parameters that serve w, by name. LoRA's factors of m models: of m times the rank."""
+        parts = [(s, model) for s, model in zip(self.shares(w), self.models, strict=True) if s]
+        if len(parts) == 1 and parts[0][0] == 1:
+            return dict(parts[0][1])
+        merged = {}
+        for name in self.models[0]:
+            values = [(share, model[name]) for share, model in parts]
+            if ".lora_A." in name:
+                merged[name] = torch.cat([value for _, value in values])
+            elif ".lora_B." in name:
+                merged[name] = torch.cat([share * value for share, value in values], 1)
+            else:
+                merged[name] = torch.stack([share * value for share, value in values]).sum(0)
+        return merged
+
+    @contextmanager
+    def at(self, policy: Policy, w: Weights) -> Iterator[None]:
+        """Within it the policy is what serves w; afterwards, what it was before.
+
+        Raises ValueError for a policy whose trained parameters are not the models'.
+        """
+        _check_alike(
+            "the policy and the family's models",
+            policy.named,
+            self.models[0],
+            "load the policy that they were trained from, with the run's own options",
+        )
+        with policy.holding(self.theta(w)):
+            yield
+
+    def to_bytes(self, names: Sequence[str]) -> bytes:
+        """A safetensors file: tensors `0.NAME`, `1.NAME`, ...; what they are of as its metadata."""
+        tensors = {
+            f"{j}.{name}": value.detach().cpu().contiguous()
+            for j, model in enumerate(self.models)
+            for name, value in model.items()
+        }
+        about = {"rule": self.rule, "weights": self.weights, "objectives": names}
+        # One entry: of several the order in the file would differ from run to run.
+        return save(tensors, {"family": json.dumps(about)})
+
+    @staticmethod
+    def load(path: Path) -> Family:
+        """Raises ValueError where there is no such file, or it holds no family."""
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {})["family"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+            weights = tuple(tuple(map(float, w)) for w in about["weights"])
+            models: list[dict[str, Tensor]] = [{} for _ in weights]
+            for key, value in tensors.items():
+                place, _, name = key.partition(".")
+                models[int(place)][name] = value
+            return Family(weights, tuple(models), about["rule"])
+        except (OSError, SafetensorError, KeyError, IndexError, json.JSONDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{str(path)!r}: no models of a family ({reason}); finish the run with "
+                f"`python -m meal_fast.train --resume --out {path.parent}`"
+            ) from None
+
+
+def load_served(run: Path, config: Config) -> tuple[Policy, Family | Guides | None]:
+    """What answers for a finished run: its policy, or the policy that `at` makes of it at a w.
+
+    Of a family the policy is the base model until then. Raises ValueError for a run without them.
+    """
+    trained = policy_folder(run)
+    if not config.model_points:
+        policy = load_policy(config.policy, config.names, seed=config.seed, trained=trained)
+        return policy, Guides(config.parm.beta) if config.recipe == "parm" else None
+    family = Family.load(run / FILE)
+    return load_policy(config.policy, config.names, seed=config.seed), family
+
+
+def _corners(k: int) -> list[Weights]:
+    return [tuple(float(i == j) for j in range(k)) for i in range(k)]
+
+
+def _check_alike(
+    what: str, one: Mapping[str, Tensor], other: Mapping[str, Tensor], remedy: str, shown: int = 8
+) -> None:
+    differing = [f"{name} (in one alone)" for name in sorted(one.keys() ^ other.keys())]
+    differing += [
+        f"{name} {tuple(value.shape)} and {tuple(other[name].shape)}"
+        for name, value in one.items()
+        if name in other and value.shape != other[name].shape
+    ]
+    if differing:
+        more = f" and {len(differing) - shown} more" if len(differing) > shown else ""
+        raise ValueError(f"{what} differ in {', '.join(differing[:shown])}{more}; {remedy}")

@@ -1,0 +1,1 @@
+"""The loop, the recipes and what they are made of."""

@@ -1,0 +1,1 @@
+"""Where an update's responses come from."""

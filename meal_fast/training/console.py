@@ -1,0 +1,108 @@
+"""What a person sees of a run while it goes, and the optional loggers beside metrics.jsonl."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from meal_fast.config.run_dir import flat
+
+
+class Display:
+    """A live line on a terminal, one plain line an update elsewhere."""
+
+    def __init__(self, updates: int | None, done: int, progress: float) -> None:
+        self.updates = updates  # None: a budget of tokens ends the run
+        self._started, self._first = time.perf_counter(), progress
+        self._live = sys.stderr.isatty()
+        self._bar = Progress(
+            TextColumn("[bold]update"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[line]}"),
+            console=Console(stderr=True),
+            disable=not self._live,
+        )
+        self._task = self._bar.add_task("", total=updates, completed=done, line="starting")
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, metrics: dict[str, Any]) -> None:
+        done = metrics["update"] + 1
+        progress = metrics["progress"]
+        pace = (time.perf_counter() - self._started) / (progress - self._first)
+        line = f"{describe(metrics)}  left {clock(pace * (1.0 - progress))}"
+        if self._live:
+            self._bar.update(self._task, completed=done, line=line)
+        else:
+            of = f"{progress:.0%}" if self.updates is None else f"{done}/{self.updates}"
+            print(f"update {of}  {line}", file=sys.stderr, flush=True)
+
+
+def describe(metrics: dict[str, Any]) -> str:
+    """One update in one line: preference, rewards, KL, the meta-update, speed."""
+    w = "/".join(f"{x:.2f}" for x in metrics["w"])
+    rewards = "  ".join(f"{name} {value:+.2f}" for name, value in metrics["rewards"].items())
+    delta = f"  |Δ| {metrics['delta_norm']:.3f}" if "delta_norm" in metrics else ""
+    kl = f"  KL {metrics['kl']:.4f}" if "kl" in metrics else ""
+    kept = f"  kept {metrics['acceptance']:.0%}" if "acceptance" in metrics else ""
+    speed = metrics["tokens"] / sum(metrics["seconds"].values())
+    return f"w {w}  {rewards}{kl}{kept}{delta}  {speed:.0f} tok/s"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{s:02}" if hours else f"{minutes}:{s:02}"
+
+
+def check_logger(kind: str) -> None:
+    """Raises ValueError where the logger's package, named like it, is missing."""
+    if kind != "none" and importlib.util.find_spec(kind) is None:
+        raise ValueError(f"logger={kind!r}: pip install {kind}, or use logger none")
+
+
+class Loggers:
+    """TensorBoard or Weights & Biases, when asked for."""
+
+    def __init__(self, kind: str, out: Path, config: dict[str, Any]) -> None:
+        self._kind = kind
+        self._writer: Any = None
+        if kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(out / "tensorboard"))
+        elif kind == "wandb":
+            import wandb
+
+            self._writer = wandb.init(project="meal-fast", dir=str(out), config=config)
+
+    def update(self, metrics: dict[str, Any]) -> None:
+        if self._kind == "none":
+            return
+        numbers = {k: v for k, v in flat(metrics).items() if isinstance(v, int | float)}
+        numbers |= {f"w{i}": x for i, x in enumerate(metrics["w"])}
+        if self._kind == "wandb":
+            self._writer.log(numbers, step=metrics["update"])
+        else:
+            for name, value in numbers.items():
+                self._writer.add_scalar(name, value, metrics["update"])
+
+    def close(self) -> None:
+        if self._kind == "tensorboard":
+            self._writer.close()
+        elif self._kind == "wandb":
+            self._writer.finish()

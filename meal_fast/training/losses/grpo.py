@@ -1,0 +1,159 @@
+"""GRPO's loss and gradient for one rollout (BPS A.4 [P]; formula: `ops.linear_policy_loss`).
+
+Prompts go through the model once for all their samples; only sampled tokens reach the head, packed
+without padding. Micro-batches bound the memory; their gradients add up to the whole step's, since
+each is normalised by the step's own count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meal_fast import ops
+from meal_fast.config.config import GRPOConfig
+from meal_fast.data_types import Rollout, Scored
+from meal_fast.models import shared_prefix
+from meal_fast.models.policy import Network, Policy
+
+from .sequences import divisor, hidden, micro_batches, of_rows, of_tokens, packed, token_logp
+
+# Over micro-batches; the other metrics are means over tokens.
+SUMMED = {"loss", "policy_loss", "tokens"}
+OF_TOKENS = {"ref_logp", "ref_hidden"}  # of what the loss needs of the reference
+
+
+def grpo(
+    policy: Policy, rollout: Rollout, scored: Scored, config: GRPOConfig, temperature: float
+) -> dict[str, Tensor]:
+    """Adds the gradient of the step's loss to the policy's parameters; returns metrics (scalars).
+
+    The rollout's own log-probabilities are the behaviour policy's (logp_old). With beta > 0 the
+    reference model sees the same tokens first, before anything is kept for the gradient. Rows that
+    were truncated, selected or redrawn have another behaviour policy, and raise ValueError.
+
+    A rollout of several tasks' adapters goes through the stacked policy at once; each task has its
+    own loss, whose gradient is that of its factors, and the metrics are (tasks,).
+
+    With `config.keep` it learns from that many rows of each group (`most_telling`).
+    """
+    if not rollout.on_policy:
+        raise ValueError(
+            "rollout: its rows were truncated, selected or redrawn, so that logp_RT is not the "
+            "behaviour policy's; sample without top_k, top_p, min_p and rejection"
+        )
+    if config.keep:
+        rollout, scored = most_telling(rollout, scored, config.keep)
+    normalizers = [divisor(rollout, config.reduce, rows) for rows in rollout.tasks]
+    made: list[list[dict[str, Tensor]]] = [[] for _ in normalizers]  # of each task its runs'
+    batches = [
+        (rows, packed(rollout, rows)) for rows in micro_batches(rollout, config.micro_tokens)
+    ]
+    references: list[dict[str, Any]] = [{} for _ in batches]
+    if config.beta > 0:
+        with policy.reference() as reference, torch.no_grad():
+            references = [
+                _of_reference(reference, rollout, batch, config.kl, temperature)
+                for _, batch in batches
+            ]
+    for (rows, batch), extra in zip(batches, references, strict=True):
+        network = policy.network
+        with policy.recomputing(config.recompute):
+            hidden_MD = hidden(network, batch)
+        tokens = {
+            "target": of_tokens(rollout.tokens_RT, batch),
+            "advantage": of_rows(scored.advantage_R, rows, batch),
+            "old_logp": of_tokens(rollout.logp_RT, batch),
+            "sequence": batch.row_M,
+            **{name: extra.pop(name) for name in OF_TOKENS & extra.keys()},
+        }
+        parts = by_task(rollout, rows)
+        hidden_of = hidden_MD.split([at.stop - at.start for _, at in parts])
+        losses = []
+        for (task, at), own_MD in zip(parts, hidden_of, strict=True):
+            loss, metrics = ops.linear_policy_loss(
+                own_MD,
+                network.weight,
+                **{name: x[at] for name, x in tokens.items()},
+                beta=config.beta,
+                kl=config.kl,
+                clip=(config.clip_low, config.clip_high),
+                reduce=config.reduce,
+                normalizer=normalizers[task],
+                temperature=temperature,
+                bias=network.bias,
+                softcap=network.softcap,
+                **extra,
+            )
+            losses.append(loss)
+            made[task].append(metrics | {"loss": loss.detach()})
+        torch.stack(losses).sum().backward()
+    totals = [_whole(runs) for runs in made]
+    if len(totals) == 1:
+        return totals[0]
+    return {name: torch.stack([total[name] for total in totals]) for name in totals[0]}
+
+
+def _whole(runs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The step's metrics from its runs', as few tensors: SUMMED, and means over the tokens."""
+    names = sorted(runs[0], key=lambda name: name not in SUMMED)
+    first = sum(name in SUMMED for name in names)
+    total: Tensor | float = 0.0
+    for run in runs:
+        values = torch.stack([run[name].to(run["loss"].dtype) for name in names])
+        values[first:] *= run["tokens"]
+        total = total + values
+    assert isinstance(total, Tensor)
+    total[first:] /= total[names.index("tokens")].clamp(min=1)
+    return dict(zip(names, total.unbind(), strict=True))
+
+
+def most_telling(rollout: Rollout, scored: Scored, keep: int) -> tuple[Rollout, Scored]:
+    """Of each group the `keep` rows with the largest |advantage|, in their order; ties: the first.
+
+    Sampling is cheaper than learning, and near an advantage of 0 there is nothing to learn: so many
+    responses can be drawn, of which a rare good one is seen, and few learnt from (down-sampling of
+    rollouts, as in PODS [R]). Advantages stay those of the whole group. What is left out is small,
+    not nothing: the gradient is that of the kept rows' mean, and so is the KL term.
+    """
+    order_R = scored.advantage_R.abs().sort(descending=True, stable=True).indices
+    kept: list[int] = []
+    taken: Counter[int] = Counter()
+    for row in order_R.tolist():  # the one time that the device is waited for
+        group = rollout.groups[row]
+        if taken[group] < keep:
+            kept.append(row)
+        taken[group] += 1
+    kept.sort()
+    (rows,) = shared_prefix.to_device([torch.tensor(kept, dtype=torch.int64)], order_R.device)
+    its = Scored(*(getattr(scored, f.name)[rows] for f in dataclasses.fields(scored)))
+    return rollout.of_rows(rows, kept), its
+
+
+def by_task(rollout: Rollout, rows: range) -> list[tuple[int, slice]]:
+    """The tasks that a run of rows is of: number, and where their tokens lie among its M."""
+    parts, start = [], 0
+    for task, share in enumerate(rollout.tasks):
+        low, high = max(rows.start, share.start), min(rows.stop, share.stop)
+        if low < high:
+            end = start + sum(rollout.lengths[low:high])
+            parts.append((task, slice(start, end)))
+            start = end
+    return parts
+
+
+def _of_reference(
+    network: Network, rollout: Rollout, batch: shared_prefix.Packed, kl: str, temperature: float
+) -> dict[str, Any]:
+    """What the loss needs of the reference: its log-probabilities; all of it for the exact KL."""
+    if kl == "exact":
+        return {
+            "ref_hidden": hidden(network, batch),
+            "ref_weight": network.weight,
+            "ref_bias": network.bias,
+        }
+    return {"ref_logp": token_logp(network, rollout, batch, temperature)}

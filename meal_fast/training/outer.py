@@ -1,0 +1,267 @@
+"""The outer loops: Reptile over preferences (BPS A.4 [P]), none, and a model a preference.
+
+For each preference of a meta-step the inner updates start from the same theta_t; then
+
+    theta_{t+1} = theta_t + epsilon_t * mean_j(theta_{t,j} - theta_t)
+
+with epsilon_t falling linearly from epsilon_0 to 0. With LoRA, theta are the factors A and B:
+averaging factors is not averaging their product [R].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meal_fast.config.config import GRPOConfig, MetaConfig
+from meal_fast.data.preferences import Weights
+
+AdamState = dict[str, list[Tensor]]  # step, exp_avg, exp_avg_sq: one tensor a parameter
+
+
+class Joint:
+    """No outer loop: every inner update moves the policy, Adam's state goes on."""
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], meta: MetaConfig, inner: GRPOConfig
+    ) -> None:
+        self.parameters: list[Tensor] = list(parameters)
+        self.meta = meta
+        betas = (0.0, 0.999) if self._momentum_free() else (0.9, 0.999)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=inner.lr, betas=betas, weight_decay=inner.weight_decay, fused=True
+        )
+
+    def _momentum_free(self) -> bool:
+        return False
+
+    @property
+    def lanes(self) -> Sequence[Joint]:
+        """What takes the inner updates of a task, for as many tasks as go at once."""
+        return [self]
+
+    @property
+    def stack(self) -> Sequence[Sequence[Tensor]]:
+        """Of tasks that go at once their factors; empty where the policy's own are trained."""
+        return ()
+
+    def begin(self) -> None:
+        """Called before the tasks of a meta-step."""
+
+    def begin_task(self, w: Weights) -> None:
+        """Called before the inner updates of one preference."""
+
+    def advance(self, lr: float, max_grad_norm: float) -> Tensor:
+        """Adam's step along the gradients, which are dropped; their norm, before any clipping."""
+        norm = nn.utils.clip_grad_norm_(self.parameters, max_grad_norm or float("inf"))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def end_task(self, w: Weights) -> None:
+        """Called after them."""
+
+    def end(self, progress: float) -> dict[str, float]:
+        """Called after all tasks of a meta-step; `progress`: the share of the run done before it.
+
+        Returns metrics.
+        """
+        return {}
+
+    def models(self) -> dict[Weights, list[Tensor]]:
+        """The parameters by preference; empty where one model serves all preferences."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next meta-step depends on."""
+        return {"theta": [p.detach().clone() for p in self.parameters], "adam": self._adam()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, state["theta"], strict=True):
+                parameter.copy_(value)
+        self._set_adam(state["adam"])
+
+    def _adam(self) -> AdamState:
+        held = [self.optimizer.state[p] for p in self.parameters]
+        names = ("step", "exp_avg", "exp_avg_sq")
+        return {n: [s[n].clone() for s in held] for n in names} if held[0] else {}
+
+    def _set_adam(self, adam: AdamState) -> None:
+        self.optimizer.state.clear()
+        if adam:
+            for i, parameter in enumerate(self.parameters):
+                # A checkpoint is read onto the CPU; the optimizer works where its parameters are.
+                own = {n: v[i].to(parameter.device, copy=True) for n, v in adam.items()}
+                self.optimizer.state[parameter] = own
+
+
+class Reptile(Joint):
+    """Every task starts from the snapshot; the snapshot moves along the mean of the tasks' deltas.
+
+    Adam's state (`meta.adam`): `persist_v`, beta_1 = 0 and every task starts from the snapshot's
+    second moment, which afterwards becomes the mean of the tasks' (so their order does not matter);
+    `reset`, fresh for every task; `per_preference`, kept for each preference seen.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], meta: MetaConfig, inner: GRPOConfig
+    ) -> None:
+        if meta.n_inner < 2:
+            raise ValueError(
+                f"meta.n_inner={meta.n_inner}: Reptile needs at least 2 inner updates; "
+                "with 1 it is joint training"
+            )
+        super().__init__(parameters, meta, inner)
+        self._theta: list[Tensor] = []
+        self._start: AdamState = {}
+        self._ends: list[AdamState] = []
+        self._deltas: list[list[Tensor]] = []
+        self._by_preference: dict[Weights, AdamState] = {}
+
+    def _momentum_free(self) -> bool:
+        return self.meta.adam == "persist_v"
+
+    def begin(self) -> None:
+        self._theta = [p.detach().clone() for p in self.parameters]
+        self._start, self._ends, self._deltas = self._adam(), [], []
+
+    @torch.no_grad()
+    def begin_task(self, w: Weights) -> None:
+        torch._foreach_copy_(self.parameters, self._theta)
+        adam: AdamState = {}
+        if self.meta.adam == "persist_v":
+            adam = self._start
+        elif self.meta.adam == "per_preference":
+            adam = self._by_preference.get(w, {})
+        self._set_adam(adam)
+
+    @torch.no_grad()
+    def end_task(self, w: Weights) -> None:
+        self._deltas.append(list(torch._foreach_sub(self.parameters, self._theta)))
+        if self.meta.adam == "persist_v":
+            self._ends.append(self._adam())
+        elif self.meta.adam == "per_preference":
+            self._by_preference[w] = self._adam()
+
+    @torch.no_grad()
+    def end(self, progress: float) -> dict[str, float]:
+        deltas = self._deltas
+        epsilon = self.meta.epsilon * (1.0 - progress)
+        mean = [torch.stack(parts).mean(0) for parts in zip(*deltas, strict=True)]
+        norm = float(_norm(mean)) * epsilon
+        if self.meta.max_delta and norm > self.meta.max_delta:
+            epsilon *= self.meta.max_delta / norm
+        torch._foreach_copy_(self.parameters, self._theta)
+        torch._foreach_add_(self.parameters, mean, alpha=epsilon)
+        self._ends = [end for end in self._ends if end]  # a task of skipped updates has none
+        if self._ends:
+            merged = {
+                name: [torch.stack(parts).mean(0) for parts in zip(*per_task, strict=True)]
+                for name in self._ends[0]
+                for per_task in [[end[name] for end in self._ends]]
+            }
+            self._set_adam(merged)
+        metrics = {"delta_norm": norm, "epsilon": epsilon}
+        if len(deltas) > 1:
+            dots = [(a * b).sum() for a, b in zip(deltas[0], deltas[1], strict=True)]
+            dot, size = float(torch.stack(dots).sum()), float(_norm(deltas[0]) * _norm(deltas[1]))
+            metrics["delta_cosine"] = dot / size if size else 0.0
+        return metrics
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "by_preference": self._by_preference}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self._by_preference = state["by_preference"]
+
+
+class ParallelReptile(Reptile):
+    """Reptile with the tasks of a meta-step at once: each has factors and an Adam of its own.
+
+    The same meta-update as one task after the other, since all start from the snapshot; but with
+    `per_preference`, tasks of one preference in a meta-step do not inherit from each other, and the
+    last one's state is kept; and a schedule over `meta.tokens` counts an inner step's tokens of all
+    tasks at once.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], meta: MetaConfig, inner: GRPOConfig
+    ) -> None:
+        super().__init__(parameters, meta, inner)
+        self._lanes = [
+            Reptile([nn.Parameter(p.detach().clone()) for p in parameters], meta, inner)
+            for _ in range(meta.tasks)
+        ]
+
+    @property
+    def lanes(self) -> Sequence[Joint]:
+        return self._lanes
+
+    @property
+    def stack(self) -> Sequence[Sequence[Tensor]]:
+        return [lane.parameters for lane in self._lanes]
+
+    def begin(self) -> None:
+        super().begin()
+        for lane in self._lanes:  # they start from one snapshot, and add to one list of deltas
+            lane._theta, lane._start, lane._by_preference = (
+                self._theta, self._start, self._by_preference,
+            )  # fmt: skip
+            lane._ends, lane._deltas = self._ends, self._deltas
+
+
+class Separate(Joint):
+    """A model for each preference, trained as if it were alone.
+
+    Its parameters and its Adam state are put into place for its tasks and kept between them; all
+    models start from the same parameters, with an empty Adam state. `spread`, a metric: the root
+    mean square of the models' distances to their mean, over all parameters.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], meta: MetaConfig, inner: GRPOConfig
+    ) -> None:
+        super().__init__(parameters, meta, inner)
+        self._first = [p.detach().clone() for p in self.parameters]
+        self._theta: dict[Weights, list[Tensor]] = {}
+        self._of: dict[Weights, AdamState] = {}
+
+    @torch.no_grad()
+    def begin_task(self, w: Weights) -> None:
+        torch._foreach_copy_(self.parameters, self._theta.get(w, self._first))
+        self._set_adam(self._of.get(w, {}))
+
+    @torch.no_grad()
+    def end_task(self, w: Weights) -> None:
+        self._theta[w] = [p.detach().clone() for p in self.parameters]
+        self._of[w] = self._adam()
+
+    @torch.no_grad()
+    def end(self, progress: float) -> dict[str, float]:
+        same = zip(*self._theta.values(), strict=True)
+        variances = [torch.stack(parts).var(0, correction=0).sum() for parts in same]
+        return {"spread": float(torch.stack(variances).sum().sqrt())}
+
+    def models(self) -> dict[Weights, list[Tensor]]:
+        return dict(self._theta)
+
+    def state(self) -> dict[str, Any]:
+        return {"models": self._theta, "adam": self._of}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._theta = {
+            w: [value.to(like.device) for value, like in zip(theta, self._first, strict=True)]
+            for w, theta in state["models"].items()
+        }
+        self._of = dict(state["adam"])
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))

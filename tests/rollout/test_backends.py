@@ -1,0 +1,202 @@
+"""Other samplers against the engine, and vLLM's own types where it is installed."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from meal_fast.config.config import RolloutConfig, from_dict
+from meal_fast.data_types import Prompt
+from meal_fast.rollout import Request, rollout
+from meal_fast.rollout.backends import (
+    Drawn,
+    backend,
+    from_vllm,
+    generate_rollout,
+    vllm_adapter,
+    vllm_options,
+    vllm_requests,
+    vllm_rollout,
+)
+from tests.helpers.run_folder import tiny_config, tiny_policy
+
+PROMPTS = [Prompt("a", "Write a short word."), Prompt("b", "Hi"), Prompt("c", "Write a list, now!")]
+W = (0.7, 0.3)
+REQUESTS = [Request(p, w, 2) for p in PROMPTS for w in (W, (0.0, 1.0))]
+REQUESTS.append(Request(PROMPTS[1], None))
+OPTIONS = {"max_new_tokens": 8, "temperature": 0.9, "seed": 3, "stream": ("test", 4)}
+with_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return tiny_policy(tiny_config())
+
+
+def assert_same(ours, theirs):
+    assert theirs.texts == ours.texts and theirs.finish == ours.finish
+    for name in ("group_R", "w_RK", "tokens_RT", "mask_RT"):
+        mine, other = getattr(ours, name), getattr(theirs, name)
+        assert mine.dtype == other.dtype and torch.equal(mine, other), name
+    assert theirs.prompts == ours.prompts and theirs.prefix == ours.prefix
+    assert theirs.logp_RT.dtype == torch.float32
+    torch.testing.assert_close(theirs.logp_RT, ours.logp_RT, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("max_rows", [64, 5])
+def test_generate_draws_the_engines_tokens(policy, temperature, max_rows):
+    options = OPTIONS | {"temperature": temperature}
+    ours = rollout(policy, REQUESTS, **options)
+    theirs = generate_rollout(policy, REQUESTS, **options, max_rows=max_rows)
+    assert_same(ours, theirs)
+    assert theirs.prefill_tokens == sum(len(theirs.prefix[g]) for g in theirs.group_R.tolist())
+    assert theirs.prefill_tokens > ours.prefill_tokens
+
+
+def test_generate_stops_where_the_engine_stops(policy, monkeypatch):
+    drawn = rollout(policy, REQUESTS, **OPTIONS).tokens_RT
+    stops = frozenset(torch.bincount(drawn.ravel()).topk(2).indices.tolist())
+    monkeypatch.setattr(type(policy), "stop_ids", stops)
+    ours = rollout(policy, REQUESTS, **OPTIONS)
+    lengths = ours.mask_RT.sum(1)
+    assert {"stop", "length"} == set(ours.finish) and len(set(lengths.tolist())) > 2
+    assert_same(ours, generate_rollout(policy, REQUESTS, **OPTIONS))
+    short = [q for i, q in enumerate(REQUESTS) if i != 3]
+    assert_same(
+        rollout(policy, short, **OPTIONS), generate_rollout(policy, short, **OPTIONS, max_rows=3)
+    )
+
+
+def test_generate_samples_the_reference_too_and_the_adapters_matter(policy):
+    trained = generate_rollout(policy, REQUESTS, **OPTIONS)
+    with policy.reference() as base:
+        ours = rollout(policy, REQUESTS, **OPTIONS, network=base)
+        assert_same(ours, generate_rollout(policy, REQUESTS, **OPTIONS, network=base))
+    assert trained.texts != ours.texts
+
+
+def test_generate_samples_a_policy_of_all_parameters_and_its_frozen_copy():
+    policy = tiny_policy(tiny_config(policy={"tuning": "full"}), scale=0.05)
+    trained = rollout(policy, REQUESTS[:3], **OPTIONS)
+    assert_same(trained, generate_rollout(policy, REQUESTS[:3], **OPTIONS))
+    with policy.reference() as base:
+        ours = rollout(policy, REQUESTS[:3], **OPTIONS, network=base)
+        assert_same(ours, generate_rollout(policy, REQUESTS[:3], **OPTIONS, network=base))
+    assert trained.texts != ours.texts
+
+
+def test_generate_leaves_the_model_as_it_found_it(policy):
+    """Its attention is the engine's own; the sampling options a model comes with have no say."""
+    base = policy.model.get_base_model()
+    before = base.config._attn_implementation
+    plain = generate_rollout(policy, REQUESTS[:2], **OPTIONS)
+    kept = base.generation_config
+    kept.repetition_penalty, kept.min_new_tokens = 5.0, 9
+    try:
+        assert_same(plain, generate_rollout(policy, REQUESTS[:2], **OPTIONS))
+        assert base.generation_config is kept
+    finally:
+        kept.repetition_penalty, kept.min_new_tokens = None, None
+    with pytest.raises(ValueError, match="temperature"):
+        generate_rollout(policy, REQUESTS[:2], **OPTIONS | {"temperature": -1.0})
+    assert base.config._attn_implementation == before and base.generation_config is kept
+    assert_same(rollout(policy, REQUESTS[:2], **OPTIONS), plain)
+
+
+@pytest.mark.parametrize("sampler", [generate_rollout, pytest.param(vllm_rollout, marks=with_vllm)])
+def test_what_they_refuse(policy, sampler):
+    with pytest.raises(ValueError, match="nothing to sample"):
+        sampler(policy, [], **OPTIONS)
+    with pytest.raises(ValueError, match="samples=0"):
+        sampler(policy, [Request(PROMPTS[0], W, 0)], **OPTIONS)
+    with pytest.raises(ValueError, match="prompt e: is empty"):
+        sampler(policy, [Request(Prompt("e", " "), W)], **OPTIONS)
+    with pytest.raises(ValueError, match="exceed the model's context"):
+        sampler(policy, REQUESTS, **OPTIONS | {"max_new_tokens": 10**6})
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        sampler(policy, REQUESTS, **OPTIONS | {"max_new_tokens": 0})
+
+
+def test_generate_refuses_a_network_that_is_not_the_policys(policy):
+    other = tiny_policy(tiny_config())
+    with pytest.raises(ValueError, match="network: neither"):
+        generate_rollout(policy, REQUESTS, **OPTIONS, network=other.network)
+
+
+def test_a_backend_by_its_name():
+    assert backend("engine") is rollout and backend("generate") is generate_rollout
+    assert backend(RolloutConfig().backend) is rollout
+    with pytest.raises(ValueError, match=r"rollout\.backend='tgi': choose from engine, generate"):
+        backend("tgi")
+    with pytest.raises(ValueError, match=r"rollout\.backend='tgi': choose from engine, generate"):
+        from_dict({"rollout": {"backend": "tgi"}})
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_vllm_is_asked_for_by_the_name_of_its_extra(policy):
+    with pytest.raises(ValueError, match=r"rollout\.backend='vllm': .*meal-fast\[vllm\]"):
+        backend("vllm")
+    with pytest.raises(ValueError, match=r"rollout\.backend='vllm': .*meal-fast\[vllm\]"):
+        vllm_rollout(policy, REQUESTS, **OPTIONS)
+
+
+@with_vllm
+def test_vllm_takes_our_requests():
+    options = {"max_new_tokens": 7, "temperature": 0.9, "seed": 3}
+    prompts, settings = vllm_requests([(1, 2), (3,)], [11, 12], frozenset({9, 5}), **options)
+    assert [p["prompt_token_ids"] for p in prompts] == [[1, 2], [3]]
+    first, second = settings
+    assert first.n == 1 and first.max_tokens == 7 and first.temperature == 0.9
+    assert first.seed != second.seed and 0 <= first.seed < 1 << 63
+    assert (first.top_k, first.top_p, first.min_p, first.logprobs) == (0, 1.0, 0.0, 0)
+    assert first.stop_token_ids == [5, 9] and first.ignore_eos and not first.detokenize
+    again = vllm_requests([(1, 2)], [11], frozenset({9, 5}), **options)[1][0]
+    assert again.seed == first.seed
+    greedy = vllm_requests([(1,)], [1], frozenset(), **options | {"temperature": 0.0})[1][0]
+    assert greedy.temperature == 0
+
+
+@with_vllm
+def test_vllm_takes_our_options(tmp_path):
+    import inspect
+    from typing import get_args
+
+    from vllm import LLM
+    from vllm.config.lora import MaxLoRARanks
+    from vllm.engine.arg_utils import EngineArgs
+
+    for rank in (0, 1, 16, 17, 64, 200):
+        made = EngineArgs(**vllm_options(str(tmp_path), "bfloat16", rank))
+        assert made.enable_lora == (rank > 0)
+        assert rank <= made.max_lora_rank and made.max_lora_rank in get_args(MaxLoRARanks)
+    assert made.logprobs_mode == "processed_logprobs" and made.model == str(tmp_path)
+    assert {"prompts", "lora_request", "use_tqdm"} <= set(
+        inspect.signature(LLM.generate).parameters
+    )
+    assert {"model", "dtype", "skip_tokenizer_init"} <= set(inspect.signature(LLM).parameters)
+
+
+@with_vllm
+def test_vllm_outputs_and_adapters(tmp_path):
+    from vllm.logprobs import Logprob
+    from vllm.outputs import CompletionOutput, RequestOutput
+
+    def output(finish):
+        logprobs = [{4: Logprob(-0.5, 1)}, {2: Logprob(-0.1, 1), 9: Logprob(-2.5, 7)}]
+        completion = CompletionOutput(0, "", [4, 9], None, logprobs, finish_reason=finish)
+        return RequestOutput("7", None, [1, 2], None, [completion], True)
+
+    assert from_vllm(output("stop")) == Drawn([4, 9], [-0.5, -2.5], "stop")
+    assert from_vllm(output("length")).finish == "length"
+    with pytest.raises(ValueError, match="vllm request 7: ended by 'abort'"):
+        from_vllm(output("abort"))
+    one, two = vllm_adapter(str(tmp_path)), vllm_adapter(str(tmp_path))
+    assert one.lora_int_id != two.lora_int_id and one.lora_path == str(tmp_path)
+
+
+@with_vllm
+def test_vllm_refuses_a_policy_of_all_parameters():
+    policy = tiny_policy(tiny_config(policy={"tuning": "full"}))
+    with pytest.raises(ValueError, match=r"policy\.tuning='full'"):
+        vllm_rollout(policy, REQUESTS, **OPTIONS)
