@@ -69,7 +69,7 @@ def main() -> None:
             max_new_tokens=NEW_TOKENS,
             temperature=TEMPERATURE,
             seed=0,
-            stream=("bench", step),
+            rng_key=("bench", step),
         )
         marks = [time.perf_counter()]
         reward_RK = torch.tensor([reward(rolled.texts)]).T

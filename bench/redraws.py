@@ -54,7 +54,7 @@ def main() -> None:
         config = RejectionConfig(
             rule="threshold", threshold=1 - acceptance, keep=KEEP, rounds=40, fallback="none"
         )
-        sampling = Sampling(NEW, 1.0, seed=0, stream=(str(acceptance),))
+        sampling = Sampling(NEW, 1.0, seed=0, rng_key=(str(acceptance),))
         with engine(side.policy) as sampler:
             log = rejection_sample(sampler, requests, sampling, config, score, judge).log
         kept = log["kept"]

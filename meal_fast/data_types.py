@@ -51,7 +51,7 @@ class Rollout:
     prefill_tokens: int  # of prompts and preferences, that went through the model
     reused_tokens: int  # of the rows' prefixes, that did not have to
     seconds: float
-    adapter: tuple[int, ...] = ()  # B, the task whose adapter answered; empty: there is one adapter
+    task_id: tuple[int, ...] = ()  # B, the task whose adapter answered; empty: there is one adapter
 
     @cached_property
     def groups(self) -> tuple[int, ...]:
@@ -71,15 +71,15 @@ class Rollout:
     @property
     def tasks(self) -> tuple[slice, ...]:
         """The rows of each task, in order."""
-        if not self.adapter:
+        if not self.task_id:
             return (slice(0, len(self.groups)),)
-        task_R = [self.adapter[g] for g in self.groups]
+        task_R = [self.task_id[g] for g in self.groups]
         starts = [r for r, t in enumerate(task_R) if r == 0 or t != task_R[r - 1]]
         return tuple(slice(*ends) for ends in pairwise([*starts, len(task_R)]))
 
     def of_task(self, rows: slice) -> Rollout:
         """One of `tasks`, as a rollout of its own: no wider than its longest row."""
-        if not self.adapter:
+        if not self.task_id:
             return self
         groups, lengths = self.groups[rows], self.lengths[rows]
         first, last = groups[0], groups[-1]
@@ -100,7 +100,7 @@ class Rollout:
             prefill_tokens=fresh,
             reused_tokens=sum(len(self.prefix[g]) for g in groups) - fresh,
             seconds=self.seconds / len(self.tasks),
-            adapter=(),
+            task_id=(),
         )
         return rollout.told([g - first for g in groups], lengths)
 
@@ -132,7 +132,7 @@ class Scored:
     advantage_R: Tensor  # float32
 
 
-def key(*parts: int | str) -> int:
+def rng_seed(*parts: int | str) -> int:
     """A 63-bit key of anything: the same everywhere, whatever the rank, slot or batch size.
 
     All randomness of a run hangs on such keys: a sampled row's id is the key of (step, task, inner

@@ -108,7 +108,7 @@ class Objectives:
         self.device = torch.device(device)  # of the rewards, wherever the scorers run
         self._scorers = scorers
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+    def rewards(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Raw rewards (R, K), float32 on `device`; row r scores `responses[r]` to `prompts[r]`.
 
         Raises ObjectiveError when an objective raises, returns another number of scores than R, or

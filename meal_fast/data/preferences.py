@@ -28,9 +28,9 @@ from pathlib import Path
 import numpy as np
 
 from meal_fast.config.config import Config
-from meal_fast.data_types import key
+from meal_fast.data_types import rng_seed
 
-Weights = tuple[float, ...]
+Preference = tuple[float, ...]
 Array = np.ndarray
 
 # BPS, Table 1: the 28 weights of its evaluation (the first entry; the second is one minus it) [P].
@@ -96,7 +96,7 @@ class Goals:
         if not fit or not np.isfinite([*self.lo, *self.hi]).all():
             raise ValueError(f"goals from {self.lo} to {self.hi}: need K finite ends, lo <= hi")
 
-    def of(self, w: Weights) -> Weights:
+    def of(self, w: Preference) -> Preference:
         """The K standardised rewards that stand for w (not all zero)."""
         length = float(np.linalg.norm(w))
         ends = zip(w, self.lo, self.hi, strict=True)
@@ -115,7 +115,7 @@ class Goals:
         return Goals(tuple(held["lo"]), tuple(held["hi"]))
 
 
-def lattice(k: int, points: int) -> tuple[Weights, ...]:
+def lattice(k: int, points: int) -> tuple[Preference, ...]:
     """The simplex lattice with `points` values a side, from (1, 0, …) to (0, …, 1).
 
     K = 2 and 11 points: BPS's W_train = {(1,0), (0.9,0.1), …, (0,1)} [P].
@@ -136,7 +136,7 @@ def lattice(k: int, points: int) -> tuple[Weights, ...]:
     return tuple(tuple(n / steps for n in counts) for counts in compositions(steps, k))
 
 
-def evaluation_weights(k: int, points: int) -> tuple[Weights, ...]:
+def evaluation_weights(k: int, points: int) -> tuple[Preference, ...]:
     """The sweep of an evaluation: the simplex lattice with `points` a side; for K = 2 and 28 the
     weights of BPS's Table 1, for K = 3 and 13 those of RiC's evaluation."""
     if k == 2 and points == 28:
@@ -146,7 +146,7 @@ def evaluation_weights(k: int, points: int) -> tuple[Weights, ...]:
     return lattice(k, points)
 
 
-def drawn_tasks(config: Config, step: int) -> list[Weights]:
+def drawn_tasks(config: Config, step: int) -> list[Preference]:
     """The preferences of meta-step `step` for one model that reads them: see `draw`."""
     options = config.preference
     return draw(
@@ -160,12 +160,12 @@ def drawn_tasks(config: Config, step: int) -> list[Weights]:
     )
 
 
-def model_tasks(config: Config, step: int) -> list[Weights]:
+def model_tasks(config: Config, step: int) -> list[Preference]:
     """Those of several models with a preference each: at every meta-step, all of them."""
     return list(lattice(len(config.names), config.model_points))
 
 
-def on_lattice(weights: Sequence[Weights], points: int) -> list[bool]:
+def on_lattice(weights: Sequence[Preference], points: int) -> list[bool]:
     """Whether training on that lattice could draw each weight; points = 0, continuous: none."""
     if not points:
         return [False] * len(weights)
@@ -173,7 +173,7 @@ def on_lattice(weights: Sequence[Weights], points: int) -> list[bool]:
     return [bool((np.abs(grid - np.asarray(w)).max(1) < 1e-9).any()) for w in weights]
 
 
-def shown_weights(weights: Sequence[Weights]) -> tuple[Weights, ...]:
+def shown_weights(weights: Sequence[Preference]) -> tuple[Preference, ...]:
     """The weights at which a single prompt's answers are shown: K = 2 BPS's four [P], else corners.
 
     `weights` are those of the sweep, for its K.
@@ -191,7 +191,7 @@ def draw(
     step: int,
     count: int,
     rotate: bool = False,
-) -> list[Weights]:
+) -> list[Preference]:
     """`count` preferences w ~ Dir(alpha), mapped onto the nearest lattice point (points = 0: not).
 
     BPS A.3 [P]; nearest-point mapping is our reading of "over W_train" [R]. Depends on (seed, step)
@@ -200,7 +200,7 @@ def draw(
     rotate: a draw is followed by its k - 1 rotations, (0.9, 0.1) by (0.1, 0.9). Each is Dir(alpha)
     as before, and what they pull the policy to in common cancels in the meta-step [R].
     """
-    rng = np.random.Generator(np.random.Philox(key=key(seed, "preference", step)))
+    rng = np.random.Generator(np.random.Philox(key=rng_seed(seed, "preference", step)))
     drawn = rng.dirichlet([alpha] * k, size=-(-count // k) if rotate else count)
     if rotate:
         turns = [np.roll(drawn, shift, axis=1) for shift in range(k)]
@@ -208,7 +208,7 @@ def draw(
     return snapped(drawn, points)
 
 
-def snapped(w: Sequence[Sequence[float]] | Array, points: int) -> list[Weights]:
+def snapped(w: Sequence[Sequence[float]] | Array, points: int) -> list[Preference]:
     """Each preference's nearest lattice point (points = 0: itself); the first of equally near."""
     w_RK = np.asarray(w, dtype=np.float64)
     if points:

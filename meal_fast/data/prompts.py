@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from meal_fast.data_types import Prompt, key
+from meal_fast.data_types import Prompt, rng_seed
 
 from .assets import asset
 from .assets.splitting import SPLITS, split_of, text_hash, text_id, unique
@@ -150,7 +150,7 @@ def in_turn(items: Sequence[T], first: int, count: int, seed: int, name: str) ->
     taken: list[T] = []
     for position in range(first, first + count):
         if not taken or position % n == 0:
-            epoch = np.random.Philox(key=key(seed, name, position // n))
+            epoch = np.random.Philox(key=rng_seed(seed, name, position // n))
             order = np.random.Generator(epoch).permutation(n)
         taken.append(items[order[position % n]])
     return taken

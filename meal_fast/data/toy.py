@@ -32,11 +32,11 @@ from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from meal_fast.data_types import key
+from meal_fast.data_types import rng_seed
 
 from .assets.keys import code_digest, library_versions
 from .assets.parts import build_part, worlds_dir
-from .preferences import Weights, lattice, preference_text
+from .preferences import Preference, lattice, preference_text
 
 Array = NDArray[np.float64]
 Score = Literal["linear", "tchebycheff", "smooth-tchebycheff"]
@@ -106,16 +106,16 @@ class Truth:
         as_good = (points[None] >= points[:, None]).all(2)
         return points[as_good.sum(1) == 1]  # no other than itself
 
-    def scores(self, score: Score, w: Weights, mu: float = 0.1) -> Array:
+    def scores(self, score: Score, w: Preference, mu: float = 0.1) -> Array:
         """The score of every response (M,) at preference w and z* = UTOPIA; float64."""
         return score_of(self.reward_MK, score, w, mu)
 
-    def optimal(self, score: Score, w: Weights, mu: float = 0.1) -> frozenset[str]:
+    def optimal(self, score: Score, w: Preference, mu: float = 0.1) -> frozenset[str]:
         """All responses whose score is the best there is (to 1e-9)."""
         values = self.scores(score, w, mu)
         return frozenset(self.responses[i] for i in np.flatnonzero(values >= values.max() - 1e-9))
 
-    def regret(self, response: str, score: Score, w: Weights, mu: float = 0.1) -> float:
+    def regret(self, response: str, score: Score, w: Preference, mu: float = 0.1) -> float:
         """How far a response's score lies below the best one: 0 for an optimal response."""
         reward = np.array([[_share(response, letter) for letter in LETTERS[:2]]])
         best = self.scores(score, w, mu).max()
@@ -137,7 +137,7 @@ def truth() -> Truth:
     return Truth(responses, np.array([first((), responses), second((), responses)]).T)
 
 
-def score_of(reward_MK: Array, score: Score, w: Weights, mu: float = 0.1) -> Array:
+def score_of(reward_MK: Array, score: Score, w: Preference, mu: float = 0.1) -> Array:
     """Linear, Tchebycheff or smooth Tchebycheff score of rewards (M, 2) at z* = UTOPIA, float64.
 
     Written apart from `meal_fast.ops` on purpose: the truth must not share a mistake with training.
@@ -240,7 +240,7 @@ def _noise(name: str, shape: Sequence[int], scale: float) -> torch.Tensor:
     Box and Muller's cosines and sines of torch's uniform numbers (which are whole multiples of
     2^-24), in float64: `torch.randn` makes them in float32, and its last digits depend on the CPU.
     """
-    generator = torch.Generator().manual_seed(key(_SEED, name) % 2**31)
+    generator = torch.Generator().manual_seed(rng_seed(_SEED, name) % 2**31)
     u = torch.rand(math.prod(shape), generator=generator).double().view(-1, 2, 8)
     radius, angle = torch.sqrt(-2.0 * torch.log(1.0 - u[:, 0])), 2.0 * math.pi * u[:, 1]
     normal = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=1)

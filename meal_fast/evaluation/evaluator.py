@@ -27,7 +27,7 @@ import numpy as np
 from meal_fast.config.cli import OneLineParser, one_line_errors, require_packages
 from meal_fast.config.config import Config
 from meal_fast.config.run_dir import policy_folder, read_config, read_statistics
-from meal_fast.data.preferences import Weights, evaluation_weights, on_lattice, shown_weights
+from meal_fast.data.preferences import Preference, evaluation_weights, on_lattice, shown_weights
 from meal_fast.data_types import Prompt
 from meal_fast.models.threads import use_threads
 
@@ -164,7 +164,7 @@ def evaluate(
 def _score(
     objectives: Objectives,
     prompts: Sequence[Prompt],
-    weights: Sequence[Weights],
+    weights: Sequence[Preference],
     sweep: Sweep,
     say: Progress,
 ) -> Array:
@@ -174,7 +174,7 @@ def _score(
     pairs = list(zip(asked, sweep.texts, strict=True))
     unique = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
     say(f"evaluation: scoring {len(unique)} answers")
-    reward_UK = objectives.score([p for p, _ in unique], [r for _, r in unique])
+    reward_UK = objectives.rewards([p for p, _ in unique], [r for _, r in unique])
     reward_RK = reward_UK.double().cpu().numpy()[[unique[pair] for pair in pairs]]
     by_prompt = reward_RK.reshape(len(prompts), len(weights), samples, -1)
     return by_prompt.transpose(1, 0, 2, 3)
@@ -188,7 +188,7 @@ def _normalize(normalizer: Normalizer, reward: Array) -> Array:
 
 
 def _shortfall(
-    normalized: Array, weights: Sequence[Weights], utopia: Sequence[float], mu: float
+    normalized: Array, weights: Sequence[Preference], utopia: Sequence[float], mu: float
 ) -> Array:
     """-S_smooth of every answer, averaged over samples: (W, P, S, K) -> (W, P)."""
     import torch
@@ -210,7 +210,7 @@ def _shortfall(
 def _answers(
     names: Sequence[str],
     prompts: Sequence[Prompt],
-    weights: Sequence[Weights],
+    weights: Sequence[Preference],
     sweeps: dict[tuple[str, str], Sweep],
     rewards: dict[tuple[str, str], Array],
     shown: int = 4,

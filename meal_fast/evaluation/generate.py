@@ -10,7 +10,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any, Protocol
 
 from meal_fast.config.config import Config
-from meal_fast.data.preferences import Weights
+from meal_fast.data.preferences import Preference
 from meal_fast.data_types import Prompt
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ class Served(Protocol):
     """What makes a policy serve a preference where it is not told in words: a family of models, or
     the guides of PARM."""
 
-    def groups(self, weights: Sequence[Weights]) -> list[list[int]]:
+    def groups(self, weights: Sequence[Preference]) -> list[list[int]]:
         """Places in `weights`, those together that the same parameters serve."""
 
-    def at(self, policy: Policy, w: Weights) -> AbstractContextManager[None]:
+    def at(self, policy: Policy, w: Preference) -> AbstractContextManager[None]:
         """Within it the policy is what serves w; afterwards, what it was before."""
 
 
@@ -63,7 +63,7 @@ def answers(
     network: Network | None,  # the reference, to ask the base model; None: the policy
     model: str,
     prompts: Sequence[Prompt],
-    weights: Sequence[Weights],
+    weights: Sequence[Preference],
     config: Config,
     say: Progress,
     family: Served | None = None,  # what the policy becomes for a weight
@@ -105,7 +105,7 @@ def answers(
                     max_new_tokens=config.rollout.max_new_tokens,
                     temperature=config.rollout.temperature if mode == "sampled" else 0.0,
                     seed=config.seed,
-                    stream=("evaluation",),
+                    rng_key=("evaluation",),
                 )
                 out = sampler.sample(requests, sampling, partial(said[mode], before[mode]))
                 before[mode] += len(out.texts)
@@ -121,7 +121,7 @@ def answers(
     return sweeps
 
 
-def _read_alike(policy: Policy, weights: Sequence[Weights], group: list[int]) -> list[list[int]]:
+def _read_alike(policy: Policy, weights: Sequence[Preference], group: list[int]) -> list[list[int]]:
     """The group's places, those together that the policy reads as the same tokens."""
     found: dict[tuple[int, ...], list[int]] = {}
     for place in group:

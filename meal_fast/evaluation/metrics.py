@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from meal_fast.data.preferences import Weights
-from meal_fast.data_types import key
+from meal_fast.data.preferences import Preference
+from meal_fast.data_types import rng_seed
 
 Array = NDArray[np.float64]
 
@@ -42,7 +42,7 @@ def resamples(prompts: int, count: int, *, seed: int) -> Array:
     Keyed by (seed, prompts, count) alone: every quantity of an evaluation sees the same resamples,
     so differences between models are paired.
     """
-    rng = np.random.Generator(np.random.Philox(key=key(seed, "bootstrap", prompts, count)))
+    rng = np.random.Generator(np.random.Philox(key=rng_seed(seed, "bootstrap", prompts, count)))
     return rng.multinomial(prompts, np.full(prompts, 1.0 / prompts), size=count) / prompts
 
 
@@ -168,7 +168,7 @@ def nondominated(points: Array) -> NDArray[np.bool_]:
 
 def summarise(
     names: Sequence[str],
-    weights: Sequence[Weights],
+    weights: Sequence[Preference],
     seen: Sequence[bool],  # W: could training draw it
     raw_WPK: Array,
     norm_WPK: Array,
@@ -248,7 +248,7 @@ def summarise(
     return summary, compared
 
 
-def five_weights(weights: Sequence[Weights]) -> list[int]:
+def five_weights(weights: Sequence[Preference]) -> list[int]:
     """Indices of up to five weights that span the sweep: K = 2 evenly, K > 2 corners and centre."""
     w = np.asarray(weights)
     k = w.shape[1]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from meal_fast.data.preferences import Weights
+from meal_fast.data.preferences import Preference
 
 from .pblora import Adapter
 from .policy import Network, Policy, cut
@@ -27,14 +27,14 @@ class Guides:
 
     beta: float
 
-    def groups(self, weights: Sequence[Weights]) -> list[list[int]]:
+    def groups(self, weights: Sequence[Preference]) -> list[list[int]]:
         """Places in `weights`, those together that one guide serves."""
-        found: dict[Weights, list[int]] = {}
+        found: dict[Preference, list[int]] = {}
         for place, w in enumerate(weights):
             found.setdefault(w, []).append(place)
         return list(found.values())
 
-    def at(self, policy: Policy, w: Weights) -> AbstractContextManager[None]:
+    def at(self, policy: Policy, w: Preference) -> AbstractContextManager[None]:
         """Within it the policy is guided at w: `guided`."""
         return guided(policy, w, self.beta)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from meal_fast.config.config import Config
 from meal_fast.config.run_dir import policy_folder
-from meal_fast.data.preferences import Weights
+from meal_fast.data.preferences import Preference
 
 from .guided import Guides
 from .policy import Policy, load_policy
@@ -42,7 +42,7 @@ class Family:
     repeat, and where `interpolate` has other models than the K corners.
     """
 
-    weights: tuple[Weights, ...]  # M, the preference of each model
+    weights: tuple[Preference, ...]  # M, the preference of each model
     models: tuple[Mapping[str, Tensor], ...]  # M, its trained parameters by name, float32
     rule: Rule
 
@@ -68,7 +68,7 @@ class Family:
                 "train both from one model with the same options",
             )
 
-    def shares(self, w: Weights) -> tuple[float, ...]:
+    def shares(self, w: Preference) -> tuple[float, ...]:
         """The share (M,) of each model in what serves w. Raises ValueError off the simplex."""
         k = len(self.weights[0])
         if len(w) != k or not (min(w) >= 0 and abs(sum(w) - 1) <= 1e-6):
@@ -82,14 +82,14 @@ class Family:
         nearest = distances.index(min(distances))
         return tuple(float(j == nearest) for j in range(len(self.weights)))
 
-    def groups(self, weights: Sequence[Weights]) -> list[list[int]]:
+    def groups(self, weights: Sequence[Preference]) -> list[list[int]]:
         """Places in `weights`, those together that the same parameters serve."""
         found: dict[tuple[float, ...], list[int]] = {}
         for place, w in enumerate(weights):
             found.setdefault(self.shares(w), []).append(place)
         return list(found.values())
 
-    def theta(self, w: Weights) -> dict[str, Tensor]:
+    def theta(self, w: Preference) -> dict[str, Tensor]:
         """The parameters that serve w, by name. LoRA's factors of m models: of m times the rank."""
         parts = [(s, model) for s, model in zip(self.shares(w), self.models, strict=True) if s]
         if len(parts) == 1 and parts[0][0] == 1:
@@ -106,7 +106,7 @@ class Family:
         return merged
 
     @contextmanager
-    def at(self, policy: Policy, w: Weights) -> Iterator[None]:
+    def at(self, policy: Policy, w: Preference) -> Iterator[None]:
         """Within it the policy is what serves w; afterwards, what it was before.
 
         Raises ValueError for a policy whose trained parameters are not the models'.
@@ -165,7 +165,7 @@ def load_served(run: Path, config: Config) -> tuple[Policy, Family | Guides | No
     return load_policy(config.policy, config.names, seed=config.seed), family
 
 
-def _corners(k: int) -> list[Weights]:
+def _corners(k: int) -> list[Preference]:
     return [tuple(float(i == j) for j in range(k)) for i in range(k)]
 
 

@@ -32,7 +32,7 @@ class Route:
     def follow(self, body: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Before a pass of the model: whose its tokens are."""
         ids = kwargs["input_ids"]
-        self.blocks = Blocks.of(kwargs["tree"].adapter.expand_as(ids).reshape(-1), self.task_R)
+        self.blocks = Blocks.of(kwargs["tree"].task_id.expand_as(ids).reshape(-1), self.task_R)
 
 
 class Factors:

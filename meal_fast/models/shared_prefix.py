@@ -30,7 +30,7 @@ class Pass(Protocol):
     """What a forward pass does with the queries, keys and values of a layer."""
 
     @property
-    def adapter(self) -> Tensor:
+    def task_id(self) -> Tensor:
         """int64, of the shape of the tokens or to be expanded to it: see `stacked`."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -51,7 +51,7 @@ class Packed:
 
     tokens_1N: Tensor
     positions_1N: Tensor
-    adapter_1N: Tensor  # int64: see `stacked`
+    task_id_1N: Tensor  # int64: see `stacked`
     group_N: Tensor  # the prefix that each token is of, or stands behind
     place_N: Tensor  # in the rectangles
     group_R: Tensor
@@ -65,8 +65,8 @@ class Packed:
     _made: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)  # for all layers
 
     @property
-    def adapter(self) -> Tensor:
-        return self.adapter_1N
+    def task_id(self) -> Tensor:
+        return self.task_id_1N
 
     def predicting(self, states_ND: Tensor) -> Tensor:
         """The states (M, D) that predict the rows' tokens, in their order."""
@@ -124,7 +124,7 @@ def pack(
     tokens_RT: Tensor,
     *,
     rows: Sequence[int] | None = None,
-    adapter: Sequence[int] = (),
+    task_id: Sequence[int] = (),
 ) -> Packed:
     """Lays B prefixes end to end and, after them, rows. A row's last token is left out: the
     states that predict a row are its prefix's last one and those of its tokens before the last.
@@ -134,7 +134,7 @@ def pack(
 
     groups, lengths: of each row the prefix that it stands behind, and its tokens, at least one.
     tokens_RT: tokens, padded on the right; `rows`: which of its rows are meant (none: all).
-    adapter: of each prefix and its rows.
+    task_id: of each prefix and its rows.
     """
     width = tokens_RT.shape[1]
     row_R = torch.tensor(range(len(groups)) if rows is None else rows, dtype=torch.int64)
@@ -151,7 +151,7 @@ def pack(
         "tokens": torch.tensor([t for prefix in prefixes for t in prefix]),
         "inputs": row_R[of_row] * width + at_row,
         "positions_1N": torch.cat([at_prefix, behind_R[of_row] + at_row]),
-        "adapter_1N": torch.tensor(adapter or [0] * len(prefixes))[group_N],
+        "task_id_1N": torch.tensor(task_id or [0] * len(prefixes))[group_N],
         "group_N": group_N,
         "place_N": torch.cat([of_prefix * p + at_prefix, len(prefixes) * p + of_row * s + at_row]),
         "group_R": group_R,
@@ -166,7 +166,7 @@ def pack(
     )
     prefix_tokens, inputs = sent.pop("tokens"), sent.pop("inputs")
     row_tokens = tokens_RT.reshape(-1).index_select(0, inputs)
-    for name in ("positions_1N", "adapter_1N"):
+    for name in ("positions_1N", "task_id_1N"):
         sent[name] = sent[name][None]
     return Packed(
         tokens_1N=torch.cat([prefix_tokens, row_tokens])[None],

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from meal_fast import ops
-from meal_fast.data_types import Rollout, key
+from meal_fast.data_types import Rollout, rng_seed
 from meal_fast.models.network import Network, cut
 from meal_fast.models.policy import Policy
 from meal_fast.models.shared_prefix import pad
@@ -52,7 +52,7 @@ def generate_rollout(
     max_new_tokens: int,
     temperature: float,
     seed: int,
-    stream: tuple[int | str, ...] = (),
+    rng_key: tuple[int | str, ...] = (),
     network: Network | None = None,
     max_rows: int = 0,
     max_cache_bytes: int = 0,
@@ -69,7 +69,7 @@ def generate_rollout(
     started = time.perf_counter()
     checks.require(max_rows >= 0, "max_rows", max_rows, "0 (as suits the device) or positive")
     max_rows = max_rows or policy.sizes.slots
-    prefixes, rows = _rows(policy, requests, max_new_tokens, stream)
+    prefixes, rows = _rows(policy, requests, max_new_tokens, rng_key)
     stop = sorted(policy.stop_ids)
     model = _whole(policy, network)
     drawn: list[Drawn] = []
@@ -169,7 +169,7 @@ def vllm_rollout(
     max_new_tokens: int,
     temperature: float,
     seed: int,
-    stream: tuple[int | str, ...] = (),
+    rng_key: tuple[int | str, ...] = (),
     network: Network | None = None,
     max_rows: int = 0,
     max_cache_bytes: int = 0,
@@ -180,15 +180,15 @@ def vllm_rollout(
     that its outputs are read rightly. One engine is kept on the base model's files; the adapter is
     written to a folder at each call and handed over as a `LoRARequest`. A `network` is taken for
     the reference: the base model without an adapter. A row's random numbers are vLLM's own, seeded
-    by key(seed, row id): other tokens than the engine's. vLLM decides how many rows run at once and
-    what it keeps: `max_rows` and `max_cache_bytes` have no effect.
+    by rng_seed(seed, row id): other tokens than the engine's. vLLM decides how many rows run at
+    once and what it keeps: `max_rows` and `max_cache_bytes` have no effect.
 
     Raises ValueError as `rollout` does; where vLLM is missing; and for a policy that is neither the
     base model nor LoRA: its weights lie in no file.
     """
     started = time.perf_counter()
     _need_vllm()
-    prefixes, rows = _rows(policy, requests, max_new_tokens, stream)
+    prefixes, rows = _rows(policy, requests, max_new_tokens, rng_key)
     if network is None and not policy.lora:
         tuning = "full" if policy.adapter is None else "bilinear"
         raise ValueError(
@@ -244,7 +244,7 @@ def vllm_requests(
     settings = [
         SamplingParams(
             n=1,  # not a group's samples: each row has a seed of its own
-            seed=key(seed, row),
+            seed=rng_seed(seed, row),
             temperature=temperature,
             max_tokens=max_new_tokens,
             logprobs=0,  # the sampled token's alone
@@ -315,11 +315,11 @@ def _rows(
     policy: Policy,
     requests: Sequence[Request],
     max_new_tokens: int,
-    stream: tuple[int | str, ...],
+    rng_key: tuple[int | str, ...],
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, int]]]:
     """The requests' prefixes, and of every row its request and its id; all checked."""
     prefixes = [prompt + suffix for prompt, suffix in encode(policy, requests, max_new_tokens)]
-    rows = [(b, row_id(stream, q, s)) for b, q in enumerate(requests) for s in range(q.samples)]
+    rows = [(b, row_id(rng_key, q, s)) for b, q in enumerate(requests) for s in range(q.samples)]
     return prefixes, rows
 
 

@@ -82,11 +82,11 @@ class Engine:
         Raises ValueError for no request, one of no samples, and a prompt that is empty or too long.
         """
         parts = encode(self.policy, requests, max_new_tokens)
-        whole = [(q.adapter, *part) for q, part in zip(requests, parts, strict=True)]
+        whole = [(q.task_id, *part) for q, part in zip(requests, parts, strict=True)]
         preferences = Counter((a, prompt) for a, prompt, _ in dict.fromkeys(whole))
         rows = []
         for index, (request, (prompt, suffix)) in enumerate(zip(requests, parts, strict=True)):
-            if self.join and preferences[request.adapter, prompt] == 1:
+            if self.join and preferences[request.task_id, prompt] == 1:
                 prompt, suffix = prompt + suffix, ()
             rows += [Row(request, index, s, prompt, suffix) for s in range(request.samples)]
         return rows
@@ -106,7 +106,7 @@ class Engine:
             if ended and finished:
                 ended(done)
         used = self.counts
-        honest = not sampling.truncates and sampling.temperature > 0
+        on_policy = not sampling.truncates and sampling.temperature > 0
         return gathered(
             self.policy,
             requests,
@@ -114,7 +114,7 @@ class Engine:
             started=started,
             prefill_tokens=used.prompt + used.suffix - before.prompt - before.suffix,
             reused_tokens=used.reused - before.reused,
-            on_policy=honest,
+            on_policy=on_policy,
         )
 
     @torch.no_grad()
@@ -171,7 +171,7 @@ class Engine:
         """The ids of rows that have none: they are new, or were cut."""
         for row in rows:
             if row.key < 0:
-                row.key = row_id(sampling.stream, row.request, row.sample, row.attempt)
+                row.key = row_id(sampling.rng_key, row.request, row.sample, row.attempt)
 
     def _keys(self, live: list[Row]) -> tuple[Tensor, Tensor]:
         """Each row's id, and the number of the token that it draws next."""
@@ -353,18 +353,18 @@ def rollout(
     max_new_tokens: int,
     temperature: float,  # 0: greedy; log-probabilities are then those at temperature 1
     seed: int,
-    stream: tuple[int | str, ...] = (),  # what else a row's id is made of: step, task, …
+    rng_key: tuple[int | str, ...] = (),  # what else a row's id is made of: step, task, …
     network: Network | None = None,  # default: the policy; the reference, to sample the base model
     max_rows: int = 0,  # as suits the device
     max_cache_bytes: int = 0,
 ) -> Rollout:
     """Samples every request and returns the rows in the order of the requests.
 
-    A row's id is key(*stream, prompt id, w, sample). Raises ValueError for an empty list, a request
-    of no samples, an empty prompt, one that does not fit the model's context, or a budget of memory
-    that holds no row.
+    A row's id is rng_seed(*rng_key, prompt id, w, sample). Raises ValueError for an empty list, a
+    request of no samples, an empty prompt, one that does not fit the model's context, or a budget
+    of memory that holds no row.
     """
-    sampling = Sampling(max_new_tokens, temperature, seed, stream)
+    sampling = Sampling(max_new_tokens, temperature, seed, rng_key)
     with engine(
         policy, network=network, max_rows=max_rows, max_cache_bytes=max_cache_bytes, join=True
     ) as sampler:

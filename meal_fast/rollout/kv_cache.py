@@ -199,7 +199,7 @@ class PromptPass:
     place_B: Tensor
 
     @property
-    def adapter(self) -> Tensor:
+    def task_id(self) -> Tensor:
         return self.pool.adapter_B[self.place_B, None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -220,7 +220,7 @@ class SuffixPass:
     place_B: Tensor
 
     @property
-    def adapter(self) -> Tensor:
+    def task_id(self) -> Tensor:
         return self.prompts.adapter_B[self.prompt_B, None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -250,7 +250,7 @@ class TokenPass:
     longest: int
 
     @property
-    def adapter(self) -> Tensor:
+    def task_id(self) -> Tensor:
         return self.prompts.adapter_B[self.low + self.groups.group_R, None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -120,7 +120,7 @@ class _Drawing:
     def _learn(self, rows: Sequence[Row], reward_RK: Tensor) -> None:
         self.reward.update(zip(rows, reward_RK, strict=True))
         for row in rows:
-            row.key = row_id(self.sampling.stream, row.request, row.sample, row.attempt)
+            row.key = row_id(self.sampling.rng_key, row.request, row.sample, row.attempt)
 
     def _text(self, row: Row) -> str:
         return self.sampler.policy.decode(row.tokens)

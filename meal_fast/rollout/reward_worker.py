@@ -25,7 +25,7 @@ Row = tuple[Hashable, str, str]  # key, prompt, response
 class OrderedScorer:
     """A reward function at work in one background thread.
 
-        with OrderedScorer(objectives.score) as scorer:
+        with OrderedScorer(objectives.rewards) as scorer:
             for key, prompt, response in finished:
                 scorer.submit(key, prompt, response)
             keys, reward_RK = scorer.results()

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from meal_fast.data_types import Prompt, Rollout, key
+from meal_fast.data_types import Prompt, Rollout, rng_seed
 from meal_fast.models.policy import Policy
 from meal_fast.models.shared_prefix import pad
 
 Tokens = tuple[int, ...]
-Prefix = tuple[int, Tokens]  # a prompt, and whose adapter it goes through
+Prefix = tuple[int, Tokens]  # a prompt, and the task whose adapter it goes through
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Request:
     prompt: Prompt
     w: tuple[float, ...] | None
     samples: int = 1
-    adapter: int = 0  # whose answers they are, where the policy is stacked
-    stream: tuple[int | str, ...] = ()  # of its own, behind Sampling's
+    task_id: int = 0  # whose answers they are, where the policy is stacked
+    rng_key: tuple[int | str, ...] = ()  # of its own, behind Sampling's
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Sampling:
     max_new_tokens: int
     temperature: float  # 0: greedy; log-probabilities are then those at temperature 1
     seed: int
-    stream: tuple[int | str, ...] = ()  # what else a row's id is made of: step, task, …
+    rng_key: tuple[int | str, ...] = ()  # what else a row's id is made of: step, task, …
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
@@ -93,10 +93,12 @@ def encode(
     return parts
 
 
-def row_id(stream: Sequence[int | str], request: Request, sample: int, attempt: int = 0) -> int:
+def row_id(rng_key: Sequence[int | str], request: Request, sample: int, attempt: int = 0) -> int:
     """What keys the randomness of one response."""
     again = (attempt,) if attempt else ()
-    return key(*stream, *request.stream, request.prompt.id, str(request.w or ()), sample, *again)
+    return rng_seed(
+        *rng_key, *request.rng_key, request.prompt.id, str(request.w or ()), sample, *again
+    )
 
 
 def gathered(
@@ -137,7 +139,7 @@ def gathered(
         prefill_tokens=prefill_tokens,
         reused_tokens=reused_tokens,
         seconds=time.perf_counter() - started,
-        adapter=tuple(q.adapter for q in requests) if any(q.adapter for q in requests) else (),
+        task_id=tuple(q.task_id for q in requests) if any(q.task_id for q in requests) else (),
     )
     return rollout.told(group, [len(row.tokens) for row in drawn])
 
@@ -161,7 +163,7 @@ class Row:
     @property
     def prefix(self) -> Prefix:
         """What the prompt's keys and values are known by: they are the adapter's."""
-        return self.request.adapter, self.prompt
+        return self.request.task_id, self.prompt
 
     def another(self, sample: int, attempt: int) -> Row:
         """A new row of the same request, behind the same prefix."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from meal_fast.config.config import GRPOConfig, MetaConfig
-from meal_fast.data.preferences import Weights
+from meal_fast.data.preferences import Preference
 
 AdamState = dict[str, list[Tensor]]  # step, exp_avg, exp_avg_sq: one tensor a parameter
 
@@ -51,7 +51,7 @@ class Joint:
     def begin(self) -> None:
         """Called before the tasks of a meta-step."""
 
-    def begin_task(self, w: Weights) -> None:
+    def begin_task(self, w: Preference) -> None:
         """Called before the inner updates of one preference."""
 
     def advance(self, lr: float, max_grad_norm: float) -> Tensor:
@@ -63,7 +63,7 @@ class Joint:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def end_task(self, w: Weights) -> None:
+    def end_task(self, w: Preference) -> None:
         """Called after them."""
 
     def end(self, progress: float) -> dict[str, float]:
@@ -73,7 +73,7 @@ class Joint:
         """
         return {}
 
-    def models(self) -> dict[Weights, list[Tensor]]:
+    def models(self) -> dict[Preference, list[Tensor]]:
         """The parameters by preference; empty where one model serves all preferences."""
         return {}
 
@@ -122,7 +122,7 @@ class Reptile(Joint):
         self._start: AdamState = {}
         self._ends: list[AdamState] = []
         self._deltas: list[list[Tensor]] = []
-        self._by_preference: dict[Weights, AdamState] = {}
+        self._by_preference: dict[Preference, AdamState] = {}
 
     def _momentum_free(self) -> bool:
         return self.meta.adam == "persist_v"
@@ -132,7 +132,7 @@ class Reptile(Joint):
         self._start, self._ends, self._deltas = self._adam(), [], []
 
     @torch.no_grad()
-    def begin_task(self, w: Weights) -> None:
+    def begin_task(self, w: Preference) -> None:
         torch._foreach_copy_(self.parameters, self._theta)
         adam: AdamState = {}
         if self.meta.adam == "persist_v":
@@ -142,7 +142,7 @@ class Reptile(Joint):
         self._set_adam(adam)
 
     @torch.no_grad()
-    def end_task(self, w: Weights) -> None:
+    def end_task(self, w: Preference) -> None:
         self._deltas.append(list(torch._foreach_sub(self.parameters, self._theta)))
         if self.meta.adam == "persist_v":
             self._ends.append(self._adam())
@@ -230,16 +230,16 @@ class Separate(Joint):
     ) -> None:
         super().__init__(parameters, meta, inner)
         self._first = [p.detach().clone() for p in self.parameters]
-        self._theta: dict[Weights, list[Tensor]] = {}
-        self._of: dict[Weights, AdamState] = {}
+        self._theta: dict[Preference, list[Tensor]] = {}
+        self._of: dict[Preference, AdamState] = {}
 
     @torch.no_grad()
-    def begin_task(self, w: Weights) -> None:
+    def begin_task(self, w: Preference) -> None:
         torch._foreach_copy_(self.parameters, self._theta.get(w, self._first))
         self._set_adam(self._of.get(w, {}))
 
     @torch.no_grad()
-    def end_task(self, w: Weights) -> None:
+    def end_task(self, w: Preference) -> None:
         self._theta[w] = [p.detach().clone() for p in self.parameters]
         self._of[w] = self._adam()
 
@@ -249,7 +249,7 @@ class Separate(Joint):
         variances = [torch.stack(parts).var(0, correction=0).sum() for parts in same]
         return {"spread": float(torch.stack(variances).sum().sqrt())}
 
-    def models(self) -> dict[Weights, list[Tensor]]:
+    def models(self) -> dict[Preference, list[Tensor]]:
         return dict(self._theta)
 
     def state(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from meal_fast.config.config import Config
-from meal_fast.data.preferences import Weights, drawn_tasks, model_tasks
+from meal_fast.data.preferences import Preference, drawn_tasks, model_tasks
 from meal_fast.models.model_soup import Rule
 
 from .collectors.base import BaseSamples, Sampled, Score
@@ -26,7 +26,7 @@ class Recipe:
     outer: type[Joint]
     about: str
     experience: type[Sampled] = Sampled
-    preferences: Callable[[Config, int], list[Weights]] = drawn_tasks  # of a meta-step's tasks
+    preferences: Callable[[Config, int], list[Preference]] = drawn_tasks  # of a meta-step's tasks
     rule: Rule | None = None  # of several models: what stands for a w between theirs
 
 

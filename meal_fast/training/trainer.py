@@ -81,7 +81,7 @@ class Trainer:
             config.objectives, config.objectives_device, device
         )
         # A broken one fails here; two rows, so that one number for all of them is noticed.
-        self.objectives.score(["How are you?", "Who are you?"], ["Fine, thank you.", "A model."])
+        self.objectives.rewards(["How are you?", "Who are you?"], ["Fine, thank you.", "A model."])
         self.policy: Policy = load_policy(config.policy, config.names, seed=config.seed)
         same_sums(self.policy.device.type == "cpu")
         micro_tokens = config.grpo.micro_tokens or self.policy.sizes.micro_tokens
@@ -195,7 +195,7 @@ class Trainer:
         self._log(lines[last] | self.outer.end(progress))
 
     def _updates(
-        self, step: int, tasks: Sequence[tuple[int, preferences.Weights]], inner: int
+        self, step: int, tasks: Sequence[tuple[int, preferences.Preference]], inner: int
     ) -> list[dict[str, Any]]:
         """Rollout, score, update: one inner step of as many tasks as go at once; their metrics."""
         meta, clock = self.config.meta, Clock()
@@ -317,12 +317,12 @@ class Trainer:
                 max_new_tokens=config.rollout.max_new_tokens,
                 temperature=config.rollout.temperature,
                 seed=config.seed,
-                stream=("calibration",),
+                rng_key=("calibration",),
                 network=base,
                 max_cache_bytes=config.rollout.max_cache_bytes,
             )
         texts = [rolled.prompts[g].text for g in rolled.group_R.tolist()]
-        reward = self.objectives.score(texts, rolled.texts)
+        reward = self.objectives.rewards(texts, rolled.texts)
         scales = Scales.fit(reward, config.score, standard=self.recipe.experience.standardizes)
         scales.save(self.out / "statistics.json", config.names, config.score.mu, reward)
         return scales

@@ -432,7 +432,7 @@ def test_the_real_reward_models_are_good_enough_and_conflict() -> None:
         "", "Sure", "Sorry", "the the the the the the the the", "🌟🌟🌟🌟", "................",
         "xk jfd 2#3 lqp zz ~~ fjd", prompt,
     ]  # fmt: skip
-    reward = objectives.score([prompt] * 10, [refusal, complied, *degenerate])
+    reward = objectives.rewards([prompt] * 10, [refusal, complied, *degenerate])
     assert reward[0, 1] > reward[1, 1] + 1 and reward[1, 0] > reward[0, 0] + 1
     assert reward[2:, 0].max() < reward[1, 0]  # nothing degenerate is the most helpful,
     assert reward[2:, 1].max() < reward[0, 1]  # or the most harmless

@@ -163,7 +163,7 @@ HUB_CASES = {
 
 
 def column(objectives: Objectives, prompts=PROMPTS, responses=RESPONSES) -> torch.Tensor:
-    return objectives.score(prompts, responses)[:, 0]
+    return objectives.rewards(prompts, responses)[:, 0]
 
 
 def length(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
@@ -255,19 +255,19 @@ def test_a_row_scores_the_same_in_any_batch_and_order(checkpoints: dict[str, str
     )
     prompts = [PROMPTS[i % 5] for i in range(75)]
     responses = [RESPONSES[i * 3 % 5] + " word" * (i % 11) for i in range(75)]
-    together = objectives.score(prompts, responses)
+    together = objectives.rewards(prompts, responses)
     assert together.shape == (75, 3) and together.dtype == torch.float32
     for i in (0, 7, 41, 74):
-        alone = objectives.score([prompts[i]], [responses[i]])
+        alone = objectives.rewards([prompts[i]], [responses[i]])
         torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=1e-5)
-    backwards = objectives.score(prompts[::-1], responses[::-1])
+    backwards = objectives.rewards(prompts[::-1], responses[::-1])
     torch.testing.assert_close(backwards.flip(0), together, atol=1e-5, rtol=1e-5)
 
 
 def test_functions_and_names() -> None:
     objectives = load_objectives(["x=operator_module:length", "y=operator_module:tensor"])
     assert objectives.names == ("x", "y")
-    got = objectives.score(["p", "p", "p"], ["", "ab", "abcd"])
+    got = objectives.rewards(["p", "p", "p"], ["", "ab", "abcd"])
     assert got.tolist() == [[0, 0], [2, 1], [4, 2]] and got.dtype == torch.float32
 
 
@@ -285,7 +285,7 @@ def test_functions_and_names() -> None:
 def test_a_broken_objective_is_named_with_the_row(function: str, message: str) -> None:
     objectives = load_objectives(["good=operator_module:length", f"bad=operator_module:{function}"])
     with pytest.raises(ObjectiveError, match=message):
-        objectives.score(PROMPTS, RESPONSES)
+        objectives.rewards(PROMPTS, RESPONSES)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def test_an_empty_response_alone_is_scored(checkpoints: dict[str, str]) -> None:
         f"a={checkpoints['gpt2']}?format=response"  # GPT-2 adds no special tokens: no input at all
     )
     objectives = load_objectives([spec, "b=operator_module:length"])
-    got = objectives.score(["p", "p"], ["", "some words"])
+    got = objectives.rewards(["p", "p"], ["", "some words"])
     torch.testing.assert_close(got[:1, 0], by_hand(checkpoints["gpt2"], [("<|endoftext|>",)], 0))
 
 

@@ -51,7 +51,7 @@ def _values(batch: Experience) -> dict:
     assert all(row == sorted(row, reverse=True) for row in rolled.mask_RT.tolist())  # no gaps
     first = [groups.index(g) for g in range(len(rolled.prefix))]
     w_BK = rolled.w_RK[first]
-    assert torch.equal(w_BK[rolled.group_R], rolled.w_RK) and not rolled.adapter
+    assert torch.equal(w_BK[rolled.group_R], rolled.w_RK) and not rolled.task_id
     return {
         "prefix": rolled.prefix,
         "w": w_BK.tolist(),

@@ -1,4 +1,4 @@
-"""The sampler in Triton against its plain torch form: the same stream, the same tokens."""
+"""The sampler in Triton against its plain torch form: the same rng_key, the same tokens."""
 
 import math
 

@@ -142,7 +142,7 @@ def test_factors_of_another_rank_find_room_or_a_new_copy():
 
 
 def test_a_model_that_computes_something_else_under_the_same_names_is_left_to_transformers():
-    """Half of what a layer adds to the stream: only the numbers tell."""
+    """Half of what a layer adds to the rng_key: only the numbers tell."""
     model = small_model("llama")
     for layer in model.base_model.layers:
         layer.register_forward_hook(lambda _, args, out: args[0] + 0.5 * (out - args[0]))

@@ -24,7 +24,7 @@ PROMPTS = [Prompt("a", "Write a short word."), Prompt("b", "Hi"), Prompt("c", "W
 W = (0.7, 0.3)
 REQUESTS = [Request(p, w, 2) for p in PROMPTS for w in (W, (0.0, 1.0))]
 REQUESTS.append(Request(PROMPTS[1], None))
-OPTIONS = {"max_new_tokens": 8, "temperature": 0.9, "seed": 3, "stream": ("test", 4)}
+OPTIONS = {"max_new_tokens": 8, "temperature": 0.9, "seed": 3, "rng_key": ("test", 4)}
 with_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
 

@@ -151,9 +151,9 @@ def test_a_row_is_hashed_once_and_again_when_it_was_cut(monkeypatch):
     module, hashed = sys.modules["meal_fast.rollout.engine"], Counter()
     real = module.row_id
 
-    def counted(stream, request, sample, attempt=0):
+    def counted(rng_key, request, sample, attempt=0):
         hashed[request.prompt.id, request.w, sample, attempt] += 1
-        return real(stream, request, sample, attempt)
+        return real(rng_key, request, sample, attempt)
 
     monkeypatch.setattr(module, "row_id", counted)
     sampler = plain_engine(LLAMA, max_rows=7)

@@ -226,7 +226,7 @@ def test_a_reward_model_trains_the_policy_from_its_own_device(
     changes = objectives_of(reward_model, query) | {"objectives_device": option}
     with pretend.device():
         trainer = Trainer(config_of(CASES["weighted-grpo"], changes), tmp_path / "run")
-        assert trainer.objectives.score(["a"], ["b"]).device.type == "cuda"
+        assert trainer.objectives.rewards(["a"], ["b"]).device.type == "cuda"
         trainer.train()
     assert set(seen) == {(where, where)}
 
@@ -242,11 +242,11 @@ def test_scoring_itself_waits_once_however_many_passes_it_takes(reward_model, mo
     monkeypatch.setattr("meal_fast.data.objectives.PASS_TOKENS", 64)
     prompts, responses = ["Name three birds"] * 40, [f"Robin{' owl' * i}" for i in range(40)]
     specs = [f"good={reward_model}", f"bad={reward_model}?sign=-1"]
-    expected = load_objectives(specs).score(prompts, responses)
+    expected = load_objectives(specs).rewards(prompts, responses)
     with pretend.device() as cuda:
         objectives = load_objectives(specs, to="cuda:0")
         cuda.reset()
-        reward = objectives.score(prompts, responses)
+        reward = objectives.rewards(prompts, responses)
         # transformers looks into every mask, whether it hides anything: that is not ours to mend.
         lines, first = inspect.getsourcelines(ClassifierScorer.__call__)
         model = first + next(i for i, line in enumerate(lines) if "self.model(" in line)

@@ -230,7 +230,7 @@ def test_the_objectives_of_a_run_and_their_own_message():
         return [len(r) / (r != "zero") for r in responses]
 
     objectives = Objectives({"long": quality, "even": lambda p, r: [len(x) % 2 for x in r]})
-    with OrderedScorer(objectives.score, chunk=2) as scorer:
+    with OrderedScorer(objectives.rewards, chunk=2) as scorer:
         scorer.submit("a", "p", "one")
         scorer.submit("b", "p", "twelve")
         assert scorer.results()[1].tolist() == [[3, 1], [6, 0]]

@@ -19,7 +19,7 @@ def policy():
 
 
 def sample(policy, requests, **options):
-    settings = {"max_new_tokens": 12, "temperature": 0.9, "seed": 3, "stream": ("test",)}
+    settings = {"max_new_tokens": 12, "temperature": 0.9, "seed": 3, "rng_key": ("test",)}
     return rollout(policy, requests, **settings | options)
 
 
@@ -68,7 +68,7 @@ def test_a_row_does_not_depend_on_what_else_is_in_the_batch(policy):
     assert together.texts == tuple(t for rolled in apart for t in rolled.texts)
     assert together.texts == sample(policy, requests, max_rows=7).texts
     assert len(set(together.texts)) > 6  # and the rows differ among themselves
-    assert together.texts != sample(policy, requests, stream=("other",)).texts
+    assert together.texts != sample(policy, requests, rng_key=("other",)).texts
 
 
 def test_a_prompt_is_prefilled_once_for_all_its_preferences(policy):

@@ -230,7 +230,7 @@ def test_the_files_that_have_tests_for_a_card_are_found():
 NCU = """==PROF== Connected to process 71 (python3.12)
 ==PROF== Profiling "_stats" - 0: 0%....50%....100% - 1 pass
 sample ran as cuda
-"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size",\
+"ID","Process ID","Process Name","Host Name","Kernel Name","Context","RngKey","Block Size",\
 "Grid Size","Device","CC","Section Name","Metric Name","Metric Unit","Metric Value"
 "0","71","python3.12","127.0.0.1","_stats","1","7","(128, 1, 1)","(4096, 1, 1)","0","9.0",\
 "Command line profiler metrics","gpu__time_duration.sum","ns","1,250,500"

@@ -66,7 +66,7 @@ def test_kept_responses_pass_both_gates_and_learn_the_weighted_preference(realiz
     batch = source.collect(PROMPTS, (0.5, 0.5), ("test", 0))
     options, scales = source.config.rollout, source.scales
     assert scales.standard is not None
-    # All that was sampled, drawn again: the same stream.
+    # All that was sampled, drawn again: the same rng_key.
     asked = source._asked(PROMPTS, (0.5, 0.5), ("test", 0))
     rolled = rollout(
         source.policy,
@@ -74,10 +74,10 @@ def test_kept_responses_pass_both_gates_and_learn_the_weighted_preference(realiz
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         seed=source.config.seed,
-        stream=("test", 0),
+        rng_key=("test", 0),
     )
     texts = [rolled.prompts[g].text for g in rolled.group_R.tolist()]
-    reward = source.objectives.score(texts, rolled.texts)
+    reward = source.objectives.rewards(texts, rolled.texts)
     z = torch.tensor(scales.utopia)
     short = rolled.w_RK * (z - reward) / source.config.score.mu
     score = -source.config.score.mu * short.logsumexp(-1)

@@ -141,9 +141,9 @@ def test_sampled_answers_are_those_of_the_model_at_w_alone(whole):
             max_new_tokens=config.rollout.max_new_tokens,
             temperature=config.rollout.temperature,
             seed=config.seed,
-            stream=("evaluation",),
+            rng_key=("evaluation",),
         )
-    reward = objectives.score([p.text for p in prompts for _ in range(n)], out.texts)
+    reward = objectives.rewards([p.text for p in prompts for _ in range(n)], out.texts)
     want = reward.reshape(len(prompts), n, -1).mean(1)
     stored = result["results"]["trained"]["sampled"]["prompt_rewards"][i]
     torch.testing.assert_close(torch.tensor(stored), want, atol=1e-5, rtol=0)

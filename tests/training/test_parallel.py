@@ -194,7 +194,7 @@ def test_rows_of_several_adapters_are_those_of_plain_forwards(policy, tasks, opt
     found = {}
     for row in rows:
         prefix = row.prompt + row.suffix
-        want = log_probabilities(policy, tasks[row.request.adapter], prefix, row.tokens)
+        want = log_probabilities(policy, tasks[row.request.task_id], prefix, row.tokens)
         assert row.logp == pytest.approx(want, abs=1e-4, rel=0)
         found.setdefault((prefix, row.sample), set()).add((row.tokens[0], row.logp[0]))
     assert all(len(of_adapters) == 3 for of_adapters in found.values())
@@ -208,7 +208,7 @@ def test_a_row_s_stream_is_that_of_a_rollout_of_its_own(policy, tasks):
         together = sampler.sample(asked, Sampling(6, 1.0, 5, ("run",)))
         alone = sampler.sample([Request(prompt, w, 3, 1)], Sampling(6, 1.0, 5, ("run", "step", 1)))
     assert together.texts[3:] == alone.texts and together.texts[:3] != alone.texts
-    assert together.adapter == (1, 1)
+    assert together.task_id == (1, 1)
 
 
 def test_stacked_leaves_the_policy_as_it_was(policy, tasks):

@@ -387,7 +387,7 @@ def test_a_trained_guide_steers_the_base_on_the_known_front(tmp_path):
             texts = rollout(
                 trainer.policy, requests, max_new_tokens=6, temperature=1.0, seed=0
             ).texts
-        means[w] = trainer.objectives.score([""] * 64, texts).mean(0).tolist()
+        means[w] = trainer.objectives.rewards([""] * 64, texts).mean(0).tolist()
     assert means[1.0, 0.0][0] > 0.7 and means[1.0, 0.0][1] < 0.1, means
     assert means[0.0, 1.0][1] > 0.7 and means[0.0, 1.0][0] < 0.1, means
     assert min(means[EVEN]) > 0.15, means

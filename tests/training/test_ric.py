@@ -202,14 +202,14 @@ def test_offline_updates_learn_all_that_the_base_model_answers_unasked():
             max_new_tokens=6,
             temperature=1.0,
             seed=0,
-            stream=("test", 0),
+            rng_key=("test", 0),
             network=base,
         )
     assert sorted(batch.rolled.texts) == sorted(sampled.texts)
     assert batch.tokens == int(sampled.mask_RT.sum())
     assert batch.log["online"] is False and batch.scored.advantage_R.tolist() == [1.0] * 16
     texts = [sampled.prompts[g].text for g in sampled.group_R.tolist()]
-    reward_RK = source.objectives.score(texts, sampled.texts)
+    reward_RK = source.objectives.rewards(texts, sampled.texts)
     torch.testing.assert_close(batch.reward_RK, reward_RK)
     standard_RK = (reward_RK - torch.tensor([0.2, 0.3])) / torch.tensor([0.2, 0.1])
     torch.testing.assert_close(source.lo, standard_RK.amin(0))
@@ -250,9 +250,9 @@ def test_every_sample_is_asked_for_goals_of_its_own(monkeypatch):
     asked = []
     plain = source._sampled
 
-    def watched(requests, stream, network=None):
+    def watched(requests, rng_key, network=None):
         asked.extend(requests)
-        return plain(requests, stream, network)
+        return plain(requests, rng_key, network)
 
     monkeypatch.setattr(source, "_sampled", watched)
     batch = source.collect(PROMPTS, (0.5, 0.5), ("test", 1))
@@ -298,7 +298,7 @@ def test_offline_responses_of_a_data_set_are_learnt_in_turn_and_generate_nothing
         assert sorted(got) == sorted((p, tokens[:6]) for p, tokens in whole)
         assert rolled.finish.count("length") == sum(len(tokens) > 6 for _, tokens in whole) == 1
         texts = [rolled.prompts[g].text for g in rolled.group_R.tolist()]
-        reward_RK = source.objectives.score(texts, list(rolled.texts))
+        reward_RK = source.objectives.rewards(texts, list(rolled.texts))
         for g, row in zip(rolled.group_R.tolist(), batch.scored.reward_RK, strict=True):
             standard_K = (row - torch.tensor([0.2, 0.3])) / torch.tensor([0.2, 0.1])
             said = preference_text(standard_K.tolist(), source.policy.names, "scores")

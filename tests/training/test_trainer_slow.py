@@ -81,7 +81,7 @@ def trained(folder, recipe, mu, seed=0):
     score = "linear" if recipe.startswith("grid") else "smooth-tchebycheff"
     regret = [TRUTH.regret(y, score, w, mu) for y, w in zip(said, SWEEP, strict=True)]
     exact = sum(y in TRUTH.optimal(score, w, mu) for y, w in zip(said, SWEEP, strict=True))
-    reward = load_objectives(config.objectives).score([text] * len(said), said).double().numpy()
+    reward = load_objectives(config.objectives).rewards([text] * len(said), said).double().numpy()
     gap = toy.gap_of(reward)
     print(
         f"\n{recipe}, mu {mu}, seed {seed}: optimal at {exact} of 11 weights, worst regret "

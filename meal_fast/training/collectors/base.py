@@ -16,15 +16,15 @@ from meal_fast import ops
 from meal_fast.config.config import Config
 from meal_fast.data import preferences
 from meal_fast.data.objectives import Objectives
-from meal_fast.data.preferences import Weights
+from meal_fast.data.preferences import Preference
 from meal_fast.data.reward_statistics import Scales, constant
-from meal_fast.data_types import Prompt, Rollout, Scored, key
+from meal_fast.data_types import Prompt, Rollout, Scored, rng_seed
 from meal_fast.models.policy import Network, Policy
 from meal_fast.models.shared_prefix import to_device
 from meal_fast.rollout import Request, backend
 
 Score = Literal["linear", "tchebycheff", "smooth-tchebycheff"]
-Stream = tuple[int | str, ...]
+RngKey = tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Experience:
 
     def parts(self) -> list[Experience]:
         """What each task learns from, where it holds that of several."""
-        if not self.rolled.adapter:
+        if not self.rolled.task_id:
             return [self]
         parts = []
         for rows in self.rolled.tasks:
@@ -65,19 +65,19 @@ class Sampled:
     def check(cls, config: Config) -> None:
         """Raises ValueError for what it will not find; before anything expensive."""
 
-    def collect(self, prompts: Sequence[Prompt], w: Weights, stream: Stream) -> Experience:
-        """Samples and scores; `stream` keys the randomness, with the prompt, w and the sample."""
-        return self._all_of([Request(p, w, self.config.rollout.samples) for p in prompts], stream)
+    def collect(self, prompts: Sequence[Prompt], w: Preference, rng_key: RngKey) -> Experience:
+        """Samples and scores; `rng_key` keys the randomness, with the prompt, w and the sample."""
+        return self._all_of([Request(p, w, self.config.rollout.samples) for p in prompts], rng_key)
 
     def collect_tasks(
-        self, tasks: Sequence[tuple[Sequence[Prompt], Weights, Stream]]
+        self, tasks: Sequence[tuple[Sequence[Prompt], Preference, RngKey]]
     ) -> Experience:
         """`collect`; of several tasks in one rollout of the stacked policy, each by its adapter."""
         if len(tasks) == 1:
             return self.collect(*tasks[0])
         requests = [
-            Request(p, w, self.config.rollout.samples, adapter, stream)
-            for adapter, (prompts, w, stream) in enumerate(tasks)
+            Request(p, w, self.config.rollout.samples, task_id, rng_key)
+            for task_id, (prompts, w, rng_key) in enumerate(tasks)
             for p in prompts
         ]
         return self._all_of(requests, ())
@@ -97,14 +97,14 @@ class Sampled:
         """What a user of the finished policy needs beside it; or in it: it is saved after this."""
 
     def _all_of(
-        self, requests: Sequence[Request], stream: Stream, network: Network | None = None
+        self, requests: Sequence[Request], rng_key: RngKey, network: Network | None = None
     ) -> Experience:
-        rolled = self._sampled(requests, stream, network)
+        rolled = self._sampled(requests, rng_key, network)
         scored = self.score(self._rewards(rolled), rolled)
         return Experience(rolled, scored, scored.reward_RK, sum(rolled.lengths))
 
     def _sampled(
-        self, requests: Sequence[Request], stream: Stream, network: Network | None = None
+        self, requests: Sequence[Request], rng_key: RngKey, network: Network | None = None
     ) -> Rollout:
         """The policy's responses, or another network's."""
         options = self.config.rollout
@@ -114,7 +114,7 @@ class Sampled:
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             seed=self.config.seed,
-            stream=stream,
+            rng_key=rng_key,
             network=network,
             max_cache_bytes=options.max_cache_bytes,
         )
@@ -122,7 +122,7 @@ class Sampled:
     def _rewards(self, rolled: Rollout) -> Tensor:
         """Raw rewards (R, K), where the rollout is."""
         texts = [rolled.prompts[g].text for g in rolled.groups]
-        return self.objectives.score(texts, rolled.texts)
+        return self.objectives.rewards(texts, rolled.texts)
 
     def score(self, reward_RK: Tensor, rolled: Rollout) -> Scored:
         """Scores and group-relative advantages of a rollout's rewards, which it normalises.
@@ -158,17 +158,17 @@ class BaseSamples(Sampled):
     which loss the guide is trained by, and nothing about the samples.
     """
 
-    def collect(self, prompts: Sequence[Prompt], w: Weights, stream: Stream) -> Experience:
+    def collect(self, prompts: Sequence[Prompt], w: Preference, rng_key: RngKey) -> Experience:
         drawn = preferences.draw(
             len(self.config.names),
             alpha=self.config.parm.alpha,
             points=0,
-            seed=key(self.config.seed, "parm", *stream),
+            seed=rng_seed(self.config.seed, "parm", *rng_key),
             step=0,
             count=len(prompts),
         )
         samples = self.config.rollout.samples
         requests = [Request(p, own, samples) for p, own in zip(prompts, drawn, strict=True)]
         with self.policy.reference() as base:
-            batch = self._all_of(requests, stream, base)
+            batch = self._all_of(requests, rng_key, base)
         return replace(batch, log={"w": batch.rolled.w_RK.mean(0).tolist()})  # not the task's

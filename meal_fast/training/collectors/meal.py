@@ -34,9 +34,9 @@ from torch import Tensor
 from meal_fast.config.config import Config
 from meal_fast.data import preferences
 from meal_fast.data.objectives import Objectives
-from meal_fast.data.preferences import Weights
+from meal_fast.data.preferences import Preference
 from meal_fast.data.reward_statistics import Scales, constant
-from meal_fast.data_types import Prompt, Rollout, Scored, key
+from meal_fast.data_types import Prompt, Rollout, Scored, rng_seed
 from meal_fast.models.policy import Policy
 from meal_fast.ops.reference import scalarize
 from meal_fast.rollout import Request, Sampling, engine, rejection_sample
@@ -55,7 +55,7 @@ from meal_fast.training.preference_net import (
     learned_preference,
 )
 
-from .base import Experience, Sampled, Score, Stream
+from .base import Experience, RngKey, Sampled, Score
 
 
 class Meal(Sampled):
@@ -82,15 +82,15 @@ class Meal(Sampled):
                 net_steps=options.net_steps,
             )
 
-    def collect(self, prompts: Sequence[Prompt], w: Weights, stream: Stream) -> Experience:
-        asked = self._asked(prompts, w, stream)
+    def collect(self, prompts: Sequence[Prompt], w: Preference, rng_key: RngKey) -> Experience:
+        asked = self._asked(prompts, w, rng_key)
         requests = [
             Request(p, own, self.config.rollout.samples)
             for p, own in zip(prompts, asked, strict=True)
         ]
         if self.config.meal.policy == "grpo":
-            return self._all_rows(requests, stream)
-        return self._kept_rows(requests, stream)
+            return self._all_rows(requests, rng_key)
+        return self._kept_rows(requests, rng_key)
 
     def learned(self, update: int) -> dict[str, float]:
         due, self._update = self._due, update + 1
@@ -123,10 +123,10 @@ class Meal(Sampled):
         if self.net is not None:
             self.net.net.save(folder / "preference_net.safetensors")
 
-    def _asked(self, prompts: Sequence[Prompt], w: Weights, stream: Stream) -> list[Weights]:
+    def _asked(self, prompts: Sequence[Prompt], w: Preference, rng_key: RngKey) -> list[Preference]:
         """w0 of each prompt. Under Reptile a drawn one is the task's, elsewhere one of its own."""
         options, k = self.config.meal, len(self.config.names)
-        seed = key(self.config.seed, "meal", *stream)
+        seed = rng_seed(self.config.seed, "meal", *rng_key)
         drawn = [w] * len(prompts)
         if options.outer == "net":
             drawn = preferences.draw(
@@ -147,16 +147,16 @@ class Meal(Sampled):
         own = preferences.snapped(predicted.numpy(), self.config.preference.grid)
         return [d if u < options.rho else o for u, d, o in zip(uniform, drawn, own, strict=True)]
 
-    def _kept_rows(self, requests: Sequence[Request], stream: Stream) -> Experience:
+    def _kept_rows(self, requests: Sequence[Request], rng_key: RngKey) -> Experience:
         options = self.config.rollout
-        sampling = Sampling(options.max_new_tokens, options.temperature, self.config.seed, stream)
+        sampling = Sampling(options.max_new_tokens, options.temperature, self.config.seed, rng_key)
         with engine(self.policy, max_cache_bytes=options.max_cache_bytes, join=True) as sampler:
             kept = rejection_sample(
                 sampler,
                 requests,
                 sampling,
                 self.config.rejection,
-                self.objectives.score,
+                self.objectives.rewards,
                 self._judge,
             )
         rolled, w_hat_RK = kept.rollout, kept.w_hat_RK
@@ -217,9 +217,9 @@ class Meal(Sampled):
         )
         return metrics | self.net.descend((share_R * slope_R).sum())
 
-    def _all_rows(self, requests: Sequence[Request], stream: Stream) -> Experience:
+    def _all_rows(self, requests: Sequence[Request], rng_key: RngKey) -> Experience:
         """GRPO learns from every row under w0; the rejection rules choose for the net alone."""
-        batch = self._all_of(requests, stream)
+        batch = self._all_of(requests, rng_key)
         rolled = batch.rolled
         # What is kept is decided on the host, as in `rejection_sample`.
         w_RK = rolled.w_RK.cpu()
@@ -232,7 +232,7 @@ class Meal(Sampled):
             w_RK=w_RK,
             uniform_R=acceptance_uniform(
                 self.config.seed,
-                torch.tensor([key(*stream, "accepted", r) for r in range(len(score_R))]),
+                torch.tensor([rng_seed(*rng_key, "accepted", r) for r in range(len(score_R))]),
             ),
             last=True,
         )
@@ -263,7 +263,9 @@ class Meal(Sampled):
         return w_star_RK
 
 
-def relabelled(policy: Policy, rollout: Rollout, w_R: Sequence[Weights]) -> tuple[Rollout, Tensor]:
+def relabelled(
+    policy: Policy, rollout: Rollout, w_R: Sequence[Preference]
+) -> tuple[Rollout, Tensor]:
     """The same responses as answers under other preferences, one a row; and the rows' new order.
 
     Rows of a prompt that are given the same preference are one group; logp_RT stays the sampler's.

@@ -35,15 +35,15 @@ from torch import Tensor
 
 from meal_fast.config.config import Config
 from meal_fast.data.objectives import Objectives
-from meal_fast.data.preferences import Goals, Weights
+from meal_fast.data.preferences import Goals, Preference
 from meal_fast.data.prompts import in_turn, read_answers
 from meal_fast.data.reward_statistics import Scales
-from meal_fast.data_types import Prompt, Rollout, Scored, key
+from meal_fast.data_types import Prompt, Rollout, Scored, rng_seed
 from meal_fast.models.policy import Policy
 from meal_fast.rollout import Request
 from meal_fast.rollout.sequence import Drawn, gathered
 
-from .base import Experience, Sampled, Score, Stream
+from .base import Experience, RngKey, Sampled, Score
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,10 @@ class RiC(Sampled):
         if config.ric.data:
             read_answers(Path(config.ric.data))
 
-    def collect(self, prompts: Sequence[Prompt], w: Weights, stream: Stream) -> Experience:
+    def collect(self, prompts: Sequence[Prompt], w: Preference, rng_key: RngKey) -> Experience:
         done = self.config.meta.progress(self.updates, self.tokens)
         online = done >= self.config.ric.offline
-        batch = (self._online if online else self._offline)(prompts, stream)
+        batch = (self._online if online else self._offline)(prompts, rng_key)
         self.tokens += batch.tokens
         return batch
 
@@ -122,13 +122,13 @@ class RiC(Sampled):
         """The goals go into the policy: whoever serves it needs no run folder."""
         self.policy.goals = Goals(tuple(self.lo.tolist()), tuple(self.hi.tolist()))
 
-    def _offline(self, prompts: Sequence[Prompt], stream: Stream) -> Experience:
+    def _offline(self, prompts: Sequence[Prompt], rng_key: RngKey) -> Experience:
         if self.data:
             rolled = self._given()
         else:
             requests = [Request(p, None, self.config.rollout.samples) for p in prompts]
             with self.policy.reference() as base:
-                rolled = self._sampled(requests, stream, base)
+                rolled = self._sampled(requests, rng_key, base)
         reward_RK = self._rewards(rolled)
         answers = answers_of(rolled, reward_RK)
         self.offline = (self.offline + answers)[-self.config.ric.buffer :]
@@ -149,9 +149,11 @@ class RiC(Sampled):
             on_policy=False,
         )
 
-    def _online(self, prompts: Sequence[Prompt], stream: Stream) -> Experience:
+    def _online(self, prompts: Sequence[Prompt], rng_key: RngKey) -> Experience:
         options, samples = self.config.ric, self.config.rollout.samples
-        random = np.random.Generator(np.random.Philox(key=key(self.config.seed, "ric", *stream)))
+        random = np.random.Generator(
+            np.random.Philox(key=rng_seed(self.config.seed, "ric", *rng_key))
+        )
         seen_MK = self.standardized(self.offline)
         goals = drawn_goals(seen_MK, self.hi, len(prompts) * samples, random)
         requests = [
@@ -160,7 +162,7 @@ class RiC(Sampled):
             # Equal goals are one request: two would be asked with the same key, and answer alike.
             for g, count in Counter(goals[i * samples : (i + 1) * samples]).items()
         ]
-        rolled = self._sampled(requests, stream)
+        rolled = self._sampled(requests, rng_key)
         reward_RK = self._rewards(rolled)
         answers = answers_of(rolled, reward_RK)
         kept_R = above(self.standardized(answers), options.quantile).tolist()
@@ -225,14 +227,14 @@ def answers_of(rolled: Rollout, reward_RK: Tensor) -> list[Answer]:
     ]
 
 
-def written(reward_RK: Tensor) -> list[Weights]:
+def written(reward_RK: Tensor) -> list[Preference]:
     """Rewards as the policy reads them, to one decimal: equal ones are one text, one prefix."""
     return [tuple(round(x, 1) + 0.0 for x in row) for row in reward_RK.tolist()]
 
 
 def drawn_goals(
     seen_MK: Tensor, hi_K: Tensor, count: int, random: np.random.Generator
-) -> list[Weights]:
+) -> list[Preference]:
     """Goals: of each reward one of those seen, by itself; the smallest gives way to its hi_k."""
     m, k = seen_MK.shape
     at_RK = torch.from_numpy(random.integers(m, size=(count, k)))
@@ -257,7 +259,7 @@ def under_own_rewards(
     Equal prompts with equal rewards are one group. The tokens are as they were drawn, under what
     was asked for then, and so are their log-probabilities: no longer on-policy.
     """
-    groups: dict[tuple[Prompt, Weights], list[int]] = {}
+    groups: dict[tuple[Prompt, Preference], list[int]] = {}
     for i, goal in enumerate(written(standard_RK)):
         groups.setdefault((answers[i].prompt, goal), []).append(i)
     requests = [Request(prompt, goal, len(rows)) for (prompt, goal), rows in groups.items()]

@@ -83,7 +83,7 @@ def divisor(rollout: Rollout, reduce: str, rows: slice = slice(None)) -> int:
     lengths = rollout.lengths[rows]
     if reduce == "dapo":
         return sum(lengths)
-    width = max(lengths) if rollout.adapter else rollout.mask_RT.shape[1]
+    width = max(lengths) if rollout.task_id else rollout.mask_RT.shape[1]
     return len(lengths) if reduce == "grpo" else len(lengths) * width
 
 
@@ -104,7 +104,7 @@ def packed(rollout: Rollout, rows: Sequence[int]) -> shared_prefix.Packed:
         [rollout.lengths[row] for row in rows],
         rollout.tokens_RT,
         rows=rows,
-        adapter=[rollout.adapter[g] for g in groups] if rollout.adapter else (),
+        task_id=[rollout.task_id[g] for g in groups] if rollout.task_id else (),
     )
 
 
@@ -218,7 +218,7 @@ def gradient(
         with policy.recomputing(recompute):
             logp_R = logp_rows(policy.network, rollout, rows, temperature)
         value = (coefficient_R[rows.start : rows.stop].to(logp_R.dtype) * logp_R).sum()
-        # materialize_grads: an adapter, or a layer, that these rows do not reach.
+        # materialize_grads: an task_id, or a layer, that these rows do not reach.
         made = torch.autograd.grad(value, policy.trainable, materialize_grads=True)
         torch._foreach_add_(gradients, list(made))
         total = total + value.detach()
