@@ -1,15 +1,79 @@
-"""Model libraries without their chatter: what a run prints is for the person who runs it."""
+"""What every room needs, from the standard library alone: checks, whole files, the cache, quiet."""
 
 from __future__ import annotations
 
+import math
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def require(ok: bool, name: str, value: object, remedy: str) -> None:
+    """Raise the one-line ValueError of this package unless `ok`."""
+    if not ok:
+        raise ValueError(f"{name}={value!r}: {remedy}")
+
+
+def off_simplex(w: Sequence[float], names: Sequence[str]) -> str | None:
+    """Say why `w` is no preference over the objectives `names`; None where it is one.
+
+    One is K finite numbers, none negative, whose sum is 1 to 1e-6.
+    """
+    if len(w) != len(names):
+        return f"{len(w)} numbers for {len(names)} objectives"
+    for name, value in zip(names, w, strict=True):
+        if not math.isfinite(value):
+            return f"{name} is {value}"
+        if value < 0:
+            return f"{name} is negative"
+    total = math.fsum(w)
+    return f"sums to {total:g}" if abs(total - 1) > 1e-6 else None
+
+
+def require_simplex(w: Sequence[float], names: Sequence[str]) -> None:
+    """Raise ValueError unless `w` is a preference over the objectives `names`."""
+    reason = off_simplex(w, names)
+    remedy = f"{reason}; must be {len(names)} numbers, none negative, summing to 1"
+    require(reason is None, "w", tuple(w), remedy)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Any]:
+    """Open a file that takes `path`'s place when it is whole and on the disk, or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:  # of a failure: on a full disk its remains are in the way
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a file that is whole or not there; text in UTF-8."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def cache_folder() -> Path:
+    """Give `$MEAL_FAST_CACHE`, or meal-fast in `$XDG_CACHE_HOME`, or in `~/.cache`."""
+    if given := os.environ.get("MEAL_FAST_CACHE"):
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "meal-fast"
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars for weights read and written; downloads, which take long, keep theirs.
+    """Run without bars for weights read and written; downloads, which take long, keep theirs.
 
     Nor the deprecation that peft meets in transformers: nobody here can act on it.
     """

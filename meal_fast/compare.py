@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from meal_fast import __version__
+from meal_fast.common import write_atomic
 from meal_fast.config.cli import fail, one_line_errors, require_packages
-from meal_fast.config.run_dir import read_json, read_metrics, read_statistics, write_atomic
+from meal_fast.config.run_dir import read_json, read_metrics, read_statistics
 from meal_fast.evaluation.comparison import Finished, compare
 from meal_fast.evaluation.comparison_spec import Plan, Run, parse, threaded
 from meal_fast.evaluation.runner import Outcome, run_all

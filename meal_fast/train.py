@@ -18,8 +18,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from meal_fast.common import write_atomic
 from meal_fast.config.cli import fail, one_line_errors, parse_train
-from meal_fast.config.run_dir import read_json, write_atomic
+from meal_fast.config.run_dir import read_json
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from .schema import opt, require
+from meal_fast.common import require
+
+from .schema import opt
 
 RejectionRule = Literal["top-fraction", "threshold", "statistical", "trade-off", "combined"]
 Fallback = Literal["best", "none"]

@@ -13,13 +13,14 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
-import math
 import os
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+
+from meal_fast.common import off_simplex
 
 from .config import Config, choices_of, from_dict, load_toml
 from .presets import PRESETS, preset
@@ -202,21 +203,15 @@ def parse_weights(text: str, names: Sequence[str]) -> tuple[float, ...]:
             refuse(f"{kind} objective {', '.join(map(repr, which))}")
         by_name = dict(zip(given, (value.strip() for _, _, value in sides), strict=True))
         parts = [by_name[name] for name in names]
-    if len(parts) != len(names):
-        refuse(f"{len(parts)} numbers for {len(names)} objectives")
     weights = []
-    for name, part in zip(names, parts, strict=True):
+    for name, part in zip(names, parts, strict=False):
         try:
-            value = float(part)
+            weights.append(float(part))
         except ValueError:
             refuse(f"{name} is {part!r}, not a number")
-        if not math.isfinite(value):
-            refuse(f"{name} is {value}")
-        if value < 0:
-            refuse(f"{name} is negative")
-        weights.append(value)
-    if abs(math.fsum(weights) - 1) > 1e-6:
-        refuse(f"sums to {math.fsum(weights):g}")
+    weights += [0.0] * (len(parts) - len(weights))  # more than there are names
+    if reason := off_simplex(weights, names):
+        refuse(reason)
     return tuple(weights)
 
 

@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from meal_fast.common import require
+
 from .algorithms import CHOICES, MealConfig, ParmConfig, RejectionConfig, RicConfig
-from .schema import check_device, opt, replaced, require
+from .schema import check_device, opt, replaced
 
 RecipeName = Literal[
     "weighted-meta-grpo",

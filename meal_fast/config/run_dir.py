@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -118,25 +115,3 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
                 break
             raise ValueError(f"{str(path)!r}, line {number}: not JSON ({error})") from None
     return updates
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Any]:
-    """A file that takes `path`'s place when it is whole and on the disk, or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:  # of a failure: on a full disk its remains are in the way
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    with replacing(path) as file:
-        file.write(content)

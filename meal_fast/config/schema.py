@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import field
 from typing import Any
 
+from meal_fast.common import require
+
 # The values that a field with this annotation (a string) allows; empty where it is no choice.
 Choices = Callable[[str], tuple[str, ...]]
 
@@ -16,11 +18,6 @@ Choices = Callable[[str], tuple[str, ...]]
 def opt(default: Any, help: str) -> Any:
     """A dataclass field with its help text."""
     return field(default=default, metadata={"help": help})
-
-
-def require(ok: bool, option: str, value: object, remedy: str) -> None:
-    if not ok:
-        raise ValueError(f"{option}={value!r}: {remedy}")
 
 
 def check_device(option: str, name: str) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meal_fast.common import write_atomic
 from meal_fast.config.config import ScoreConfig
-from meal_fast.config.run_dir import write_atomic
 
 
 def constant(values: Sequence[float], like: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from meal_fast.common import write_atomic
+
 from . import plots
 from .claims import BPS_TABLE_1, BPS_TABLE_1_METHODS
 from .comparison import MEASURES
@@ -41,9 +43,8 @@ LABELS = {
 def write_page(result: Result, out: Path) -> Path:
     """Writes front.png and compare.html into `out`; returns the page's path."""
     plots.save_png(front_png(result), out / "front.png")
-    temporary = out / "compare.html.tmp"
-    temporary.write_text(render(result), encoding="utf-8")
-    return temporary.replace(out / "compare.html")
+    write_atomic(out / "compare.html", render(result))
+    return out / "compare.html"
 
 
 def headline(result: Result) -> str:

@@ -323,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = run_evaluation(
         args.run, config, statistics, lambda line: print(line, file=sys.stderr, flush=True)
     )
-    from meal_fast.config.run_dir import write_atomic
+    from meal_fast.common import write_atomic
 
     from .report import headline, scope, write_report
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import matplotlib
 
+from meal_fast.common import replacing
+
 matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -115,9 +117,8 @@ def svg(fig: Figure, label: str) -> str:
 
 def save_png(fig: Figure, path: Path) -> None:
     """Whole or not at all, as everything in a run folder."""
-    temporary = path.with_name(path.name + ".tmp")
-    fig.savefig(temporary, format="png", dpi=170, facecolor="white")
-    temporary.replace(path)
+    with replacing(path) as file:
+        fig.savefig(file, format="png", dpi=170, facecolor="white")
 
 
 # --- the sweep ---------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from meal_fast.common import write_atomic
 from meal_fast.config.cli import OneLineParser, one_line_errors, require_packages
 from meal_fast.config.run_dir import read_config, read_json, read_metrics
 
@@ -34,9 +35,8 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
     plots.save_png(plots.front_png(result), out / "front.png")
     page = render(result, config, read_metrics(run), title=run.resolve().name)
-    temporary = out / "report.html.tmp"
-    temporary.write_text(page, encoding="utf-8")
-    return temporary.replace(out / "report.html")
+    write_atomic(out / "report.html", page)
+    return out / "report.html"
 
 
 def headline(result: Result) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from meal_fast.common import require_simplex
 from meal_fast.data.preferences import Preference
 
 from .pblora import Adapter
@@ -45,11 +46,10 @@ def guided(policy: Policy, w: Sequence[float], beta: float) -> Iterator[None]:
 
     Raises ValueError for a policy without a guide, another number of objectives, beta <= 0.
     """
-    adapter, k = policy.adapter, len(policy.names)
+    adapter = policy.adapter
     if adapter is None:
         raise ValueError("policy: has no guide; policy.tuning=bilinear trains one")
-    if len(w) != k or not (min(w) >= 0 and abs(sum(w) - 1) <= 1e-6):
-        raise ValueError(f"w={tuple(w)}: must be {k} numbers, none negative, summing to 1")
+    require_simplex(w, policy.names)
     if not beta > 0:
         raise ValueError(f"beta={beta}: must be positive; the guide's logits are divided by it")
     base = cut(policy._base)

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from meal_fast.common import require_simplex
 from meal_fast.config.config import Config
 from meal_fast.config.run_dir import policy_folder
 from meal_fast.data.preferences import Preference
@@ -70,9 +71,7 @@ class Family:
 
     def shares(self, w: Preference) -> tuple[float, ...]:
         """The share (M,) of each model in what serves w. Raises ValueError off the simplex."""
-        k = len(self.weights[0])
-        if len(w) != k or not (min(w) >= 0 and abs(sum(w) - 1) <= 1e-6):
-            raise ValueError(f"w={w}: must be {k} numbers, none negative, summing to 1")
+        require_simplex(w, [f"entry {i}" for i in range(len(self.weights[0]))])
         if self.rule == "interpolate":
             return tuple(w[corner.index(1.0)] for corner in self.weights)
         # Rounded, so that of equally near models the first is taken on every machine.

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from meal_fast.common import require
+
 from . import checks, dispatch, reference
-from .checks import require
 
 
 def group_advantages(

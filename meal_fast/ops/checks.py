@@ -11,11 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-
-def require(ok: bool, argument: str, value: object, remedy: str) -> None:
-    """Raise the one-line ValueError of this package unless `ok`."""
-    if not ok:
-        raise ValueError(f"{argument}={value!r}: {remedy}")
+from meal_fast.common import require
 
 
 def choice(argument: str, value: object, allowed: tuple[str, ...]) -> None:

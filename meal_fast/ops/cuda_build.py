@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import meal_fast
+from meal_fast.common import cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -59,13 +60,6 @@ def command(compiler: str, source: Path, arch: str, *options: str) -> list[str]:
         "-Xcompiler=-fPIC", "-Xptxas=-v", f"-DTORCH_TARGET_VERSION={ABI}", f"-I{include}",
         *options, str(source),
     ]  # fmt: skip
-
-
-def cache_folder() -> Path:
-    if given := os.environ.get("MEAL_FAST_CACHE"):
-        return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "meal-fast"
 
 
 def run(compile: list[str]) -> str:

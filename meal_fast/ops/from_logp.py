@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from meal_fast.common import require
+
 from . import checks, dispatch, fused, reference
-from .checks import require
 from .loss import (
     Metrics,
     check_tokens,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from meal_fast.common import require
+
 from . import autograd, checks, reference
-from .checks import require
 from .dispatch import choose
 from .sweep import LinearSource, Readout
 

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from meal_fast.common import require
+
 from . import autograd, checks, fused, reference
-from .checks import require
 from .dispatch import choose
 from .logprob import check_head, check_rows_and_target, readout, reference_head
 

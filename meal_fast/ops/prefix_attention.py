@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from meal_fast.common import require
+
 from . import checks, dispatch, reference
-from .checks import require
 
 _WIDEST = 256  # a head in Triton: what a GPU's shared memory and registers have room for
 

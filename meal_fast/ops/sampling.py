@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from meal_fast.common import require
+
 from . import checks, dispatch, reference, sample_cuda
-from .checks import require
 from .philox import uniform
 
 _BLOCK = 256  # columns that are summed in float32; sums over blocks are float64

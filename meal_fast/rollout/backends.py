@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from meal_fast import ops
+from meal_fast.common import require
 from meal_fast.data_types import Rollout, rng_seed
 from meal_fast.models.network import Network, cut
 from meal_fast.models.policy import Policy
@@ -67,7 +68,7 @@ def generate_rollout(
     Raises ValueError as `rollout` does, and for a network that is not the policy or its reference.
     """
     started = time.perf_counter()
-    checks.require(max_rows >= 0, "max_rows", max_rows, "0 (as suits the device) or positive")
+    require(max_rows >= 0, "max_rows", max_rows, "0 (as suits the device) or positive")
     max_rows = max_rows or policy.sizes.slots
     prefixes, rows = _rows(policy, requests, max_new_tokens, rng_key)
     stop = sorted(policy.stop_ids)

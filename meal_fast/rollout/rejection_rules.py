@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from meal_fast.common import require
 from meal_fast.config.config import RejectionConfig
 from meal_fast.ops import checks
 from meal_fast.ops.philox import uniform
@@ -55,7 +56,7 @@ def realized_preference(standardized_RK: Tensor, tau: float) -> Tensor:
     Raises:
         ValueError: fewer than two objectives, a reward that is not finite, tau not positive.
     """
-    checks.require(
+    require(
         standardized_RK.dim() == 2 and standardized_RK.shape[1] >= 2,
         "standardized_RK.shape",
         tuple(standardized_RK.shape),
@@ -86,7 +87,7 @@ def ray_preference(normalized_RK: Tensor, utopia_K: Tensor, tau: float = 1.0) ->
         ValueError: fewer than two objectives, another shape of z*, a value that is not finite,
             tau not positive.
     """
-    checks.require(
+    require(
         normalized_RK.dim() == 2 and normalized_RK.shape[1] >= 2,
         "normalized_RK.shape",
         tuple(normalized_RK.shape),
@@ -153,7 +154,7 @@ def accept(
         ValueError: a score that is not finite (names the row), shapes that differ, a missing input.
     """
     checks.floating("score_R", score_R)
-    checks.require(score_R.dim() == 1, "score_R.shape", tuple(score_R.shape), "must be (R,)")
+    require(score_R.dim() == 1, "score_R.shape", tuple(score_R.shape), "must be (R,)")
     checks.shape("group_R", group_R, tuple(score_R.shape))
     checks.integer("group_R", group_R)
     checks.same_device("score_R", score_R, group_R=group_R)
@@ -172,7 +173,7 @@ def accept(
                 "realized_preference"
             )
         checks.shape("w_RK", w_RK, (len(score_R), w_RK.shape[-1]))
-        checks.require(w_RK.shape[1] >= 2, "w_RK.shape", tuple(w_RK.shape), "K must be 2 or more")
+        require(w_RK.shape[1] >= 2, "w_RK.shape", tuple(w_RK.shape), "K must be 2 or more")
         _finite("w_hat_RK", w_hat_RK)
         _finite("w_RK", w_RK)
         near_R = total_variation(w_hat_RK, w_RK) <= config.delta

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from meal_fast import ops
+from meal_fast.common import require
 from meal_fast.data_types import Rollout
 from meal_fast.models.policy import Policy
 from meal_fast.ops import checks
-from meal_fast.ops.checks import require
 
 from .losses import sequences
 from .preference_net import acceptance_weights

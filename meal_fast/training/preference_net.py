@@ -17,23 +17,22 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
+from meal_fast.common import require, write_atomic
 from meal_fast.data_types import Prompt
 from meal_fast.models import shared_prefix
 from meal_fast.models.policy import Policy
 from meal_fast.ops import checks
-from meal_fast.ops.checks import require
 from meal_fast.rollout.rejection_rules import floored
 
 _METADATA = ("K", "names", "D", "hidden")
@@ -82,9 +81,7 @@ class PreferenceNet(nn.Module):
         values = (len(self.names), self.names, self.width, self.hidden)
         metadata = {n: json.dumps(v) for n, v in zip(_METADATA, values, strict=True)}
         state = {name: value.cpu().contiguous() for name, value in self.state_dict().items()}
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(state, temporary, metadata)
-        os.replace(temporary, path)
+        write_atomic(path, save(state, metadata))
 
     @staticmethod
     def load(path: Path, names: Sequence[str]) -> PreferenceNet:

@@ -17,16 +17,9 @@ from typing import Any, BinaryIO
 import torch
 
 from meal_fast import __version__
+from meal_fast.common import replacing, write_atomic
 from meal_fast.config.config import Config, to_dict
-from meal_fast.config.run_dir import (
-    AUTOMATIC,
-    as_saved,
-    flat,
-    read_config,
-    replacing,
-    shared_statistics,
-    write_atomic,
-)
+from meal_fast.config.run_dir import AUTOMATIC, as_saved, flat, read_config, shared_statistics
 from meal_fast.data import preferences
 from meal_fast.data.devices import device_of, settled
 from meal_fast.data.objectives import Objectives, load_objectives

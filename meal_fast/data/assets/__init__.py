@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from meal_fast.common import cache_folder as cache_dir
+
 from .keys import asset_code
-from .parts import cache_dir, is_complete, read_manifest
+from .parts import is_complete, read_manifest
 
 NAMES = ("smollm2-135m", "complied", "harmless", "prompts")
 
@@ -20,7 +22,7 @@ def asset(name: str) -> Path:
     """The folder of a packaged asset: `smollm2-135m`, `complied`, `harmless` or `prompts`.
 
     Raises ValueError when the name is unknown, or the asset is not (wholly) in the cache folder,
-    which is `$MEAL_FAST_CACHE` or `~/.cache/meal-fast`, or was made by other code than this. One
+    `common.cache_folder`, or was made by other code than this. One
     that was made with other versions of the libraries is taken: it differs in last digits, if at
     all, and its manifest says which they were; `make assets` makes it anew.
     """

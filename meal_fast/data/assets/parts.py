@@ -18,18 +18,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from meal_fast.common import cache_folder
+
 MANIFEST = "manifest.json"
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 
-def cache_dir() -> Path:
-    """`$MEAL_FAST_CACHE`, or `~/.cache/meal-fast`."""
-    return Path(os.environ.get("MEAL_FAST_CACHE") or Path.home() / ".cache" / "meal-fast")
-
-
 def worlds_dir() -> Path:
     """`$MEAL_FAST_WORLDS`, or `worlds/` in the cache folder; tests have a new one each session."""
-    return Path(os.environ.get("MEAL_FAST_WORLDS") or cache_dir() / "worlds")
+    return Path(os.environ.get("MEAL_FAST_WORLDS") or cache_folder() / "worlds")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

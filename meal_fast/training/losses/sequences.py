@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from meal_fast import ops
+from meal_fast.common import require
 from meal_fast.data_types import Rollout
 from meal_fast.models import shared_prefix
 from meal_fast.models.policy import Network, Policy
@@ -209,7 +210,7 @@ def gradient(
     Raises:
         ValueError: no rows, c of another shape.
     """
-    checks.require(len(rollout.group_R) >= 1, "rollout", "no rows", "nothing to learn from")
+    require(len(rollout.group_R) >= 1, "rollout", "no rows", "nothing to learn from")
     checks.shape("coefficient_R", coefficient_R, (len(rollout.group_R),))
     coefficient_R = coefficient_R.detach().to(rollout.tokens_RT.device)
     total = torch.zeros((), device=coefficient_R.device)
