@@ -30,6 +30,7 @@ from meal_fast.training.losses.parm import orders, pair_loss
 from meal_fast.training.trainer import Trainer
 from tests.helpers.models import small_model
 from tests.helpers.processes import one_thread, refused, train_here, updates  # noqa: F401  (a fixture)
+from tests.helpers.recorded import task
 from tests.training.test_grpo import gradients
 
 PROMPTS = [Prompt("a", "Write a short word."), Prompt("b", "Say more."), Prompt("c", "Hi")]
@@ -406,15 +407,15 @@ def test_samples_are_the_base_s_and_every_prompt_has_its_own_preference(policy):
         config,
         "linear",
     )
-    batch = source.collect(PROMPTS, EVEN, ("test", 0))
+    batch = source.collect([task(PROMPTS, EVEN, ("test", 0))])
     w_BK = batch.rolled.w_RK[::8]
     assert batch.rolled.w_RK.tolist() == w_BK.repeat_interleave(8, 0).tolist()
     assert len(w_BK.unique(dim=0)) == 3 and not (w_BK * 10).round().div(10).equal(w_BK)
     torch.testing.assert_close(w_BK.sum(1), torch.ones(3))
     assert batch.log["w"] == pytest.approx(w_BK.mean(0).tolist())
-    again = source.collect(PROMPTS, (1.0, 0.0), ("test", 0))  # the task's is not used
+    again = source.collect([task(PROMPTS, (1.0, 0.0), ("test", 0))])  # the task's is not used
     assert again.rolled.texts == batch.rolled.texts
-    assert source.collect(PROMPTS, EVEN, ("test", 1)).rolled.texts != batch.rolled.texts
+    assert source.collect([task(PROMPTS, EVEN, ("test", 1))]).rolled.texts != batch.rolled.texts
     for row in (0, 9, 20):
         tokens = batch.rolled.tokens_RT[row][batch.rolled.mask_RT[row]]
         prefix = batch.rolled.prefix[int(batch.rolled.group_R[row])]
