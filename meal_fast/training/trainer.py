@@ -29,7 +29,7 @@ from meal_fast.data_types import Prompt
 from meal_fast.models.model_soup import FILE, Family
 from meal_fast.models.policy import Policy, load_policy
 from meal_fast.models.threads import same_sums, use_threads
-from meal_fast.rollout import Request, backend
+from meal_fast.rollout import Request, Sampling, open_backend
 
 from .collectors.base import Experience
 from .recipes import recipe_of
@@ -303,17 +303,21 @@ class Trainer:
             Request(prompt, grid[(i * 7) % len(grid)], max(1, count // len(self.prompts)))
             for i, prompt in enumerate(self.prompts[:count])
         ]
-        with self.policy.reference() as base:
-            rolled = backend(config.rollout.backend)(
+        options = config.rollout
+        sampling = Sampling(
+            options.max_new_tokens, options.temperature, config.seed, ("calibration",)
+        )
+        with (
+            self.policy.reference() as base,
+            open_backend(
+                options.backend,
                 self.policy,
-                requests,
-                max_new_tokens=config.rollout.max_new_tokens,
-                temperature=config.rollout.temperature,
-                seed=config.seed,
-                rng_key=("calibration",),
                 network=base,
-                max_cache_bytes=config.rollout.max_cache_bytes,
-            )
+                max_cache_bytes=options.max_cache_bytes,
+                join=True,
+            ) as sampler,
+        ):
+            rolled = sampler.generate(requests, sampling)
         texts = [rolled.prompts[g].text for g in rolled.group_R.tolist()]
         reward = self.objectives.rewards(texts, rolled.texts)
         scales = Scales.fit(reward, config.score, standard=self.recipe.experience.standardizes)
