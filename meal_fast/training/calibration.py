@@ -11,7 +11,7 @@ from meal_fast.data.objectives import Objectives
 from meal_fast.data.reward_statistics import Scales
 from meal_fast.data_types import Prompt
 from meal_fast.models.policy import Policy
-from meal_fast.rollout import Request, backend
+from meal_fast.rollout import Request, Sampling, open_backend
 
 
 def fitting(policy: Policy, prompts: tuple[Prompt, ...], config: Config) -> tuple[Prompt, ...]:
@@ -45,17 +45,19 @@ def calibrate(
         Request(prompt, grid[(i * 7) % len(grid)], max(1, count // len(prompts)))
         for i, prompt in enumerate(prompts[:count])
     ]
-    with policy.reference() as base:
-        rolled = backend(config.rollout.backend)(
+    options = config.rollout
+    sampling = Sampling(options.max_new_tokens, options.temperature, config.seed, ("calibration",))
+    with (
+        policy.reference() as base,
+        open_backend(
+            options.backend,
             policy,
-            requests,
-            max_new_tokens=config.rollout.max_new_tokens,
-            temperature=config.rollout.temperature,
-            seed=config.seed,
-            rng_key=("calibration",),
             network=base,
-            max_cache_bytes=config.rollout.max_cache_bytes,
-        )
+            max_cache_bytes=options.max_cache_bytes,
+            join=True,
+        ) as sampler,
+    ):
+        rolled = sampler.generate(requests, sampling)
     texts = [rolled.prompts[g].text for g in rolled.group_R.tolist()]
     reward = objectives.rewards(texts, rolled.texts)
     scales = Scales.fit(reward, config.score, standard=standard)

@@ -447,4 +447,4 @@ def test_a_host_read_in_a_captured_step_is_refused(monkeypatch):
         policy = load_policy(PolicyConfig(path="world:tiny", device="cuda"), ("a", "b"))
         request = Request(Prompt("a", "Write a word."), (0.5, 0.5), 2)
         with engine(policy) as sampler, pytest.raises(RuntimeError, match="capturing"):
-            sampler.sample([request], Sampling(4, 1.0, 0, ()))
+            sampler.generate([request], Sampling(4, 1.0, 0, ()))

@@ -22,7 +22,6 @@ from meal_fast.models.model_soup import load_served
 from meal_fast.models.pblora import Adapter, Bilinear
 from meal_fast.models.policy import GUIDE, Policy, load_policy
 from meal_fast.rollout import Request, Sampling, engine, rollout
-from meal_fast.rollout.backends import generate_rollout, vllm_rollout
 from meal_fast.training.collectors.base import BaseSamples
 from meal_fast.training.losses import parm
 from meal_fast.training.losses.grpo import packed
@@ -314,7 +313,7 @@ def test_guided_log_probabilities_are_those_of_two_models(beta, fixed, join):
     sampling = Sampling(max_new_tokens=6, temperature=0.9, seed=1)
     with guided(policy, w, beta), engine(policy, max_rows=4, join=join) as sampler:
         sampler.fixed_shapes = fixed
-        out = sampler.sample(requests, sampling)
+        out = sampler.generate(requests, sampling)
         assert sampler.shape.layers == 2 * policy._base.config.num_hidden_layers
     differs = 0.0
     for row in range(9):
@@ -344,9 +343,9 @@ def test_a_preference_steers_and_what_is_left_is_the_base(policy):
     assert base_texts() == before
     with pytest.raises(ValueError, match="answers at one preference"):
         rollout(policy, requests, **options)
-    for other in (generate_rollout, vllm_rollout):
-        with pytest.raises(ValueError, match=r"rollout\.backend="):
-            other(policy, requests, **options)
+    for other in ("generate", "vllm"):
+        with pytest.raises(ValueError, match=f"{other}.*capability 'any-network'"):
+            rollout(policy, requests, **options, backend=other)
     for w, beta, said in (
         ((0.5, 0.5, 0.0), 1.0, "must be 2 numbers"),
         ((0.7, 0.7), 1.0, "summing to 1"),

@@ -21,7 +21,7 @@ from meal_fast.data.reward_statistics import Scales, constant
 from meal_fast.data_types import Rollout, Scored, rng_seed
 from meal_fast.models.policy import Network, Policy
 from meal_fast.models.shared_prefix import to_device
-from meal_fast.rollout import Request, backend
+from meal_fast.rollout import Request, Sampling, open_backend
 from meal_fast.training.batch import Batch, RngKey, Task
 from meal_fast.training.net_update import NetUpdate
 
@@ -81,16 +81,15 @@ class Sampled:
     ) -> Rollout:
         """Draw the policy's responses, or another network's."""
         options = self.config.rollout
-        return backend(options.backend)(
+        sampling = Sampling(options.max_new_tokens, options.temperature, self.config.seed, rng_key)
+        with open_backend(
+            options.backend,
             self.policy,
-            requests,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            seed=self.config.seed,
-            rng_key=rng_key,
             network=network,
             max_cache_bytes=options.max_cache_bytes,
-        )
+            join=True,
+        ) as sampler:
+            return sampler.generate(requests, sampling)
 
     def _rewards(self, rolled: Rollout) -> Tensor:
         """Give raw rewards (R, K), where the rollout is."""

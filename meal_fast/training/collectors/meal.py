@@ -38,7 +38,7 @@ from meal_fast.data.reward_statistics import Scales, constant
 from meal_fast.data_types import Rollout, Weighted, rng_seed
 from meal_fast.models.policy import Policy
 from meal_fast.ops.reference import scalarize
-from meal_fast.rollout import Request, Sampling, engine, rejection_sample
+from meal_fast.rollout import Request, Sampling, open_backend, rejection_sample
 from meal_fast.rollout.rejection_rules import (
     accept,
     acceptance_uniform,
@@ -111,7 +111,13 @@ class Meal(Sampled):
     def _kept_rows(self, requests: Sequence[Request], rng_key: RngKey) -> Batch:
         options = self.config.rollout
         sampling = Sampling(options.max_new_tokens, options.temperature, self.config.seed, rng_key)
-        with engine(self.policy, max_cache_bytes=options.max_cache_bytes, join=True) as sampler:
+        with open_backend(
+            options.backend,
+            self.policy,
+            max_cache_bytes=options.max_cache_bytes,
+            join=True,
+            needs=("rejection",),
+        ) as sampler:
             kept = rejection_sample(
                 sampler,
                 requests,
