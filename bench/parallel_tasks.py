@@ -68,7 +68,7 @@ def meta_step(trainer: Trainer) -> dict[str, Any]:
     lines: list[dict[str, Any]] = []
     trainer.on_update = lines.append
     begin = time.perf_counter()
-    trainer._meta_step(trainer.step)
+    trainer.meta_step()
     seconds = time.perf_counter() - begin
     trainer.step += 1
     parts = {name: sum(line["seconds"][name] for line in lines) for name in lines[0]["seconds"]}

@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from meal_fast.data.preferences import snapped
     from meal_fast.data_types import Prompt
     from meal_fast.models.model_soup import load_served
-    from meal_fast.rollout import Engine, Request, Sampling, engine
+    from meal_fast.rollout import Backend, Request, Sampling, capable, open_backend
     from meal_fast.training.preference_net import PreferenceNet, features
 
     if args.device is not None:
@@ -139,21 +139,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     net = PreferenceNet.load(net_file, names) if net_file.is_file() else None
     grid = config.preference.grid
 
+    backend = capable(
+        config.rollout.backend,
+        ("any-network",) if policy.adapter else (),
+        lambda line: print(f"meal-fast: {line}", file=sys.stderr, flush=True),
+    )
+
     with ExitStack() as held:
-        serving: dict[Asked, Engine] = {}  # what is open now, by its preference; None: any
+        serving: dict[Asked, Backend] = {}  # what is open now, by its preference; None: any
 
         def release() -> None:
             held.close()
             serving.clear()
 
-        def sampler_at(w: tuple[float, ...]) -> Engine:
+        def sampler_at(w: tuple[float, ...]) -> Backend:
             """The engine on what serves w: a new one only where w has parameters of its own."""
             serves = None if family is None else w
             if serves not in serving:
                 release()
                 if family is not None:
                     held.enter_context(family.at(policy, w))
-                serving[serves] = held.enter_context(engine(policy))
+                serving[serves] = held.enter_context(open_backend(backend, policy))
             return serving[serves]
 
         def answer(text: str, w: Asked, turn: int) -> str:
@@ -175,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             sampler = sampler_at(w)
             sampler.forget()  # the last prompt: it hardly comes again
-            return sampler.sample([Request(prompt, w)], sampling).texts[0].strip()
+            return sampler.generate([Request(prompt, w)], sampling).texts[0].strip()
 
         if args.prompt is not None:
             print(answer(args.prompt.strip(), w, 0))

@@ -7,17 +7,17 @@
 A suffix on a name gives its shape where it could be any of several: `reward_RK`, `mask_RT`.
 Every stage makes a new frozen value; nothing is overwritten:
 
-    Prompt -> Rollout -> Scored -> (the learner packs, and returns a loss)
+    Prompt -> Rollout -> Scored (GRPO, DPO) or Weighted (SFT) -> (the learner packs: a loss)
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,12 +124,29 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """Rewards of a rollout and what the learner needs of them, all where the rollout is."""
+class _OfRows:
+    """Values of the R rows of a rollout, all where the rollout is."""
 
     reward_RK: Tensor  # float32, raw
     score_R: Tensor  # float32, higher is better
+
+    def of_rows(self, rows: Tensor | slice) -> Self:
+        """Give the values of some rows."""
+        return type(self)(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Scored(_OfRows):
+    """Rewards of a rollout, and how much better each row is than its group."""
+
     advantage_R: Tensor  # float32
+
+
+@dataclass(frozen=True)
+class Weighted(_OfRows):
+    """Rewards of responses that are imitated, and how much each counts in the loss."""
+
+    loss_weight_R: Tensor  # float32, 1 on average
 
 
 def rng_seed(*parts: int | str) -> int:

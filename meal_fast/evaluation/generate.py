@@ -15,6 +15,7 @@ from meal_fast.data_types import Prompt
 
 if TYPE_CHECKING:
     from meal_fast.models.policy import Network, Policy
+    from meal_fast.rollout import Capability
 
 MODES = ("greedy", "sampled")
 Progress = Callable[[str], None]
@@ -70,11 +71,14 @@ def answers(
 ) -> dict[str, Sweep]:
     """The sweeps of one model by mode.
 
-    One engine answers all weights that the same parameters serve, in all modes: it computes a
-    prompt once. Without a family those are all weights.
+    One sampler answers all weights that the same parameters serve, in all modes: the engine then
+    computes a prompt once. Without a family those are all weights. It is the run's
+    `rollout.backend`, but where that cannot answer for a guide: then `say` is told.
     """
-    from meal_fast.rollout import Request, Sampling, engine
+    from meal_fast.rollout import Request, Sampling, capable, open_backend
 
+    guided: tuple[Capability, ...] = ("any-network",) if policy.adapter and network is None else ()
+    backend = capable(config.rollout.backend, guided, say)
     groups = [list(range(len(weights)))] if family is None else family.groups(weights)
     samples = {"greedy": 1, "sampled": config.evaluation.samples}
     asked = {
@@ -90,7 +94,8 @@ def answers(
         placed = nullcontext() if family is None else family.at(policy, weights[group[0]])
         with (
             placed,
-            engine(
+            open_backend(
+                backend,
                 policy,
                 network=network,
                 max_cache_bytes=config.rollout.max_cache_bytes,
@@ -107,7 +112,7 @@ def answers(
                     seed=config.seed,
                     rng_key=("evaluation",),
                 )
-                out = sampler.sample(requests, sampling, partial(said[mode], before[mode]))
+                out = sampler.generate(requests, sampling, partial(said[mode], before[mode]))
                 before[mode] += len(out.texts)
                 lengths = out.mask_RT.sum(1).tolist()
                 rows = zip(out.texts, lengths, out.finish, strict=True)

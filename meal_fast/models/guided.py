@@ -52,7 +52,7 @@ def guided(policy: Policy, w: Sequence[float], beta: float) -> Iterator[None]:
     require_simplex(w, policy.names)
     if not beta > 0:
         raise ValueError(f"beta={beta}: must be positive; the guide's logits are divided by it")
-    base = cut(policy._base)
+    base = cut(policy.causal_lm)
     body = Guided(base.body, adapter, w, beta)
     bias = None if base.bias is None else base.bias * (1 + 1 / beta)
     with adapter.merged(body.w_K):

@@ -76,6 +76,17 @@ class Policy:
         return next(self.model.parameters()).device
 
     @property
+    def causal_lm(self) -> Any:
+        """Give transformers' causal LM, with whatever adapters are in it."""
+        return self._base
+
+    @property
+    def reference_lm(self) -> Any:
+        """Give the causal LM whose network `reference` gives: the policy's own, but for full
+        tuning."""
+        return self._base if self._frozen is None else self._frozen.model
+
+    @property
     def network(self) -> Network:
         return cut(self._base)
 

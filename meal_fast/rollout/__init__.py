@@ -1,18 +1,23 @@
 """Rollouts: sampled responses of the policy, every prefix computed once."""
 
-from .backends import backend
-from .engine import Engine, Row, engine, rollout
+from .backends import backend, capable, open_backend, rollout
+from .engine import Engine, Row, engine
+from .protocol import Backend, Capability
 from .rejection_sampler import Kept, rejection_sample
 from .sequence import Request, Sampling
 
 __all__ = [
+    "Backend",
+    "Capability",
     "Engine",
     "Kept",
     "Request",
     "Row",
     "Sampling",
     "backend",
+    "capable",
     "engine",
+    "open_backend",
     "rejection_sample",
     "rollout",
 ]

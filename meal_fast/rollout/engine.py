@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from meal_fast.ops import Groups, dispatch
 from .cuda_graph import FixedStep, Staging
 from .kv_cache import Shape, TokenPass, fill_prompts, fill_suffixes
 from .memory import Memory, default_budget, memory_of
+from .protocol import Capability
 from .sequence import (
     Counts,
     Drawn,
@@ -43,6 +44,11 @@ from .sequence import (
 
 class Engine:
     """Samples from one network whose weights stay as they are: see `engine`."""
+
+    name: ClassVar[str] = "engine"
+    capabilities: ClassVar[frozenset[Capability]] = frozenset(
+        ("adapters", "any-network", "rejection")
+    )
 
     def __init__(
         self,
@@ -91,13 +97,13 @@ class Engine:
             rows += [Row(request, index, s, prompt, suffix) for s in range(request.samples)]
         return rows
 
-    def sample(
+    def generate(
         self,
         requests: Sequence[Request],
         sampling: Sampling,
         ended: Callable[[int], None] | None = None,  # told how many rows have ended so far
     ) -> Rollout:
-        """Samples every request; the rows in the order of the requests."""
+        """Samples every request: see `Backend.generate`."""
         started, before = time.perf_counter(), replace(self.counts)
         rows = self.rows(requests, sampling.max_new_tokens)
         done = 0
@@ -106,7 +112,6 @@ class Engine:
             if ended and finished:
                 ended(done)
         used = self.counts
-        on_policy = not sampling.truncates and sampling.temperature > 0
         return gathered(
             self.policy,
             requests,
@@ -114,7 +119,7 @@ class Engine:
             started=started,
             prefill_tokens=used.prompt + used.suffix - before.prompt - before.suffix,
             reused_tokens=used.reused - before.reused,
-            on_policy=on_policy,
+            on_policy=sampling.on_policy,
         )
 
     @torch.no_grad()
@@ -162,7 +167,7 @@ class Engine:
         for row, t, lp in zip(live, *_read(token, logp), strict=True):
             row.tokens.append(t)
             row.logp.append(lp)
-            if t in self._stop or (sampling.stop and self._says(row, sampling.stop)):
+            if t in self._stop or (sampling.stop and sampling.said_stop(self.policy, row.tokens)):
                 row.finish = "stop"
             elif len(row.tokens) == sampling.max_new_tokens:
                 row.finish = "length"
@@ -182,10 +187,6 @@ class Engine:
         self._staging.numbers[n : 2 * n] = [len(row.tokens) for row in live]
         self._staging.send()
         return self._staging.there[:n], self._staging.there[n : 2 * n]
-
-    def _says(self, row: Row, stop: Sequence[str]) -> bool:
-        text = self.policy.decode(row.tokens)
-        return any(s in text for s in stop)
 
     def _step(self, live: list[Row], sampling: Sampling) -> tuple[FixedStep | None, list[Tensor]]:
         """Each row's last token through the model: hidden states (R, D), and what keeps its shape.
@@ -344,31 +345,6 @@ def engine(
         slots = max_rows or policy.sizes.slots
         passes = policy.sizes.pass_tokens
         yield Engine(policy, sampled, slots, max_cache_bytes, join, memory, passes)
-
-
-def rollout(
-    policy: Policy,
-    requests: Sequence[Request],
-    *,
-    max_new_tokens: int,
-    temperature: float,  # 0: greedy; log-probabilities are then those at temperature 1
-    seed: int,
-    rng_key: tuple[int | str, ...] = (),  # what else a row's id is made of: step, task, …
-    network: Network | None = None,  # default: the policy; the reference, to sample the base model
-    max_rows: int = 0,  # as suits the device
-    max_cache_bytes: int = 0,
-) -> Rollout:
-    """Samples every request and returns the rows in the order of the requests.
-
-    A row's id is rng_seed(*rng_key, prompt id, w, sample). Raises ValueError for an empty list, a
-    request of no samples, an empty prompt, one that does not fit the model's context, or a budget
-    of memory that holds no row.
-    """
-    sampling = Sampling(max_new_tokens, temperature, seed, rng_key)
-    with engine(
-        policy, network=network, max_rows=max_rows, max_cache_bytes=max_cache_bytes, join=True
-    ) as sampler:
-        return sampler.sample(requests, sampling)
 
 
 def _passes(items: list[Any], tokens: Callable[[Any], int], most: int) -> list[list[Any]]:

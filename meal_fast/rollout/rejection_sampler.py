@@ -16,6 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -23,10 +24,10 @@ from torch import Tensor
 from meal_fast.config.config import RejectionConfig
 from meal_fast.data_types import Rollout
 
-from .engine import Engine, Row
+from .protocol import Backend, Rejecting, check_capable
 from .rejection_rules import accept, acceptance_uniform, cut_back, hopeless_below, redraws, surplus
 from .reward_worker import OrderedScorer
-from .sequence import Drawn, Request, Sampling, gathered, row_id
+from .sequence import Drawn, Request, Row, Sampling, gathered, row_id
 
 _LAG = 4  # decode steps between a row's end and the use of its score
 
@@ -76,7 +77,7 @@ class _Drawing:
 
     def __init__(
         self,
-        sampler: Engine,
+        sampler: Rejecting,
         sampling: Sampling,
         config: RejectionConfig,
         scorer: OrderedScorer,
@@ -174,7 +175,7 @@ class _Drawing:
 
 
 def rejection_sample(
-    sampler: Engine,
+    sampler: Backend,
     requests: Sequence[Request],
     sampling: Sampling,
     config: RejectionConfig,
@@ -197,10 +198,13 @@ def rejection_sample(
     sampled tokens (kept or not), and tokens through the model for each row kept.
 
     Raises:
-        ValueError: as `Engine.rows` and `accept` do; config.draws below a request's samples.
+        ValueError: as `Engine.rows` and `accept` do; a sampler without the capability
+            `rejection`; config.draws below a request's samples.
         ObjectiveError: the scorer failed; it names the rows as PROMPT/PREFERENCE/SAMPLE. The engine
             can be used again.
     """
+    check_capable(sampler, "rejection")
+    sampler = cast(Rejecting, sampler)
     started, before = time.perf_counter(), replace(sampler.counts)
     rounds = 0
     for q in requests:

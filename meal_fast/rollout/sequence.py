@@ -57,6 +57,15 @@ class Sampling:
     def truncates(self) -> bool:
         return bool(self.top_k or self.top_p < 1 or self.min_p > 0)
 
+    def said_stop(self, policy: Policy, tokens: Sequence[int]) -> bool:
+        """Whether the text of these tokens holds one of the strings that end a response."""
+        return bool(self.stop) and any(s in policy.decode(tokens) for s in self.stop)
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether log-probabilities are those of the distribution that tokens are drawn from."""
+        return self.temperature > 0 and not self.truncates
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -91,6 +100,28 @@ def encode(
             )
         parts.append((prompt, suffix))
     return parts
+
+
+def plain_rows(
+    policy: Policy, requests: Sequence[Request], sampling: Sampling
+) -> tuple[list[Tokens], list[tuple[int, int]]]:
+    """The requests' prefixes, and of every row its request and its id; all checked."""
+    parts = encode(policy, requests, sampling.max_new_tokens)
+    rows = [
+        (b, row_id(sampling.rng_key, q, s))
+        for b, q in enumerate(requests)
+        for s in range(q.samples)
+    ]
+    return [prompt + suffix for prompt, suffix in parts], rows
+
+
+def ended_at(policy: Policy, tokens: list[int], logp: list[float], sampling: Sampling) -> Drawn:
+    """What was drawn up to the first stop token or string: the rest of the row is padding."""
+    stop = policy.stop_ids
+    for t, token in enumerate(tokens):
+        if token in stop or sampling.said_stop(policy, tokens[: t + 1]):
+            return Drawn(tokens[: t + 1], logp[: t + 1], "stop")
+    return Drawn(tokens, logp[: len(tokens)], "length")
 
 
 def row_id(rng_key: Sequence[int | str], request: Request, sample: int, attempt: int = 0) -> int:

@@ -27,7 +27,7 @@ from meal_fast.models.policy import Policy
 from meal_fast.ops import checks
 
 from .losses import sequences
-from .preference_net import acceptance_weights
+from .net_trainer import acceptance_weights
 
 # ‖εv‖: how far from θ the difference is taken. Its error on the models of the tests is 3e-5 in
 # float64 and 1e-4 in float32; at 0.1 it is 4e-3 in both (curvature). On SmolLM2-135M in float32 it
@@ -46,7 +46,7 @@ def coefficients(
     mu: float = 0.1,
     scalarization: str = "smooth-tchebycheff",
 ) -> Tensor:
-    """a_i = softmax over the kept rows of i's group of S(r̃_i, w⁰)/τ_a, (R,): the graph back to w⁰.
+    """Give a_i = softmax over the kept rows of i's group of S(r̃_i, w⁰)/τ_a, (R,), graph included.
 
     Args:
         normalized_RK: r̃ of the kept rows. w0_RK: the preference each was sampled under, rows of
@@ -85,7 +85,7 @@ def hypergradient(
     held_out_R: Tensor | None = None,
     recompute: bool = False,
 ) -> tuple[Tensor, dict[str, float]]:
-    """∂L_meta/∂a_i (R,), and metrics. `(a_R * it).sum()` is then a surrogate for `NetTrainer`.
+    """Give ∂L_meta/∂a_i (R,), and metrics. `(a_R * it).sum()` is then a surrogate for `NetTrainer`.
 
     ℓ_i is the negative log-likelihood of the whole response, the *sum* over its tokens, at
     `temperature`. For a mean over tokens, or over rows, hand over the a_i so divided: only products
@@ -145,6 +145,6 @@ def hypergradient(
 
 @torch.no_grad()
 def _place(parameters: list[Tensor], start: list[Tensor], along: list[Tensor], step: float) -> None:
-    """Sets the parameters to start + step · along."""
+    """Set the parameters to start + step · along."""
     torch._foreach_copy_(parameters, start)
     torch._foreach_add_(parameters, along, alpha=step)

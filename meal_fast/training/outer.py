@@ -10,7 +10,8 @@ averaging factors is not averaging their product [R].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 from meal_fast.config.config import GRPOConfig, MetaConfig
 from meal_fast.data.preferences import Preference
 
+Drawn = list[tuple[int, Preference]]  # tasks of a meta-step: number, preference
 AdamState = dict[str, list[Tensor]]  # step, exp_avg, exp_avg_sq: one tensor a parameter
 
 
 class Joint:
-    """No outer loop: every inner update moves the policy, Adam's state goes on."""
+    """Run no outer loop: every inner update moves the policy, Adam's state goes on."""
 
     def __init__(
         self, parameters: Sequence[nn.Parameter], meta: MetaConfig, inner: GRPOConfig
@@ -40,22 +42,36 @@ class Joint:
 
     @property
     def lanes(self) -> Sequence[Joint]:
-        """What takes the inner updates of a task, for as many tasks as go at once."""
+        """Give what takes the inner updates of a task, for as many tasks as go at once."""
         return [self]
 
     @property
     def stack(self) -> Sequence[Sequence[Tensor]]:
-        """Of tasks that go at once their factors; empty where the policy's own are trained."""
+        """Give the factors of tasks that go at once; empty where the policy's own are trained."""
         return ()
 
     def begin(self) -> None:
-        """Called before the tasks of a meta-step."""
+        """Prepare for the tasks of a meta-step."""
+
+    def in_batches(self, preferences: Sequence[Preference]) -> Iterator[Drawn]:
+        """Give a meta-step's tasks, numbered, as many together as go at once."""
+        drawn, n = list(enumerate(preferences)), len(self.lanes)
+        return (drawn[first : first + n] for first in range(0, len(drawn), n))
+
+    @contextmanager
+    def tasks(self, drawn: Drawn) -> Iterator[None]:
+        """Put each task's parameters and Adam state in place, and take up what became of them."""
+        for lane, (_, w) in zip(self.lanes, drawn, strict=True):
+            lane.begin_task(w)
+        yield
+        for lane, (_, w) in zip(self.lanes, drawn, strict=True):
+            lane.end_task(w)
 
     def begin_task(self, w: Preference) -> None:
-        """Called before the inner updates of one preference."""
+        """Prepare for the inner updates of one preference."""
 
     def advance(self, lr: float, max_grad_norm: float) -> Tensor:
-        """Adam's step along the gradients, which are dropped; their norm, before any clipping."""
+        """Take Adam's step along the gradients, drop them; give their norm before any clipping."""
         norm = nn.utils.clip_grad_norm_(self.parameters, max_grad_norm or float("inf"))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -64,24 +80,25 @@ class Joint:
         return norm
 
     def end_task(self, w: Preference) -> None:
-        """Called after them."""
+        """Take up what became of them."""
 
     def end(self, progress: float) -> dict[str, float]:
-        """Called after all tasks of a meta-step; `progress`: the share of the run done before it.
+        """Make a meta-step's tasks one update, and give metrics.
 
-        Returns metrics.
+        progress: the share of the run that was done before the meta-step.
         """
         return {}
 
     def models(self) -> dict[Preference, list[Tensor]]:
-        """The parameters by preference; empty where one model serves all preferences."""
+        """Give the parameters by preference; empty where one model serves all preferences."""
         return {}
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next meta-step depends on."""
+        """Give everything that the next meta-step depends on."""
         return {"theta": [p.detach().clone() for p in self.parameters], "adam": self._adam()}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave."""
         with torch.no_grad():
             for parameter, value in zip(self.parameters, state["theta"], strict=True):
                 parameter.copy_(value)
@@ -102,7 +119,7 @@ class Joint:
 
 
 class Reptile(Joint):
-    """Every task starts from the snapshot; the snapshot moves along the mean of the tasks' deltas.
+    """Start every task from the snapshot, and move it along the mean of the tasks' deltas.
 
     Adam's state (`meta.adam`): `persist_v`, beta_1 = 0 and every task starts from the snapshot's
     second moment, which afterwards becomes the mean of the tasks' (so their order does not matter);
@@ -183,7 +200,7 @@ class Reptile(Joint):
 
 
 class ParallelReptile(Reptile):
-    """Reptile with the tasks of a meta-step at once: each has factors and an Adam of its own.
+    """Run Reptile with a meta-step's tasks at once: each has factors and an Adam of its own.
 
     The same meta-update as one task after the other, since all start from the snapshot; but with
     `per_preference`, tasks of one preference in a meta-step do not inherit from each other, and the
@@ -218,7 +235,7 @@ class ParallelReptile(Reptile):
 
 
 class Separate(Joint):
-    """A model for each preference, trained as if it were alone.
+    """Train a model for each preference, as if it were alone.
 
     Its parameters and its Adam state are put into place for its tasks and kept between them; all
     models start from the same parameters, with an empty Adam state. `spread`, a metric: the root

@@ -4,7 +4,7 @@
         policy = load_policy(PolicyConfig(..., device="cuda"), names)
         ...                                             # tensors say cuda:0
         cuda.reset()                                    # counts from here
-        engine.sample(...)
+        engine.generate(...)
     cuda.launches     Counter: op or kernel -> launches; a replayed graph is one launch, "graph"
     cuda.syncs        Counter: kind -> how often the host waited for the device
     cuda.where        Counter: ("launch" or "sync", name, file:line of ours) -> times

@@ -9,43 +9,45 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from meal_fast.data.toy import _noise as noise
-from meal_fast.data_types import Prompt, Rollout, Scored
-from meal_fast.training.collectors.base import Experience
+from meal_fast.data_types import Prompt, Rollout, Scored, Weighted
+from meal_fast.training.batch import Batch, Task
+
+
+def task(prompts, preference, rng_key=("test", 0), *, update=0, progress=0.0) -> Task:
+    """An inner update, asked for by itself."""
+    return Task(update, update, 0, 0, preference, tuple(prompts), rng_key, progress, 0.0)
 
 
 class Recorder:
-    """Stands before a trainer's experience, and keeps what each update learns from."""
+    """Stands before a trainer's collector, and keeps what each update learns from."""
 
-    def __init__(self, experience) -> None:
-        self._experience, self.batches = experience, []
+    def __init__(self, collector) -> None:
+        self._collector, self.batches = collector, []
 
     def __getattr__(self, name):
-        return getattr(self._experience, name)
+        return getattr(self._collector, name)
 
-    def collect_tasks(self, tasks):
-        self.batches.append(self._experience.collect_tasks(tasks))
+    def collect(self, tasks):
+        self.batches.append(self._collector.collect(tasks))
         return self.batches[-1]
 
 
 class Recorded:
-    """Stands for a trainer's experience: what was recorded, in turn."""
+    """Stands for a trainer's collector: what was recorded, in turn."""
 
-    def __init__(self, experience, batches) -> None:
-        self.scales, self._batches = experience.scales, iter(batches)
+    def __init__(self, collector, batches) -> None:
+        self.scales, self._batches = collector.scales, iter(batches)
 
-    def collect_tasks(self, tasks):
+    def collect(self, tasks):
         return next(self._batches)
 
-    def learned(self, update):
-        return {}
 
-
-def to_text(batches: list[Experience]) -> str:
+def to_text(batches: list[Batch]) -> str:
     """One line of JSON for each rollout; log-probabilities to six digits after the point."""
     return "".join(json.dumps(_values(batch), separators=(",", ":")) + "\n" for batch in batches)
 
 
-def _values(batch: Experience) -> dict:
+def _values(batch: Batch) -> dict:
     rolled, scored = batch.rolled, batch.scored
     lengths, groups = rolled.mask_RT.sum(1).tolist(), rolled.group_R.tolist()
     assert all(row == sorted(row, reverse=True) for row in rolled.mask_RT.tolist())  # no gaps
@@ -64,15 +66,20 @@ def _values(batch: Experience) -> dict:
         "on_policy": rolled.on_policy,
         "reward": scored.reward_RK.tolist(),
         "score": scored.score_R.tolist(),
-        "advantage": scored.advantage_R.tolist(),
+        "advantage": last(scored).tolist(),
     }
 
 
-def from_text(text: str) -> list[Experience]:
-    return [_batch(json.loads(line)) for line in text.splitlines()]
+def last(scored: Scored | Weighted) -> torch.Tensor:
+    """The advantages, or the weights in the loss."""
+    return scored.advantage_R if isinstance(scored, Scored) else scored.loss_weight_R
 
 
-def _batch(values: dict) -> Experience:
+def from_text(text: str, kind: type[Scored] | type[Weighted] = Scored) -> list[Batch]:
+    return [_batch(json.loads(line), kind) for line in text.splitlines()]
+
+
+def _batch(values: dict, kind: type[Scored] | type[Weighted]) -> Batch:
     group_R = torch.tensor(values["group"])
     lengths = [len(row) for row in values["tokens"]]
     width = max(lengths)
@@ -96,8 +103,8 @@ def _batch(values: dict) -> Experience:
         seconds=1.0,
     )
     reward_RK = torch.tensor(values["reward"])
-    scored = Scored(reward_RK, torch.tensor(values["score"]), torch.tensor(values["advantage"]))
-    return Experience(rolled, scored, reward_RK, sum(lengths))
+    scored = kind(reward_RK, torch.tensor(values["score"]), torch.tensor(values["advantage"]))
+    return Batch(rolled, scored, reward_RK, sum(lengths))
 
 
 @pytest.fixture

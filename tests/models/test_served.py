@@ -19,7 +19,6 @@ from meal_fast.models.policy import load_policy
 from meal_fast.models.served import Served
 from meal_fast.models.sizes import ON_A_CPU, sizes_of
 from meal_fast.rollout import Engine, Request, Sampling, engine, rollout
-from meal_fast.rollout.backends import generate_rollout
 from meal_fast.training.losses.sequences import packed, token_logp
 from meal_fast.training.trainer import Trainer
 from tests.helpers import pretend
@@ -237,7 +236,7 @@ def test_generate_too_draws_from_logits_that_were_not_rounded():
     """Its attention rounds; rounded logits put these log-probabilities off by 0.014, rms."""
     policy = load_policy(tiny_config(policy={"dtype": "bfloat16"}).policy, NAMES)
     forward = policy._base.lm_head.forward
-    rolled = generate_rollout(policy, REQUESTS, **OPTIONS)
+    rolled = rollout(policy, REQUESTS, **OPTIONS, backend="generate")
     with torch.no_grad():
         logp_M = token_logp(policy.network, rolled, packed(rolled, range(24)), 0.9)
     assert float((logp_M - rolled.logp_RT[rolled.mask_RT]).square().mean().sqrt()) < 6e-3
@@ -268,7 +267,7 @@ def test_what_is_kept_outlives_an_engine_and_forgets_its_prefixes():
         with engine(of) as sampler:
             if not kept:
                 sampler = Engine(of, sampler.network)
-            out = sampler.sample(REQUESTS, Sampling(8, 0.9, 3))
+            out = sampler.generate(REQUESTS, Sampling(8, 0.9, 3))
             memory = sampler.memory
             return out, memory, [x.blocks[0].data_ptr() for x in (memory.prompts, memory.tails)]
 

@@ -1,23 +1,20 @@
 """Other samplers against the engine, and vLLM's own types where it is installed."""
 
+import itertools
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
-from meal_fast.config.config import RolloutConfig, from_dict
+from meal_fast.config.config import RejectionConfig, RolloutConfig, from_dict
 from meal_fast.data_types import Prompt
-from meal_fast.rollout import Request, rollout
-from meal_fast.rollout.backends import (
-    Drawn,
-    backend,
-    from_vllm,
-    generate_rollout,
-    vllm_adapter,
-    vllm_options,
-    vllm_requests,
-    vllm_rollout,
-)
+from meal_fast.rollout import Request, Sampling, backend, open_backend, rejection_sample, rollout
+from meal_fast.rollout.backends import BACKENDS, capable
+from meal_fast.rollout.backends.vllm import from_vllm, vllm_adapter, vllm_options, vllm_requests
+from meal_fast.rollout.sequence import Drawn
 from tests.helpers.run_folder import tiny_config, tiny_policy
 
 PROMPTS = [Prompt("a", "Write a short word."), Prompt("b", "Hi"), Prompt("c", "Write a list, now!")]
@@ -25,6 +22,8 @@ W = (0.7, 0.3)
 REQUESTS = [Request(p, w, 2) for p in PROMPTS for w in (W, (0.0, 1.0))]
 REQUESTS.append(Request(PROMPTS[1], None))
 OPTIONS = {"max_new_tokens": 8, "temperature": 0.9, "seed": 3, "rng_key": ("test", 4)}
+generate_rollout = backend("generate")
+vllm_rollout = partial(rollout, backend="vllm")
 with_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
 
@@ -120,17 +119,77 @@ def test_what_they_refuse(policy, sampler):
 
 def test_generate_refuses_a_network_that_is_not_the_policys(policy):
     other = tiny_policy(tiny_config())
-    with pytest.raises(ValueError, match="network: neither"):
+    with pytest.raises(
+        ValueError, match=r"rollout\.backend='generate': has no capability 'any-network'"
+    ):
         generate_rollout(policy, REQUESTS, **OPTIONS, network=other.network)
 
 
 def test_a_backend_by_its_name():
-    assert backend("engine") is rollout and backend("generate") is generate_rollout
-    assert backend(RolloutConfig().backend) is rollout
+    assert (
+        set(BACKENDS) == set(get_args(get_type_hints(RolloutConfig)["backend"]))
+        and RolloutConfig().backend == "engine"
+    )
     with pytest.raises(ValueError, match=r"rollout\.backend='tgi': choose from engine, generate"):
         backend("tgi")
     with pytest.raises(ValueError, match=r"rollout\.backend='tgi': choose from engine, generate"):
         from_dict({"rollout": {"backend": "tgi"}})
+
+
+@pytest.mark.parametrize(("backend", "recipe"), [*itertools.product(BACKENDS, ("meal", "reptile"))])
+def test_what_the_options_rules_refuse_is_what_a_backend_lacks(backend, recipe):
+    """The rules of a configuration know no backend: here it is seen that they agree."""
+    flat = {"recipe": "meal", "rollout": {"backend": backend}}
+    need = "rejection"
+    if recipe == "reptile":
+        flat = {"recipe": "weighted-meta-grpo", "rollout": {"backend": backend},
+                "meta": {"parallel": True}}  # fmt: skip
+        need = "adapters"
+    if need in BACKENDS[backend][0].capabilities:
+        from_dict(flat)
+    else:
+        with pytest.raises(ValueError, match=f"{backend!r}|engine"):
+            from_dict(flat)
+
+
+def test_a_missing_capability_is_one_line_with_the_backend_and_the_remedy(policy):
+    said = r"^rollout\.backend='generate': has no capability '{}' \([^\n]*\); "
+    said += r"use rollout\.backend=engine$"
+    with (
+        pytest.raises(ValueError, match=said.format("rejection")),
+        open_backend("generate", policy, needs=("rejection",)),
+    ):
+        pass
+    sampling = Sampling(2, 1.0, 0)
+    with open_backend("generate", policy) as sampler:
+        with pytest.raises(ValueError, match=said.format("rejection")):
+            rejection_sample(sampler, REQUESTS, sampling, RejectionConfig(), None, None)
+        with pytest.raises(ValueError, match=said.format("adapters")):
+            sampler.generate([replace(REQUESTS[0], task_id=1)], sampling)
+
+
+def test_who_can_do_without_asks_the_engine_and_says_so():
+    said = []
+    assert capable("generate", (), said.append) == "generate" and not said
+    assert capable("engine", ("any-network",), said.append) == "engine" and not said
+    assert capable("generate", ("any-network",), said.append) == "engine"
+    assert said == [
+        "rollout.backend='generate': has no capability 'any-network'; the engine answers"
+    ]
+
+
+@pytest.mark.parametrize(
+    "option", [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2}, {"stop": (" ", "e")}]
+)
+def test_generate_truncates_and_stops_as_the_engine_does(policy, option):
+    drawn = []
+    for name in ("engine", "generate"):
+        with open_backend(name, policy) as sampler:
+            counts = []
+            drawn.append(sampler.generate(REQUESTS, Sampling(8, 0.9, 3, **option), counts.append))
+            assert counts[-1] == len(drawn[-1].texts)
+    assert_same(*drawn)
+    assert drawn[0].on_policy == drawn[1].on_policy == ("stop" in option)
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
@@ -143,17 +202,17 @@ def test_vllm_is_asked_for_by_the_name_of_its_extra(policy):
 
 @with_vllm
 def test_vllm_takes_our_requests():
-    options = {"max_new_tokens": 7, "temperature": 0.9, "seed": 3}
-    prompts, settings = vllm_requests([(1, 2), (3,)], [11, 12], frozenset({9, 5}), **options)
+    sampling = Sampling(7, 0.9, 3)
+    prompts, settings = vllm_requests([(1, 2), (3,)], [11, 12], frozenset({9, 5}), sampling)
     assert [p["prompt_token_ids"] for p in prompts] == [[1, 2], [3]]
     first, second = settings
     assert first.n == 1 and first.max_tokens == 7 and first.temperature == 0.9
     assert first.seed != second.seed and 0 <= first.seed < 1 << 63
     assert (first.top_k, first.top_p, first.min_p, first.logprobs) == (0, 1.0, 0.0, 0)
     assert first.stop_token_ids == [5, 9] and first.ignore_eos and not first.detokenize
-    again = vllm_requests([(1, 2)], [11], frozenset({9, 5}), **options)[1][0]
+    again = vllm_requests([(1, 2)], [11], frozenset({9, 5}), sampling)[1][0]
     assert again.seed == first.seed
-    greedy = vllm_requests([(1,)], [1], frozenset(), **options | {"temperature": 0.0})[1][0]
+    greedy = vllm_requests([(1,)], [1], frozenset(), replace(sampling, temperature=0.0))[1][0]
     assert greedy.temperature == 0
 
 

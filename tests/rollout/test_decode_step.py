@@ -106,13 +106,13 @@ def test_memory_that_grows_is_captured_anew():
     with pretend.device() as cuda:
         policy, fresh = on_cuda(dtype="float32"), on_cuda(dtype="float32")
         with engine(policy) as sampler:
-            sampler.sample(REQUESTS, ASKED)
+            sampler.generate(REQUESTS, ASKED)
             steps, graphs = sampler.memory.steps, len(cuda.graphs)
         assert graphs >= 1
         with engine(policy) as sampler:
-            got = sampler.sample(asked, ASKED)
+            got = sampler.generate(asked, ASKED)
             assert sampler.memory.steps is not steps and len(cuda.graphs) > graphs
-        wanted = Engine(fresh, fresh.network).sample(
+        wanted = Engine(fresh, fresh.network).generate(
             [*REQUESTS, Request(long, (0.5, 0.5), 6)], ASKED
         )
         assert got.texts == wanted.texts
@@ -122,7 +122,7 @@ def test_an_engine_takes_up_what_is_kept_with_fewer_slots_and_less_memory():
     with pretend.device():
         policy = on_cuda(dtype="float32")
         with engine(policy) as sampler:
-            wanted, memory = sampler.sample(REQUESTS, ASKED), sampler.memory
+            wanted, memory = sampler.generate(REQUESTS, ASKED), sampler.memory
         with engine(policy, max_rows=3) as sampler:
             most = 0
             rows = sampler.rows(REQUESTS, 8)
@@ -132,7 +132,7 @@ def test_an_engine_takes_up_what_is_kept_with_fewer_slots_and_less_memory():
         assert tuple(map(policy.decode, (row.tokens for row in rows))) == wanted.texts
         with engine(policy, max_cache_bytes=1 << 20) as sampler:
             assert sampler.memory is not memory and sampler.memory.max_bytes == 1 << 20
-            assert sampler.sample(REQUESTS, ASKED).texts == wanted.texts
+            assert sampler.generate(REQUESTS, ASKED).texts == wanted.texts
 
 
 def test_the_copy_leaves_less_memory_for_keys_and_values(monkeypatch):
@@ -171,7 +171,7 @@ def test_prefixes_and_moves_are_few_launches():
     with pretend.device() as cuda:
         policy = on_cuda()
         with engine(policy, join=False) as sampler:
-            sampler.sample(REQUESTS, ASKED)
+            sampler.generate(REQUESTS, ASKED)
             tails, suffixes = sampler.memory.tails, sampler.memory.suffixes
             cuda.reset()
             tails.move([3, 4], [0, 1], 5)
@@ -190,7 +190,7 @@ def test_kernels_interpreted_draw_what_torch_draws(interpreter):
     for kernels in ("torch", "interpreted"):
         with pretend.device(kernels) as cuda:
             with engine(on_cuda(dtype="float32")) as sampler:
-                drawn[kernels] = sampler.sample(asked, Sampling(5, 0.9, 3))
+                drawn[kernels] = sampler.generate(asked, Sampling(5, 0.9, 3))
             assert len(cuda.graphs) == 1
     one, other = drawn["torch"], drawn["interpreted"]
     assert one.texts == other.texts

@@ -120,8 +120,8 @@ def test_a_row_s_text_depends_on_nothing_but_itself():
             texts.setdefault((row.index, row.sample), set()).add(tuple(row.tokens))
     assert all(len(found) == 1 for found in texts.values())
     assert len({next(iter(found)) for found in texts.values()}) > 12
-    backwards = engine(LLAMA).sample(requests[::-1], sampling())
-    forwards = engine(LLAMA).sample(requests, sampling())
+    backwards = engine(LLAMA).generate(requests[::-1], sampling())
+    forwards = engine(LLAMA).generate(requests, sampling())
     assert sorted(backwards.texts) == sorted(forwards.texts)
 
 
@@ -130,15 +130,15 @@ def test_fixed_shapes_give_the_same_tokens():
     requests = requests_of([3, 8, 5, 12], [(0.0, 1.0), (0.7, 0.3)], samples=3)
     plain, fixed = engine(LLAMA, max_rows=19), engine(LLAMA, max_rows=19)
     fixed.fixed_shapes = True
-    want, got = (e.sample(requests, sampling(max_new_tokens=9)) for e in (plain, fixed))
+    want, got = (e.generate(requests, sampling(max_new_tokens=9)) for e in (plain, fixed))
     assert got.texts == want.texts and got.finish == want.finish
     torch.testing.assert_close(got.logp_RT, want.logp_RT, atol=1e-5, rtol=0)
     assert set(fixed.memory.steps) == {16, 19}
     longer = requests_of([30, 25, 6, 9, 2], [(0.1, 0.9), (0.6, 0.4)], samples=2)  # larger caches
-    want, got = (e.sample(longer, sampling(max_new_tokens=20)) for e in (plain, fixed))
+    want, got = (e.generate(longer, sampling(max_new_tokens=20)) for e in (plain, fixed))
     assert got.texts == want.texts
     steps = dict(fixed.memory.steps)
-    fixed.sample(requests, sampling())  # what is there suffices: nothing is made anew
+    fixed.generate(requests, sampling())  # what is there suffices: nothing is made anew
     assert steps.items() <= fixed.memory.steps.items()
 
 
@@ -152,8 +152,8 @@ def test_a_sweep_prefills_each_prompt_once_whatever_the_weights():
     weights = [(i / 27, 1 - i / 27) for i in range(28)]
     requests = requests_of([9, 7, 5, 8, 6], weights, samples=1)
     sampler = engine(LLAMA, max_rows=16)
-    greedy = sampler.sample(requests, sampling(temperature=0.0))
-    sampled = sampler.sample(requests, sampling())
+    greedy = sampler.generate(requests, sampling(temperature=0.0))
+    sampled = sampler.generate(requests, sampling())
     hook.remove()
     suffixes = {(q.prompt.text, LLAMA.encode_suffix(q.w)) for q in requests}
     prefill = 9 + 7 + 5 + 8 + 6 + sum(len(s) for _, s in suffixes)
@@ -212,7 +212,10 @@ def test_an_abandoned_drawing_leaves_the_engine_usable():
     requests = requests_of([3, 5, 4], [(0.5, 0.5)], samples=3)
     for _ in sampler.draw(deque(sampler.rows(requests, 6)), sampling()):
         break
-    again, new = sampler.sample(requests, sampling()), engine(LLAMA).sample(requests, sampling())
+    again, new = (
+        sampler.generate(requests, sampling()),
+        engine(LLAMA).generate(requests, sampling()),
+    )
     assert again.texts == new.texts
 
 
@@ -226,7 +229,7 @@ def test_a_failing_pass_is_not_taken_for_cached():
 
     hook = LLAMA.network.body.layers[1].register_forward_pre_hook(fail)
     with pytest.raises(MemoryError):
-        sampler.sample(requests, sampling())
+        sampler.generate(requests, sampling())
     hook.remove()
     rows = sampler.rows(requests, 6)
     list(sampler.draw(deque(rows), sampling()))
@@ -235,9 +238,9 @@ def test_a_failing_pass_is_not_taken_for_cached():
 
 
 def test_stop_strings_end_a_row_and_stay_in_it():
-    drawn = engine(LLAMA).sample(requests_of([3], [None], 8), sampling(max_new_tokens=20))
+    drawn = engine(LLAMA).generate(requests_of([3], [None], 8), sampling(max_new_tokens=20))
     word = drawn.texts[0].split()[0]
-    stopped = engine(LLAMA).sample(
+    stopped = engine(LLAMA).generate(
         requests_of([3], [None], 8), sampling(max_new_tokens=20, stop=(word,))
     )
     assert stopped.texts[0] == word and stopped.finish[0] == "stop"
@@ -252,17 +255,17 @@ def test_a_prompt_at_the_context_s_limit_fits_and_one_token_more_does_not():
     list(engine(LLAMA).draw(deque(rows), sampling()))
     check(LLAMA, rows[0])
     with pytest.raises(ValueError, match="59 tokens and 6 new ones exceed"):
-        engine(LLAMA).sample([Request(prompt(range(11, 11 + 58)), None)], sampling())
+        engine(LLAMA).generate([Request(prompt(range(11, 11 + 58)), None)], sampling())
 
 
 def test_caches_outlast_draws_of_any_size_and_an_abandoned_one():
     weights = [(i / 10, 1 - i / 10) for i in (1, 4, 8)]
     requests = requests_of([9, 5, 12, 7], weights, samples=3)
     sampler = engine(LLAMA, max_rows=16, join=False)
-    sampler.sample(requests, sampling())
+    sampler.generate(requests, sampling())
     before = sampler.counts.prompt
     for part in (requests[:1], requests, requests[4:7], requests[::-1]):
-        sampler.sample(part, sampling())
+        sampler.generate(part, sampling())
         for _ in sampler.draw(deque(sampler.rows(part, 6)), sampling()):
             break
     assert sampler.counts.prompt == before == 9 + 5 + 12 + 7
@@ -273,7 +276,8 @@ def test_one_preference_a_call_shares_the_prompt_unless_joined():
     apart, joined = engine(LLAMA, join=False), engine(LLAMA)
     for request in requests:
         assert (
-            apart.sample([request], sampling()).texts == joined.sample([request], sampling()).texts
+            apart.generate([request], sampling()).texts
+            == joined.generate([request], sampling()).texts
         )
     assert apart.counts.prompt == 9
     assert joined.counts.prompt == sum(9 + len(LLAMA.encode_suffix(q.w)) for q in requests)
@@ -306,9 +310,9 @@ def test_the_budget_holds_while_caches_are_made_anew(monkeypatch):
 
 def test_truncated_and_redrawn_rows_say_that_they_are_not_the_policy_s_own():
     requests = requests_of([3], [None])
-    assert engine(LLAMA).sample(requests, sampling()).on_policy
+    assert engine(LLAMA).generate(requests, sampling()).on_policy
     for truncation in ({"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2}, {"temperature": 0.0}):
-        assert not engine(LLAMA).sample(requests, sampling(**truncation)).on_policy
+        assert not engine(LLAMA).generate(requests, sampling(**truncation)).on_policy
 
 
 def test_bad_input():
@@ -323,13 +327,13 @@ def test_bad_input():
         with pytest.raises(ValueError, match=message):
             sampling(**change)
     with pytest.raises(ValueError, match="nothing to sample"):
-        sampler.sample([], sampling())
+        sampler.generate([], sampling())
     with pytest.raises(ValueError, match="samples=0: must be at least 1"):
-        sampler.sample([Request(one.prompt, None, 0)], sampling())
+        sampler.generate([Request(one.prompt, None, 0)], sampling())
     with pytest.raises(ValueError, match="prompt x: is empty"):
-        sampler.sample([Request(Prompt("x", " \n"), None)], sampling())
+        sampler.generate([Request(Prompt("x", " \n"), None)], sampling())
     with pytest.raises(ValueError, match=r"max_cache_bytes=100: one row .* needs \d+; raise it"):
-        engine(LLAMA, max_cache_bytes=100).sample([one], sampling())
+        engine(LLAMA, max_cache_bytes=100).generate([one], sampling())
     with pytest.raises(ValueError, match="max_rows=0"):
         engine(LLAMA, max_rows=0)
     with pytest.raises(ValueError, match="max_cache_bytes=-1"):

@@ -35,6 +35,7 @@ from tests.data.test_objectives import bert_tokenizer, save
 from tests.helpers import pretend
 from tests.helpers.processes import SMALL as PROCESS_SMALL
 from tests.helpers.processes import one_thread, train_here, updates  # noqa: F401  (a fixture)
+from tests.helpers.recorded import task
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -331,7 +332,7 @@ def update_launches(out: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) 
     with pretend.device() as cuda:
         trainer = Trainer(config_of(CASES["weighted-grpo"], {"grpo": options}), out)
         prompts = trainer.prompts[:2]
-        batch = trainer.experience.collect(prompts, (0.5, 0.5), ("train", 0))
+        batch = trainer.collector.collect([task(prompts, (0.5, 0.5), ("train", 0))])
 
         def of_constants(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
             def hidden(*args: Any) -> torch.Tensor:
@@ -345,7 +346,7 @@ def update_launches(out: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) 
             monkeypatch.setattr(module, "hidden", of_constants(sequences_hidden))
         cuda.reset()
         cuda.kernels = "counted"
-        scored = trainer.experience.score(batch.reward_RK, batch.rolled)
+        scored = trainer.collector.score(batch.reward_RK, batch.rolled)
         trainer.recipe.loss(trainer.policy, batch.rolled, scored, trainer.config.grpo, 1.0)
         return cuda.launches
 
@@ -446,4 +447,4 @@ def test_a_host_read_in_a_captured_step_is_refused(monkeypatch):
         policy = load_policy(PolicyConfig(path="world:tiny", device="cuda"), ("a", "b"))
         request = Request(Prompt("a", "Write a word."), (0.5, 0.5), 2)
         with engine(policy) as sampler, pytest.raises(RuntimeError, match="capturing"):
-            sampler.sample([request], Sampling(4, 1.0, 0, ()))
+            sampler.generate([request], Sampling(4, 1.0, 0, ()))

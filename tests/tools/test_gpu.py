@@ -73,7 +73,7 @@ def test_steps_at_fixed_shapes_draw_the_tokens_of_others_and_of_the_cpu(device):
         with engine(policy_on(where), max_rows=16) as sampler:
             sampler.fixed_shapes = fixed
             for _ in range(2):  # the second time from graphs that are there
-                out = sampler.sample(some_requests(), Sampling(12, 1.0, seed=3))
+                out = sampler.generate(some_requests(), Sampling(12, 1.0, seed=3))
         drawn.append(out)
     fixed, plain, on_cpu = drawn
     assert fixed.texts == plain.texts == on_cpu.texts
@@ -92,7 +92,7 @@ def test_steps_at_fixed_shapes_draw_the_tokens_of_others_and_of_the_cpu(device):
 def test_before_the_first_update_the_ratio_is_one(device, dtype):
     policy = policy_on(device, dtype, drawn=0.0)
     with engine(policy) as sampler:
-        out = sampler.sample(some_requests(), Sampling(12, 0.9, seed=3))
+        out = sampler.generate(some_requests(), Sampling(12, 0.9, seed=3))
     logp = learner_logp(policy, out, 0.9)
     ratio = (logp - out.logp_RT[out.mask_RT]).exp()
     apart = (ratio - 1).abs()
@@ -103,7 +103,7 @@ def test_before_the_first_update_the_ratio_is_one(device, dtype):
 @pytest.mark.parametrize("device", ON_BOTH)
 def test_the_loss_and_its_gradient_are_those_of_float64(device):
     with engine(policy_on("cpu")) as sampler:
-        rolled = sampler.sample(some_requests(), Sampling(12, 1.0, seed=3))
+        rolled = sampler.generate(some_requests(), Sampling(12, 1.0, seed=3))
     rows = len(rolled.group_R)
     options, advantage = GRPOConfig(beta=0.1, kl="exact"), torch.linspace(-1, 1, rows)
     found = []

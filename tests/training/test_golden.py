@@ -17,6 +17,7 @@ import torch
 
 from meal_fast.config.config import Config
 from meal_fast.config.presets import preset
+from meal_fast.data_types import Scored, Weighted
 from meal_fast.training.trainer import Trainer
 from tests.helpers.processes import updates
 from tests.helpers.recorded import (  # noqa: F401  (a fixture)
@@ -58,18 +59,19 @@ def config_of(recipe: str) -> Config:
 def record(recipe: str, out: Path) -> str:
     """The rollouts of a run's first meta-step."""
     trainer = Trainer(config_of(recipe), out)
-    trainer.experience = Recorder(trainer.experience)
-    trainer._meta_step(0)
-    return to_text(trainer.experience.batches)
+    trainer.collector = Recorder(trainer.collector)
+    trainer.meta_step()
+    return to_text(trainer.collector.batches)
 
 
 def replay(recipe: str, rollouts: str, out: Path) -> dict[str, list]:
     """What the learner and the outer loop make of them, in float64."""
     trainer = Trainer(config_of(recipe), out)
     make_exact(trainer)
-    trainer.experience = Recorded(trainer.experience, from_text(rollouts))
+    kind = Weighted if trainer.recipe.spec.loss == "sft" else Scored
+    trainer.collector, trainer.net = Recorded(trainer.collector, from_text(rollouts, kind)), None
     begin = projections(trainer.policy.named)
-    trainer._meta_step(0)
+    trainer.meta_step()
     rows = updates(out)
     assert len(rows) == 4 and all(p.dtype == torch.float64 for p in trainer.policy.trainable)
     values = {name: [row[name] for row in rows] for name in METRICS if name in rows[0]}

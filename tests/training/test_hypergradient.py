@@ -11,12 +11,8 @@ from meal_fast import ops
 from meal_fast.models.policy import load_policy
 from meal_fast.training.hypergradient import coefficients, hypergradient
 from meal_fast.training.losses.sequences import gradient
-from meal_fast.training.preference_net import (
-    NetTrainer,
-    PreferenceNet,
-    acceptance_weights,
-    features,
-)
+from meal_fast.training.net_trainer import NetTrainer, acceptance_weights
+from meal_fast.training.preference_net import PreferenceNet, features
 from tests.helpers.run_folder import tiny_config, tiny_policy
 from tests.training.test_sequences import TEMPERATURE, plain, uneven
 

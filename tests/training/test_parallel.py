@@ -205,8 +205,10 @@ def test_a_row_s_stream_is_that_of_a_rollout_of_its_own(policy, tasks):
     with policy.stacked(tasks):
         sampler = Engine(policy, policy.network)
         asked = [Request(prompt, w, 3, 1, ("step", t)) for t in range(2)]
-        together = sampler.sample(asked, Sampling(6, 1.0, 5, ("run",)))
-        alone = sampler.sample([Request(prompt, w, 3, 1)], Sampling(6, 1.0, 5, ("run", "step", 1)))
+        together = sampler.generate(asked, Sampling(6, 1.0, 5, ("run",)))
+        alone = sampler.generate(
+            [Request(prompt, w, 3, 1)], Sampling(6, 1.0, 5, ("run", "step", 1))
+        )
     assert together.texts[3:] == alone.texts and together.texts[:3] != alone.texts
     assert together.task_id == (1, 1)
 

@@ -22,7 +22,6 @@ from meal_fast.models.model_soup import load_served
 from meal_fast.models.pblora import Adapter, Bilinear
 from meal_fast.models.policy import GUIDE, Policy, load_policy
 from meal_fast.rollout import Request, Sampling, engine, rollout
-from meal_fast.rollout.backends import generate_rollout, vllm_rollout
 from meal_fast.training.collectors.base import BaseSamples
 from meal_fast.training.losses import parm
 from meal_fast.training.losses.grpo import packed
@@ -30,6 +29,7 @@ from meal_fast.training.losses.parm import orders, pair_loss
 from meal_fast.training.trainer import Trainer
 from tests.helpers.models import small_model
 from tests.helpers.processes import one_thread, refused, train_here, updates  # noqa: F401  (a fixture)
+from tests.helpers.recorded import task
 from tests.training.test_grpo import gradients
 
 PROMPTS = [Prompt("a", "Write a short word."), Prompt("b", "Say more."), Prompt("c", "Hi")]
@@ -313,7 +313,7 @@ def test_guided_log_probabilities_are_those_of_two_models(beta, fixed, join):
     sampling = Sampling(max_new_tokens=6, temperature=0.9, seed=1)
     with guided(policy, w, beta), engine(policy, max_rows=4, join=join) as sampler:
         sampler.fixed_shapes = fixed
-        out = sampler.sample(requests, sampling)
+        out = sampler.generate(requests, sampling)
         assert sampler.shape.layers == 2 * policy._base.config.num_hidden_layers
     differs = 0.0
     for row in range(9):
@@ -343,9 +343,9 @@ def test_a_preference_steers_and_what_is_left_is_the_base(policy):
     assert base_texts() == before
     with pytest.raises(ValueError, match="answers at one preference"):
         rollout(policy, requests, **options)
-    for other in (generate_rollout, vllm_rollout):
-        with pytest.raises(ValueError, match=r"rollout\.backend="):
-            other(policy, requests, **options)
+    for other in ("generate", "vllm"):
+        with pytest.raises(ValueError, match=f"{other}.*capability 'any-network'"):
+            rollout(policy, requests, **options, backend=other)
     for w, beta, said in (
         ((0.5, 0.5, 0.0), 1.0, "must be 2 numbers"),
         ((0.7, 0.7), 1.0, "summing to 1"),
@@ -406,15 +406,15 @@ def test_samples_are_the_base_s_and_every_prompt_has_its_own_preference(policy):
         config,
         "linear",
     )
-    batch = source.collect(PROMPTS, EVEN, ("test", 0))
+    batch = source.collect([task(PROMPTS, EVEN, ("test", 0))])
     w_BK = batch.rolled.w_RK[::8]
     assert batch.rolled.w_RK.tolist() == w_BK.repeat_interleave(8, 0).tolist()
     assert len(w_BK.unique(dim=0)) == 3 and not (w_BK * 10).round().div(10).equal(w_BK)
     torch.testing.assert_close(w_BK.sum(1), torch.ones(3))
     assert batch.log["w"] == pytest.approx(w_BK.mean(0).tolist())
-    again = source.collect(PROMPTS, (1.0, 0.0), ("test", 0))  # the task's is not used
+    again = source.collect([task(PROMPTS, (1.0, 0.0), ("test", 0))])  # the task's is not used
     assert again.rolled.texts == batch.rolled.texts
-    assert source.collect(PROMPTS, EVEN, ("test", 1)).rolled.texts != batch.rolled.texts
+    assert source.collect([task(PROMPTS, EVEN, ("test", 1))]).rolled.texts != batch.rolled.texts
     for row in (0, 9, 20):
         tokens = batch.rolled.tokens_RT[row][batch.rolled.mask_RT[row]]
         prefix = batch.rolled.prefix[int(batch.rolled.group_R[row])]

@@ -13,17 +13,15 @@ from safetensors.torch import save_file
 
 from meal_fast.data_types import Prompt
 from meal_fast.rollout.rejection_rules import floored
-from meal_fast.training.preference_net import (
-    Features,
+from meal_fast.training.net_trainer import (
     NetTrainer,
-    PreferenceNet,
     acceptance_weights,
     divergence,
     entropy,
-    features,
     learned_preference,
     net_loss,
 )
+from meal_fast.training.preference_net import Features, PreferenceNet, features
 from tests.helpers.run_folder import tiny_config, tiny_policy
 
 NAMES = ("helpful", "harmless", "humor")

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from meal_fast import ops
+from meal_fast.config.recipes import spec_of
 from meal_fast.data.reward_statistics import Normalizer, Scales
-from meal_fast.data_types import Prompt, Scored
+from meal_fast.data_types import Prompt, Scored, Weighted
 from meal_fast.models import shared_prefix
 from meal_fast.models.policy import load_policy
 from meal_fast.rollout import Request, rollout
@@ -51,7 +52,8 @@ def setting(recipe="weighted-meta-grpo", tuning="lora", **policy_options):
     old = rolled.logp_RT + 0.3 * torch.randn(mask.shape, generator=generator)
     rolled = dataclasses.replace(rolled, mask_RT=mask, logp_RT=old * mask)
     reward, advantage = torch.randn(2, 12, 2, generator=generator)
-    return config, policy, rolled, Scored(reward, advantage[:, 0], advantage[:, 0])
+    kind = Weighted if spec_of(config).loss == "sft" else Scored
+    return config, policy, rolled, kind(reward, advantage[:, 0], advantage[:, 0])
 
 
 def moved(rolled):
@@ -65,7 +67,7 @@ def on_cuda(config, policy, rolled, scored):
     copied = load_policy(settings, config.names)
     for mine, theirs in zip(copied.trainable, policy.trainable, strict=True):
         mine.data = theirs.detach().to("cuda")
-    return copied, moved(rolled), Scored(*(x.to("cuda") for x in vars(scored).values()))
+    return copied, moved(rolled), type(scored)(*(x.to("cuda") for x in vars(scored).values()))
 
 
 def gradients(policy):

@@ -13,6 +13,7 @@ from meal_fast.config.config import from_dict
 from meal_fast.config.presets import preset
 from meal_fast.config.recipes import RECIPES, RecipeSpec
 from meal_fast.data.preferences import model_tasks
+from meal_fast.data_types import Weighted
 from meal_fast.training import recipes
 from meal_fast.training.collectors.base import Sampled
 from meal_fast.training.recipes import recipe_of
@@ -55,6 +56,8 @@ def test_a_loss_refuses_what_its_spec_says(setting, name):  # noqa: F811
     policy, rolled, scored = setting
     spec, loss = specs.LOSSES[name], recipes.LOSSES[name](tiny("grid-grpo"))
     config = tiny("grid-grpo").grpo
+    if name == "sft":
+        scored = Weighted(scored.reward_RK, scored.score_R, scored.advantage_R)
     odd = dataclasses.replace(rolled, group_R=torch.tensor([0] * 3 + [1] * 9))
 
     def complaint(rolled, config):

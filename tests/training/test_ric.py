@@ -30,6 +30,7 @@ from meal_fast.training.collectors.ric import (
 from meal_fast.training.losses import sft
 from meal_fast.training.trainer import Trainer
 from tests.helpers.processes import one_thread, refused, train_here, updates  # noqa: F401  (a fixture)
+from tests.helpers.recorded import task
 from tests.helpers.run_folder import tiny_policy
 
 PROMPTS = [Prompt("a", "Write a short word."), Prompt("b", "Say more.")]
@@ -174,7 +175,7 @@ def test_responses_are_answers_to_their_own_rewards():
 
 def test_the_loss_is_the_likelihood_under_a_response_s_own_rewards():
     source = ric(grpo={"beta": 0.0})
-    batch = source.collect(PROMPTS, (0.5, 0.5), ("test", 0))
+    batch = source.collect([task(PROMPTS, (0.5, 0.5), ("test", 0))])
     policy, rolled = source.policy, batch.rolled
     learned = sft(policy, rolled, batch.scored, source.config.grpo, temperature=1.0)
     standard_RK = (batch.scored.reward_RK - torch.tensor([0.2, 0.3])) / torch.tensor([0.2, 0.1])
@@ -194,7 +195,7 @@ def test_the_loss_is_the_likelihood_under_a_response_s_own_rewards():
 
 def test_offline_updates_learn_all_that_the_base_model_answers_unasked():
     source = ric(scale=1.0)
-    batch = source.collect(PROMPTS, (0.5, 0.5), ("test", 0))
+    batch = source.collect([task(PROMPTS, (0.5, 0.5), ("test", 0))])
     with source.policy.reference() as base:
         sampled = rollout(
             source.policy,
@@ -207,7 +208,7 @@ def test_offline_updates_learn_all_that_the_base_model_answers_unasked():
         )
     assert sorted(batch.rolled.texts) == sorted(sampled.texts)
     assert batch.tokens == int(sampled.mask_RT.sum())
-    assert batch.log["online"] is False and batch.scored.advantage_R.tolist() == [1.0] * 16
+    assert batch.log["online"] is False and batch.scored.loss_weight_R.tolist() == [1.0] * 16
     texts = [sampled.prompts[g].text for g in sampled.group_R.tolist()]
     reward_RK = source.objectives.rewards(texts, sampled.texts)
     torch.testing.assert_close(batch.reward_RK, reward_RK)
@@ -219,15 +220,14 @@ def test_offline_updates_learn_all_that_the_base_model_answers_unasked():
 def online(**sections) -> tuple[RiC, list]:
     """A source that has been through its offline part; and the goals that it then asks for."""
     source = ric(scale=0.0, meta={"steps": 1}, ric={"offline": 0.25, **sections})
-    source.collect(PROMPTS, (0.5, 0.5), ("test", 0))
-    source.learned(0)
+    source.collect([task(PROMPTS, (0.5, 0.5), ("test", 0))])
     return source, [a.drawn.tokens for a in source.offline]
 
 
 def test_online_updates_learn_what_is_kept_and_some_offline_responses_again():
     source, offline = online(replay=0.5)
     hi = source.hi.clone()
-    batch = source.collect(PROMPTS, (0.5, 0.5), ("test", 1))
+    batch = source.collect([task(PROMPTS, (0.5, 0.5), ("test", 1), progress=0.25)])
     raw_RK = batch.reward_RK
     assert len(raw_RK) == 16
     line = torch.quantile(raw_RK, 0.7, 0)  # standardising keeps the order
@@ -255,7 +255,7 @@ def test_every_sample_is_asked_for_goals_of_its_own(monkeypatch):
         return plain(requests, rng_key, network)
 
     monkeypatch.setattr(source, "_sampled", watched)
-    batch = source.collect(PROMPTS, (0.5, 0.5), ("test", 1))
+    batch = source.collect([task(PROMPTS, (0.5, 0.5), ("test", 1), progress=0.25)])
     assert batch.log["replayed"] == 0 and batch.log["acceptance"] < 1
     assert batch.tokens > int(batch.rolled.mask_RT.sum())  # what is not kept was generated too
     assert sum(q.samples for q in asked) == 16 and len(asked) > len(PROMPTS)
@@ -286,7 +286,9 @@ def test_offline_responses_of_a_data_set_are_learnt_in_turn_and_generate_nothing
     source = ric(ric={"data": answers_file(tmp_path, *rows)}, rollout={"prompts": 1, "samples": 3})
     encode = source.policy.tokenizer.encode
     for update in range(2):  # each row once an update, in another order
-        batch = source.collect([Prompt("x", "not asked")], (0.5, 0.5), ("test", update))
+        batch = source.collect(
+            [task([Prompt("x", "not asked")], (0.5, 0.5), ("test", update), update=update)]
+        )
         rolled = batch.rolled
         assert batch.tokens == 0 and batch.log["online"] is False and not rolled.on_policy
         got = [
@@ -305,7 +307,6 @@ def test_offline_responses_of_a_data_set_are_learnt_in_turn_and_generate_nothing
             suffix = source.policy.tokenizer(f" {said}{source.policy._after}")["input_ids"]
             assert list(rolled.prefix[g][-len(suffix) :]) == suffix
         assert sorted(batch.scored.reward_RK.tolist()) == sorted(reward_RK.tolist())
-        source.learned(update)
     assert len(source.offline) == 6
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from meal_fast.data_types import Weighted
 from meal_fast.training.losses import sft
 from tests.helpers.run_folder import tiny_config
 from tests.training.test_grpo import TEMPERATURE, gradients, logp_of, setting  # noqa: F401  (a fixture)
@@ -34,7 +35,7 @@ def test_loss_and_gradient_equal_the_plain_computation(setting, reduce, kl, beta
     policy, rolled, scored = setting
     rolled = dataclasses.replace(rolled, on_policy=False)  # as kept rows are
     weight_R = torch.rand(12, generator=torch.Generator().manual_seed(1))
-    scored = dataclasses.replace(scored, advantage_R=weight_R)
+    scored = Weighted(scored.reward_RK, scored.score_R, weight_R)
     config = dataclasses.replace(
         tiny_config().grpo, beta=beta, kl=kl, reduce=reduce, micro_tokens=40
     )

@@ -52,7 +52,7 @@ def decode(here: Here, name: str, rows: int) -> None:
     with engine(policy, max_rows=rows) as sampler:
 
         def draw(length: int = new) -> Rollout:
-            return sampler.sample(given, Sampling(length, 1.0, seed=0))
+            return sampler.generate(given, Sampling(length, 1.0, seed=0))
 
         begin = time.perf_counter()
         draw()
@@ -74,7 +74,7 @@ def learner(here: Here, name: str, beta: float) -> None:
     count, tokens, samples, new = (2, 16, 2, 4) if here.rehearsal else (8, 200, 8, 128)
     given = requests(policy, count, tokens, samples)
     with engine(policy) as sampler:
-        rolled = sampler.sample(given, Sampling(new, 1.0, seed=0))
+        rolled = sampler.generate(given, Sampling(new, 1.0, seed=0))
     scored = random_scores(rolled, here.device)
     options = GRPOConfig(beta=beta, micro_tokens=16_384)
 

@@ -45,7 +45,7 @@ def log_probabilities(here: Here, name: str, dtype: str) -> None:
         given = requests(policy, count, tokens, samples)
         sampling = Sampling(new, 1.0, seed=0)
         with engine(policy) as sampler:
-            rolled = sampler.sample(given, sampling)
+            rolled = sampler.generate(given, sampling)
         apart = (learner_logp(policy, rolled, 1.0) - rolled.logp_RT[rolled.mask_RT]).abs()
         worst, rms = float(apart.max().expm1()), float(apart.square().mean().sqrt())
         ok = worst <= RATIO[dtype] and rms <= RATIO_RMS[dtype] if drawn == 0 else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,43 +17,20 @@ from meal_fast.config.config import Config
 from meal_fast.config.recipes import Score
 from meal_fast.data import preferences
 from meal_fast.data.objectives import Objectives
-from meal_fast.data.preferences import Preference
 from meal_fast.data.reward_statistics import Scales, constant
-from meal_fast.data_types import Prompt, Rollout, Scored, rng_seed
+from meal_fast.data_types import Rollout, Scored, rng_seed
 from meal_fast.models.policy import Network, Policy
 from meal_fast.models.shared_prefix import to_device
-from meal_fast.rollout import Request, backend
-
-RngKey = tuple[int | str, ...]
-
-
-@dataclass(frozen=True)
-class Experience:
-    """What one policy update learns from."""
-
-    rolled: Rollout  # what the learner sees; it may hold no row
-    scored: Scored
-    reward_RK: Tensor  # raw, of all responses that were sampled, kept or not
-    tokens: int  # generated, for all of them
-    log: dict[str, Any] = field(default_factory=dict)
-
-    def parts(self) -> list[Experience]:
-        """What each task learns from, where it holds that of several."""
-        if not self.rolled.task_id:
-            return [self]
-        parts = []
-        for rows in self.rolled.tasks:
-            rolled, of = self.rolled.of_task(rows), self.scored
-            scored = Scored(of.reward_RK[rows], of.score_R[rows], of.advantage_R[rows])
-            tokens = sum(rolled.lengths)
-            parts.append(Experience(rolled, scored, self.reward_RK[rows], tokens, self.log))
-        return parts
+from meal_fast.rollout import Request, Sampling, open_backend
+from meal_fast.training.batch import Batch, RngKey, Task
+from meal_fast.training.net_update import NetUpdate
 
 
 class Sampled:
-    """Every prompt under the task's preference, `rollout.samples` times; nothing is rejected."""
+    """Sample every prompt under the task's preference, `rollout.samples` times; reject nothing."""
 
     standardizes: ClassVar[bool] = False  # whether it needs `Scales.standard`
+    net: NetUpdate | None = None  # what Meal trains beside the policy
 
     def __init__(
         self, policy: Policy, objectives: Objectives, scales: Scales, config: Config, score: Score
@@ -63,69 +40,64 @@ class Sampled:
 
     @classmethod
     def check(cls, config: Config) -> None:
-        """Raises ValueError for what it will not find; before anything expensive."""
+        """Raise ValueError for what it will not find; before anything expensive."""
 
-    def collect(self, prompts: Sequence[Prompt], w: Preference, rng_key: RngKey) -> Experience:
-        """Samples and scores; `rng_key` keys the randomness, with the prompt, w and the sample."""
-        return self._all_of([Request(p, w, self.config.rollout.samples) for p in prompts], rng_key)
+    def collect(self, tasks: Sequence[Task]) -> Batch:
+        """Sample and score; of several tasks in one rollout, each through its own adapter.
 
-    def collect_tasks(
-        self, tasks: Sequence[tuple[Sequence[Prompt], Preference, RngKey]]
-    ) -> Experience:
-        """`collect`; of several tasks in one rollout of the stacked policy, each by its adapter."""
+        Nothing is trained by it.
+        """
+        samples = self.config.rollout.samples
         if len(tasks) == 1:
-            return self.collect(*tasks[0])
+            (task,) = tasks
+            requests = [Request(p, task.preference, samples) for p in task.prompts]
+            return self._all_of(requests, task.rng_key)
         requests = [
-            Request(p, w, self.config.rollout.samples, task_id, rng_key)
-            for task_id, (prompts, w, rng_key) in enumerate(tasks)
-            for p in prompts
+            Request(p, task.preference, samples, lane, task.rng_key)
+            for lane, task in enumerate(tasks)
+            for p in task.prompts
         ]
         return self._all_of(requests, ())
 
-    def learned(self, update: int) -> dict[str, float]:
-        """Called after each policy update, which is number `update`; returns metrics."""
-        return {}
-
     def state(self) -> dict[str, Any]:
-        """What the next updates depend on, beside the policy."""
+        """Give what the next updates depend on, beside the policy."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        pass
+        """Take up what `state` gave."""
 
     def save(self, folder: Path) -> None:
-        """What a user of the finished policy needs beside it; or in it: it is saved after this."""
+        """Write what a user of the policy needs beside it, or into it: it is saved after this."""
 
     def _all_of(
         self, requests: Sequence[Request], rng_key: RngKey, network: Network | None = None
-    ) -> Experience:
+    ) -> Batch:
         rolled = self._sampled(requests, rng_key, network)
         scored = self.score(self._rewards(rolled), rolled)
-        return Experience(rolled, scored, scored.reward_RK, sum(rolled.lengths))
+        return Batch(rolled, scored, scored.reward_RK, sum(rolled.lengths))
 
     def _sampled(
         self, requests: Sequence[Request], rng_key: RngKey, network: Network | None = None
     ) -> Rollout:
-        """The policy's responses, or another network's."""
+        """Draw the policy's responses, or another network's."""
         options = self.config.rollout
-        return backend(options.backend)(
+        sampling = Sampling(options.max_new_tokens, options.temperature, self.config.seed, rng_key)
+        with open_backend(
+            options.backend,
             self.policy,
-            requests,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            seed=self.config.seed,
-            rng_key=rng_key,
             network=network,
             max_cache_bytes=options.max_cache_bytes,
-        )
+            join=True,
+        ) as sampler:
+            return sampler.generate(requests, sampling)
 
     def _rewards(self, rolled: Rollout) -> Tensor:
-        """Raw rewards (R, K), where the rollout is."""
+        """Give raw rewards (R, K), where the rollout is."""
         texts = [rolled.prompts[g].text for g in rolled.groups]
         return self.objectives.rewards(texts, rolled.texts)
 
     def score(self, reward_RK: Tensor, rolled: Rollout) -> Scored:
-        """Scores and group-relative advantages of a rollout's rewards, which it normalises.
+        """Give scores and group-relative advantages of a rollout's rewards, which it normalises.
 
         All where the rollout is, in one launch of a GPU, and nothing waits for it.
         """
@@ -152,23 +124,24 @@ class Sampled:
 
 
 class BaseSamples(Sampled):
-    """Samples of the base model, for a guide: every prompt has a preference of its own.
+    """Sample the base model, for a guide: every prompt has a preference of its own.
 
     w ~ Dir(`parm.alpha`), on the whole simplex. The base model reads no preference: it decides
     which loss the guide is trained by, and nothing about the samples.
     """
 
-    def collect(self, prompts: Sequence[Prompt], w: Preference, rng_key: RngKey) -> Experience:
+    def collect(self, tasks: Sequence[Task]) -> Batch:
+        (task,) = tasks
         drawn = preferences.draw(
             len(self.config.names),
             alpha=self.config.parm.alpha,
             points=0,
-            seed=rng_seed(self.config.seed, "parm", *rng_key),
+            seed=rng_seed(self.config.seed, "parm", *task.rng_key),
             step=0,
-            count=len(prompts),
+            count=len(task.prompts),
         )
         samples = self.config.rollout.samples
-        requests = [Request(p, own, samples) for p, own in zip(prompts, drawn, strict=True)]
+        requests = [Request(p, own, samples) for p, own in zip(task.prompts, drawn, strict=True)]
         with self.policy.reference() as base:
-            batch = self._all_of(requests, rng_key, base)
+            batch = self._all_of(requests, task.rng_key, base)
         return replace(batch, log={"w": batch.rolled.w_RK.mean(0).tolist()})  # not the task's

@@ -39,12 +39,13 @@ from meal_fast.data.objectives import Objectives
 from meal_fast.data.preferences import Goals, Preference
 from meal_fast.data.prompts import in_turn, read_answers
 from meal_fast.data.reward_statistics import Scales
-from meal_fast.data_types import Prompt, Rollout, Scored, rng_seed
+from meal_fast.data_types import Prompt, Rollout, Weighted, rng_seed
 from meal_fast.models.policy import Policy
 from meal_fast.rollout import Request
 from meal_fast.rollout.sequence import Drawn, gathered
+from meal_fast.training.batch import Batch, Task
 
-from .base import Experience, RngKey, Sampled
+from .base import Sampled
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Answer:
 
 
 class RiC(Sampled):
-    """An update's responses: the base model's, later the policy's, under their own rewards."""
+    """Give the base model's responses, later the policy's, under their own rewards."""
 
     standardizes: ClassVar[bool] = True
 
@@ -74,7 +75,6 @@ class RiC(Sampled):
         self.offline: list[Answer] = []  # the last `ric.buffer` of them
         k = len(config.names)
         self.lo, self.hi = torch.full((k,), torch.inf), torch.full((k,), -torch.inf)
-        self.updates = self.tokens = 0  # of the run, so far
         self.data: list[tuple[Prompt, Drawn]] = []
         if config.ric.data:
             limit, rows = config.prompts.max_tokens, read_answers(Path(config.ric.data))
@@ -92,55 +92,47 @@ class RiC(Sampled):
         if config.ric.data:
             read_answers(Path(config.ric.data))
 
-    def collect(self, prompts: Sequence[Prompt], w: Preference, rng_key: RngKey) -> Experience:
-        done = self.config.meta.progress(self.updates, self.tokens)
-        online = done >= self.config.ric.offline
-        batch = (self._online if online else self._offline)(prompts, rng_key)
-        self.tokens += batch.tokens
-        return batch
-
-    def learned(self, update: int) -> dict[str, float]:
-        self.updates = update + 1
-        return {}
+    def collect(self, tasks: Sequence[Task]) -> Batch:
+        (task,) = tasks
+        online = task.progress >= self.config.ric.offline
+        return (self._online if online else self._offline)(task)
 
     def state(self) -> dict[str, Any]:
         rows = [
             (a.prompt.id, a.prompt.text, a.drawn.tokens, a.drawn.logp, a.drawn.finish, a.reward)
             for a in self.offline
         ]
-        ends = {"lo": self.lo.clone(), "hi": self.hi.clone()}
-        return {"offline": rows, "updates": self.updates, "tokens": self.tokens, **ends}
+        return {"offline": rows, "lo": self.lo.clone(), "hi": self.hi.clone()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.offline = [
             Answer(Prompt(name, text), Drawn(tokens, logp, finish), reward)
             for name, text, tokens, logp, finish, reward in state["offline"]
         ]
-        self.updates, self.tokens = state["updates"], state["tokens"]
         self.lo, self.hi = state["lo"], state["hi"]
 
     def save(self, folder: Path) -> None:
-        """The goals go into the policy: whoever serves it needs no run folder."""
+        """Put the goals into the policy: whoever serves it needs no run folder."""
         self.policy.goals = Goals(tuple(self.lo.tolist()), tuple(self.hi.tolist()))
 
-    def _offline(self, prompts: Sequence[Prompt], rng_key: RngKey) -> Experience:
+    def _offline(self, task: Task) -> Batch:
         if self.data:
-            rolled = self._given()
+            rolled = self._given(task.update)
         else:
-            requests = [Request(p, None, self.config.rollout.samples) for p in prompts]
+            requests = [Request(p, None, self.config.rollout.samples) for p in task.prompts]
             with self.policy.reference() as base:
-                rolled = self._sampled(requests, rng_key, base)
+                rolled = self._sampled(requests, task.rng_key, base)
         reward_RK = self._rewards(rolled)
         answers = answers_of(rolled, reward_RK)
         self.offline = (self.offline + answers)[-self.config.ric.buffer :]
         batch = self._taught(answers, rolled, reward_RK, {"online": False})
         return dataclasses.replace(batch, tokens=0) if self.data else batch
 
-    def _given(self) -> Rollout:
-        """As many of the data set's responses as an update has: nothing is generated."""
+    def _given(self, update: int) -> Rollout:
+        """Read as many of the data set's responses as an update has; generate nothing."""
         options, started = self.config.rollout, time.perf_counter()
         count = options.prompts * options.samples
-        rows = in_turn(self.data, self.updates * count, count, self.config.seed, "ric.data")
+        rows = in_turn(self.data, update * count, count, self.config.seed, "ric.data")
         return gathered(
             self.policy,
             [Request(prompt, None) for prompt, _ in rows],
@@ -150,20 +142,20 @@ class RiC(Sampled):
             on_policy=False,
         )
 
-    def _online(self, prompts: Sequence[Prompt], rng_key: RngKey) -> Experience:
+    def _online(self, task: Task) -> Batch:
         options, samples = self.config.ric, self.config.rollout.samples
         random = np.random.Generator(
-            np.random.Philox(key=rng_seed(self.config.seed, "ric", *rng_key))
+            np.random.Philox(key=rng_seed(self.config.seed, "ric", *task.rng_key))
         )
         seen_MK = self.standardized(self.offline)
-        goals = drawn_goals(seen_MK, self.hi, len(prompts) * samples, random)
+        goals = drawn_goals(seen_MK, self.hi, len(task.prompts) * samples, random)
         requests = [
             Request(p, g, count)
-            for i, p in enumerate(prompts)
+            for i, p in enumerate(task.prompts)
             # Equal goals are one request: two would be asked with the same key, and answer alike.
             for g, count in Counter(goals[i * samples : (i + 1) * samples]).items()
         ]
-        rolled = self._sampled(requests, rng_key)
+        rolled = self._sampled(requests, task.rng_key)
         reward_RK = self._rewards(rolled)
         answers = answers_of(rolled, reward_RK)
         kept_R = above(self.standardized(answers), options.quantile).tolist()
@@ -180,8 +172,8 @@ class RiC(Sampled):
 
     def _taught(
         self, answers: Sequence[Answer], sampled: Rollout, reward_RK: Tensor, log: dict[str, Any]
-    ) -> Experience:
-        """What the learner gets of the responses that were chosen; `sampled`: of all."""
+    ) -> Batch:
+        """Give what the learner gets of the chosen responses; `sampled`: of all."""
         standard_RK = self.standardized(answers)
         self.lo = torch.minimum(self.lo, standard_RK.amin(0))
         self.hi = torch.maximum(self.hi, standard_RK.amax(0))
@@ -192,17 +184,17 @@ class RiC(Sampled):
         raw_RK = torch.tensor([answers[i].reward for i in order], device=rolled.mask_RT.device)
         score_R = self.scales.normalizer.apply(raw_RK).mean(1)  # for the log: unweighted
         ones_R = torch.ones(len(order), device=rolled.mask_RT.device)
-        scored = Scored(raw_RK, score_R, ones_R)
+        scored = Weighted(raw_RK, score_R, ones_R)
         log |= {"goal_lo": self.lo.tolist(), "goal_hi": self.hi.tolist()}
-        return Experience(rolled, scored, reward_RK, int(sampled.mask_RT.sum()), log)
+        return Batch(rolled, scored, reward_RK, int(sampled.mask_RT.sum()), log)
 
     def standardized(self, answers: Sequence[Answer]) -> Tensor:
-        """(R, K) float32: by the calibration sample's mean and standard deviation."""
+        """Give (R, K) float32: by the calibration sample's mean and standard deviation."""
         return self.standard.apply(torch.tensor([a.reward for a in answers]))
 
 
 def as_drawn(policy: Policy, text: str, length: int) -> Drawn:
-    """A text as a response: its tokens and the one that ends it, cut at `length`."""
+    """Read a text as a response: its tokens and the one that ends it, cut at `length`."""
     tokens = policy.tokenizer.encode(text.strip(), add_special_tokens=False)
     end = policy.tokenizer.eos_token_id
     tokens += [] if end is None else [end]
@@ -212,7 +204,7 @@ def as_drawn(policy: Policy, text: str, length: int) -> Drawn:
 
 
 def answers_of(rolled: Rollout, reward_RK: Tensor) -> list[Answer]:
-    """The rows of a rollout, each by itself."""
+    """Give the rows of a rollout, each by itself."""
     rows = zip(
         rolled.group_R.tolist(),
         rolled.tokens_RT.tolist(),
@@ -229,14 +221,14 @@ def answers_of(rolled: Rollout, reward_RK: Tensor) -> list[Answer]:
 
 
 def written(reward_RK: Tensor) -> list[Preference]:
-    """Rewards as the policy reads them, to one decimal: equal ones are one text, one prefix."""
+    """Write rewards as the policy reads them, to one decimal: equal ones are one prefix."""
     return [tuple(round(x, 1) + 0.0 for x in row) for row in reward_RK.tolist()]
 
 
 def drawn_goals(
     seen_MK: Tensor, hi_K: Tensor, count: int, random: np.random.Generator
 ) -> list[Preference]:
-    """Goals: of each reward one of those seen, by itself; the smallest gives way to its hi_k."""
+    """Draw goals: of each reward one of those seen; the smallest gives way to its hi_k."""
     m, k = seen_MK.shape
     at_RK = torch.from_numpy(random.integers(m, size=(count, k)))
     goal_RK = seen_MK.gather(0, at_RK)
@@ -245,7 +237,7 @@ def drawn_goals(
 
 
 def above(reward_RK: Tensor, quantile: float) -> Tensor:
-    """Which rows (R,) have any reward at or above that reward's quantile over the rows.
+    """Say which rows (R,) have any reward at or above that reward's quantile over the rows.
 
     The quantile is between two of the rows' values where it falls there (linear interpolation).
     """
@@ -255,7 +247,7 @@ def above(reward_RK: Tensor, quantile: float) -> Tensor:
 def under_own_rewards(
     policy: Policy, answers: Sequence[Answer], standard_RK: Tensor
 ) -> tuple[Rollout, list[int]]:
-    """The answers as a rollout, their own rewards in their prompts; and the order of its rows.
+    """Give the answers as a rollout, their own rewards in their prompts; and the order of its rows.
 
     Equal prompts with equal rewards are one group. The tokens are as they were drawn, under what
     was asked for then, and so are their log-probabilities: no longer on-policy.

@@ -7,7 +7,6 @@ each is normalised by the step's own count.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -139,8 +138,7 @@ def most_telling(rollout: Rollout, scored: Scored, keep: int) -> tuple[Rollout, 
         taken[group] += 1
     kept.sort()
     (rows,) = shared_prefix.to_device([torch.tensor(kept, dtype=torch.int64)], order_R.device)
-    its = Scored(*(getattr(scored, f.name)[rows] for f in dataclasses.fields(scored)))
-    return rollout.of_rows(rows, kept), its
+    return rollout.of_rows(rows, kept), scored.of_rows(rows)
 
 
 def _of_reference(

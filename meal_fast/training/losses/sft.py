@@ -3,7 +3,7 @@
     L = sum_i a_i * (-1/T_i sum_t log pi(y_it | x_i, w*_i)) / R  +  beta * KL(pi || base)
 
 over the R kept rows of the step, which read the preference w* that they were relabelled with. The
-weights a_i stand in `scored.advantage_R`; `grpo.reduce` chooses the mean over tokens as for GRPO,
+weights a_i stand in `scored.loss_weight_R`; `grpo.reduce` chooses the mean over tokens as for GRPO,
 `grpo.kl` the estimator of the KL term. Log-probabilities are at the sampler's temperature.
 """
 
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from meal_fast import ops
 from meal_fast.config.config import GRPOConfig
-from meal_fast.data_types import Rollout, Scored
+from meal_fast.data_types import Rollout, Weighted
 from meal_fast.models.policy import Policy
 
 from .sequences import divisor, micro_batches, of_rows, packed, token_logp
 
 
 def sft(
-    policy: Policy, rollout: Rollout, scored: Scored, config: GRPOConfig, temperature: float
+    policy: Policy, rollout: Rollout, scored: Weighted, config: GRPOConfig, temperature: float
 ) -> dict[str, Tensor]:
     """Adds the gradient of the step's loss to the policy's parameters; returns metrics (scalars).
 
@@ -44,7 +44,7 @@ def sft(
     for (rows, batch), reference_N in zip(batches, references, strict=True):
         with policy.recomputing(config.recompute):
             logp_N = token_logp(policy.network, rollout, batch, temperature)
-        weight_N = of_rows(scored.advantage_R, rows, batch)
+        weight_N = of_rows(scored.loss_weight_R, rows, batch)
         loss, metrics = ops.policy_loss_from_logp(
             logp_N,
             weight_N,

@@ -1,0 +1,124 @@
+"""The samplers that `rollout.backend` chooses from, and the one way to open any of them.
+
+engine    ours: see rollout.engine
+generate  transformers' own `generate`, every row by itself: the plain oracle, for comparison
+vllm      the optional extra `vllm`; never run, see `backends.vllm`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+from meal_fast.data_types import Rollout
+from meal_fast.models.network import Network
+from meal_fast.models.policy import Policy
+from meal_fast.ops import checks
+
+from ..engine import Engine, engine
+from ..protocol import Backend, Capability, check_capable
+from ..sequence import Request, Sampling
+from .hf import Generate, open_generate
+from .vllm import VLLM, open_vllm, require_vllm
+
+_Opener = Callable[..., AbstractContextManager[Any]]
+BACKENDS: dict[str, tuple[type[Backend], _Opener]] = {
+    Engine.name: (Engine, engine),
+    Generate.name: (Generate, open_generate),
+    VLLM.name: (VLLM, open_vllm),
+}
+
+
+@contextmanager
+def open_backend(
+    name: str,
+    policy: Policy,
+    *,
+    network: Network | None = None,
+    max_rows: int = 0,
+    max_cache_bytes: int = 0,
+    join: bool = False,
+    needs: Iterable[Capability] = (),
+) -> Iterator[Backend]:
+    """Opens the sampler called `name` on the policy as it is now, or on `network`.
+
+    `network`: the policy's reference, to sample the base model; any other where the backend has the
+    capability `any-network`, which a guided policy needs too. `needs`: what else it will be asked
+    for. `max_rows`, `max_cache_bytes` and `join` are the engine's (see `engine`); another backend
+    takes of them what has a meaning there.
+
+    Raises ValueError for an unknown name, for a capability that the backend lacks, and for vllm
+    where it is not installed.
+    """
+    checks.choice("rollout.backend", name, tuple(BACKENDS))
+    kind, opener = BACKENDS[name]
+    foreign: tuple[Capability, ...] = ("any-network",) if _foreign(policy, network) else ()
+    check_capable(kind, *needs, *foreign)
+    with opener(
+        policy, network=network, max_rows=max_rows, max_cache_bytes=max_cache_bytes, join=join
+    ) as sampler:
+        yield sampler
+
+
+def capable(name: str, needs: Iterable[Capability], say: Callable[[str], None]) -> str:
+    """Gives `name` where that backend has all of `needs`; else says what it lacks, and "engine".
+
+    For whoever answers from a finished run, which another backend than its own can serve as well.
+    """
+    checks.choice("rollout.backend", name, tuple(BACKENDS))
+    lacking = [need for need in needs if need not in BACKENDS[name][0].capabilities]
+    if not lacking:
+        return name
+    say(f"rollout.backend={name!r}: has no capability {lacking[0]!r}; the engine answers")
+    return "engine"
+
+
+def rollout(
+    policy: Policy,
+    requests: Sequence[Request],
+    *,
+    max_new_tokens: int,
+    temperature: float,  # 0: greedy; log-probabilities are then those at temperature 1
+    seed: int,
+    rng_key: tuple[int | str, ...] = (),  # what else a row's id is made of: step, task, …
+    network: Network | None = None,  # default: the policy; the reference, to sample the base model
+    max_rows: int = 0,  # as suits the device
+    max_cache_bytes: int = 0,
+    backend: str = "engine",
+) -> Rollout:
+    """Samples every request and returns the rows in the order of the requests.
+
+    A row's id is rng_seed(*rng_key, prompt id, w, sample). Raises ValueError as `open_backend` and
+    `Backend.generate` do, and for a budget of memory that holds no row.
+    """
+    sampling = Sampling(max_new_tokens, temperature, seed, rng_key)
+    with open_backend(
+        backend,
+        policy,
+        network=network,
+        max_rows=max_rows,
+        max_cache_bytes=max_cache_bytes,
+        join=True,
+    ) as sampler:
+        return sampler.generate(requests, sampling)
+
+
+def backend(name: str) -> Callable[..., Rollout]:
+    """Gives the sampler called `name`, with the signature of `rollout`.
+
+    Raises ValueError for an unknown name, and for vllm where it is not installed.
+    """
+    checks.choice("rollout.backend", name, tuple(BACKENDS))
+    if name == "vllm":
+        require_vllm()
+    return partial(rollout, backend=name)
+
+
+def _foreign(policy: Policy, network: Network | None) -> bool:
+    """Whether what would be sampled is neither the policy's model nor its reference's."""
+    if network is None:
+        return policy.adapter is not None  # guided: two passes of one model
+    models = (policy.causal_lm, policy.reference_lm)
+    return all(model.base_model is not network.body for model in models)

@@ -1,0 +1,65 @@
+"""Before a run's first update: prompts that fit, and the statistics that rewards are brought to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from meal_fast.config.config import Config
+from meal_fast.data import preferences
+from meal_fast.data.objectives import Objectives
+from meal_fast.data.reward_statistics import Scales
+from meal_fast.data_types import Prompt
+from meal_fast.models.policy import Policy
+from meal_fast.rollout import Request, Sampling, open_backend
+
+
+def fitting(policy: Policy, prompts: tuple[Prompt, ...], config: Config) -> tuple[Prompt, ...]:
+    """Choose the prompts of at most `prompts.max_tokens` tokens. Raise ValueError for too few."""
+    limit = config.prompts.max_tokens
+    kept = tuple(p for p in prompts if len(policy.encode_prompt(p.text)) <= limit)
+    if len(kept) < config.rollout.prompts:
+        raise ValueError(
+            f"prompts.train={config.prompts.train!r}: {len(kept)} of {len(prompts)} prompts have "
+            f"at most {limit} tokens, but rollout.prompts={config.rollout.prompts}"
+        )
+    return kept
+
+
+def calibrate(
+    policy: Policy,
+    objectives: Objectives,
+    prompts: Sequence[Prompt],
+    config: Config,
+    out: Path,
+    *,
+    standard: bool,
+) -> Scales:
+    """Fit statistics and z* to the base model's responses to training prompts, and write them.
+
+    standard: whether `Scales.standard` is needed too.
+    """
+    k, count = len(config.names), config.score.calibration
+    grid = preferences.lattice(k, config.preference.grid or 11)
+    requests = [
+        Request(prompt, grid[(i * 7) % len(grid)], max(1, count // len(prompts)))
+        for i, prompt in enumerate(prompts[:count])
+    ]
+    options = config.rollout
+    sampling = Sampling(options.max_new_tokens, options.temperature, config.seed, ("calibration",))
+    with (
+        policy.reference() as base,
+        open_backend(
+            options.backend,
+            policy,
+            network=base,
+            max_cache_bytes=options.max_cache_bytes,
+            join=True,
+        ) as sampler,
+    ):
+        rolled = sampler.generate(requests, sampling)
+    texts = [rolled.prompts[g].text for g in rolled.group_R.tolist()]
+    reward = objectives.rewards(texts, rolled.texts)
+    scales = Scales.fit(reward, config.score, standard=standard)
+    scales.save(out / "statistics.json", config.names, config.score.mu, reward)
+    return scales

@@ -1,0 +1,111 @@
+"""What a run says of its updates: metrics.jsonl, a line an update."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meal_fast.data.reward_statistics import Scales, constant
+
+from .batch import Batch
+
+
+class Clock:
+    """Measure seconds between laps."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Give the seconds since the last lap."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds
+
+
+class MetricsLog:
+    """Write metrics.jsonl in the order of the updates' numbers, which tasks at once mix up.
+
+    The last update of a meta-step waits for what the meta-step itself has to say.
+
+    Args:
+        written: bytes to keep of the file; what a run did after its checkpoint is done again.
+        first: the number of the next update.
+        in_step: updates of a meta-step.
+        told: called with each line.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        written: int,
+        first: int,
+        in_step: int,
+        told: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._file = open(path, "r+b" if written else "wb")
+        self._file.truncate(written)
+        self._file.seek(0, os.SEEK_END)
+        self._due, self._in_step, self._told = first, in_step, told
+        self._held: dict[int, dict[str, Any]] = {}
+
+    def add(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Take the lines of updates, and write those whose turn it is."""
+        self._held |= {line["update"]: line for line in lines}
+        while self._due in self._held and (self._due + 1) % self._in_step:
+            self._write({})
+
+    def end_step(self, metrics: dict[str, Any]) -> None:
+        """Write the last line of a meta-step, with the meta-step's own metrics."""
+        self._write(metrics)
+
+    def sync(self) -> int:
+        """Bring what was written to the disk; give the file's length."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, more: dict[str, Any]) -> None:
+        line = self._held.pop(self._due) | more
+        self._due += 1
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+        self._told(line)
+
+
+def of_responses(batch: Batch, names: Sequence[str], scales: Scales) -> dict[str, Any]:
+    """Say what an update's responses are like: means over them."""
+    rolled, raw, kept = batch.rolled, batch.reward_RK, len(batch.rolled.group_R) > 0
+    normal = scales.normalizer.apply(raw)
+    above_R = (normal > constant(scales.utopia, normal)).any(1)
+    measured = [
+        raw.mean(0),
+        normal.mean(0),
+        above_R.sum(),
+        batch.scored.score_R.mean(),
+        rolled.mask_RT.sum(1).float().mean(),
+    ]
+    values = torch.cat([value.float().view(-1) for value in measured]).tolist()  # one copy
+    reward, normalized = values[: len(names)], values[len(names) : -3]
+    above, score, length = values[-3:]
+    return {
+        "score": score if kept else None,
+        "rewards": dict(zip(names, reward, strict=True)),
+        "normalized": dict(zip(names, normalized, strict=True)),
+        "above_utopia": int(above),
+        "tokens": batch.tokens,
+        "prefill_tokens": rolled.prefill_tokens,
+        "length": length if kept else None,
+        "stopped": sum(f == "stop" for f in rolled.finish) / max(len(rolled.finish), 1),
+        **batch.log,
+    }
