@@ -203,13 +203,14 @@ def parse_weights(text: str, names: Sequence[str]) -> tuple[float, ...]:
             refuse(f"{kind} objective {', '.join(map(repr, which))}")
         by_name = dict(zip(given, (value.strip() for _, _, value in sides), strict=True))
         parts = [by_name[name] for name in names]
-    weights = []
-    for name, part in zip(names, parts, strict=False):
-        try:
-            weights.append(float(part))
-        except ValueError:
-            refuse(f"{name} is {part!r}, not a number")
-    weights += [0.0] * (len(parts) - len(weights))  # more than there are names
+    # The length first: what cannot be paired with a name has no other fault.
+    weights = [0.0] * len(parts)
+    if len(parts) == len(names):
+        for i, (name, part) in enumerate(zip(names, parts, strict=True)):
+            try:
+                weights[i] = float(part)
+            except ValueError:
+                refuse(f"{name} is {part!r}, not a number")
     if reason := off_simplex(weights, names):
         refuse(reason)
     return tuple(weights)

@@ -18,21 +18,12 @@ from typing import Any, Literal, get_args
 
 from meal_fast.common import require
 
+from . import rules
 from .algorithms import CHOICES, MealConfig, ParmConfig, RejectionConfig, RicConfig
+from .recipes import RECIPES, spec_of
 from .schema import check_device, opt, replaced
 
-RecipeName = Literal[
-    "weighted-meta-grpo",
-    "weighted-grpo",
-    "grid-meta-grpo",
-    "grid-grpo",
-    "meal",
-    "mo-odpo",
-    "rewarded-soups",
-    "morlhf",
-    "parm",
-    "ric",
-]
+RecipeName = str  # of RECIPES
 Tuning = Literal["lora", "full", "bilinear"]
 Dtype = Literal["auto", "float32", "tfloat32", "bfloat16"]
 Normalization = Literal["max", "standard", "tanh", "none"]
@@ -43,7 +34,6 @@ PreferenceText = Literal["bar", "numbers", "scores", "none"]
 Logger = Literal["none", "tensorboard", "wandb"]
 Backend = Literal["engine", "generate", "vllm"]
 _CHOICES = CHOICES | {
-    "RecipeName": RecipeName,
     "Tuning": Tuning,
     "Dtype": Dtype,
     "Normalization": Normalization,
@@ -270,83 +260,11 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        require(
-            self.recipe in get_args(RecipeName),
-            "recipe",
-            self.recipe,
-            f"unknown; choose from {', '.join(get_args(RecipeName))}",
-        )
-        check_device("objectives_device", self.objectives_device)
-        names = [o.partition("=")[0] for o in self.objectives]
-        require(
-            len(names) >= 2 and all("=" in o for o in self.objectives),
-            "objectives",
-            self.objectives,
-            "two or more, each NAME=SOURCE",
-        )
-        require(
-            len(set(names)) == len(names) and all(n.isidentifier() for n in names),
-            "objectives",
-            self.objectives,
-            "names must differ and be plain words: the policy reads them",
-        )
-        require(
-            len(self.score.utopia) in (0, len(names)),
-            "score.utopia",
-            self.score.utopia,
-            f"needs {len(names)} numbers, one per objective",
-        )
-        self._settle()
-        if "meta" in self.recipe:
-            require(
-                self.meta.n_inner >= 2,
-                "meta.n_inner",
-                self.meta.n_inner,
-                "Reptile needs at least 2 inner updates; with 1 it is joint training "
-                "(use the recipe without 'meta')",
-            )
-        ok = 0 <= self.threads <= 1024
-        require(ok, "threads", self.threads, "must be 0 (automatic) or 1 to 1024")
-        require(self.checkpoint_every >= 1, "checkpoint_every", self.checkpoint_every, "≥ 1")
-        if self.meta.parallel:
-            backend = self.rollout.backend
-            for ok, reason in (
-                ("meta" in self.recipe, f"recipe {self.recipe!r} has no tasks that go at once"),
-                (self.policy.tuning == "lora", "policy.tuning='full' has no adapters to stack"),
-                (backend == "engine", f"rollout.backend={backend!r} takes one adapter: use engine"),
-            ):
-                require(ok, "meta.parallel", True, f"{reason}; or leave it out")
-        if self.recipe in ("mo-odpo", "parm"):
-            n, remedy = (
-                self.rollout.samples,
-                f"recipe {self.recipe!r} pairs a prompt's samples: even",
-            )
-            require(n % 2 == 0, "rollout.samples", n, remedy)
-        if self.recipe == "mo-odpo":
-            require(self.grpo.beta > 0, "grpo.beta", self.grpo.beta, "DPO's beta must be positive")
-        if self.recipe == "ric" and self.ric.data:
-            remedy = "a data set generates no tokens, and would never end: set meta.steps instead"
-            require(not self.meta.tokens, "meta.tokens", self.meta.tokens, remedy)
-        if self.recipe == "meal":
-            backend = self.rollout.backend
-            ok = backend == "engine"
-            require(ok, "rollout.backend", backend, "recipe 'meal' rejects on the engine alone")
-            if self.meal.update == "hypergradient":
-                policy, n = self.meal.policy, self.rollout.prompts
-                require(policy == "sft", "meal.policy", policy, "the hypergradient needs sft")
-                remedy = "the hypergradient holds half of them out: 2 or more"
-                require(n >= 2, "rollout.prompts", n, remedy)
-        for section, recipe in (
-            ("rejection", "meal"),
-            ("meal", "meal"),
-            ("parm", "parm"),
-            ("ric", "ric"),
-        ):
-            held = getattr(self, section)
-            for f in dataclasses.fields(held) if self.recipe != recipe else ():
-                value = getattr(held, f.name)
-                unused = f"recipe {self.recipe!r} has no use for it; leave it out, or use {recipe}"
-                require(value == f.default, f"{section}.{f.name}", value, unused)
+        rules.check_run(self)
+        for (section, option), value in self.settled.items():
+            changed = dataclasses.replace(getattr(self, section), **{option: value})
+            object.__setattr__(self, section, changed)
+        rules.check(self)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -356,34 +274,12 @@ class Config:
     @property
     def model_points(self) -> int:
         """Points a side of the lattice of preferences with a model each; 0: one model reads w."""
-        if self.recipe == "rewarded-soups":
-            return 2  # the corners
-        return self.preference.models if self.recipe == "morlhf" else 0
+        return spec_of(self).points(self)
 
     @property
     def settled(self) -> dict[tuple[str, str], Any]:
         """Options that the recipe leaves no choice of, so that config.json says them."""
-        if self.model_points:  # a task is a model, and none reads a w
-            tasks = math.comb(self.model_points + len(self.names) - 2, len(self.names) - 1)
-            return {("meta", "tasks"): tasks, ("policy", "preference_text"): "none"}
-        if self.recipe == "parm":  # the guide's weights say w
-            return {("policy", "tuning"): "bilinear", ("policy", "preference_text"): "none"}
-        if self.recipe == "ric":  # it reads rewards
-            return {("policy", "preference_text"): "scores"}
-        return {}
-
-    def _settle(self) -> None:
-        for (section, option), value in self.settled.items():
-            changed = dataclasses.replace(getattr(self, section), **{option: value})
-            object.__setattr__(self, section, changed)
-        text, tuning = self.policy.preference_text, self.policy.tuning
-        steered = f"the policy of {self.recipe} is steered by that text; choose bar or numbers"
-        if text == "scores":
-            steered = f"{self.recipe} reads no rewards, recipe ric does; choose bar or numbers"
-        ok = bool(self.settled) or text not in ("none", "scores")
-        require(ok, "policy.preference_text", text, steered)
-        guide = "is for the guide of recipe 'parm'; choose lora or full"
-        require(self.recipe == "parm" or tuning != "bilinear", "policy.tuning", tuning, guide)
+        return spec_of(self).forced(self)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -403,7 +299,7 @@ def from_dict(values: dict[str, Any], base: Config | None = None) -> Config:
 
 def choices_of(annotation: str) -> tuple[str, ...]:
     """The values that a field of this annotation allows; empty where it is no choice."""
-    return get_args(_CHOICES.get(annotation))
+    return tuple(RECIPES) if annotation == "RecipeName" else get_args(_CHOICES.get(annotation))
 
 
 def load_toml(path: str | Path, base: Config) -> Config:

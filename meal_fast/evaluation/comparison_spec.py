@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import get_args
 
 from meal_fast.config.cli import (
     OneLineParser,
@@ -22,8 +21,9 @@ from meal_fast.config.cli import (
     typed,
     values_of,
 )
-from meal_fast.config.config import Config, RecipeName, from_dict
+from meal_fast.config.config import Config, from_dict
 from meal_fast.config.presets import PRESETS, preset
+from meal_fast.config.recipes import RECIPES
 from meal_fast.config.run_dir import as_saved, read_config, read_json
 from meal_fast.models.threads import automatic
 
@@ -225,14 +225,14 @@ def parse(argv: Sequence[str], about: str) -> tuple[Plan, int]:
     plan = Plan(
         preset=name,
         base=budgeted(from_dict(nested(found), base), tokens),
-        recipes=_listed("recipes", recipes or ",".join(get_args(RecipeName))),
+        recipes=_listed("recipes", recipes or ",".join(RECIPES)),
         seeds=tuple(_seed(s) for s in _listed("seeds", seeds)),
         tokens=tokens,
         ablations=(),
         out=Path(out or f"runs/compare-{name}"),
     )
     for recipe in plan.recipes:
-        known("recipe", recipe, get_args(RecipeName))
+        known("recipe", recipe, RECIPES)
     parts = tuple(ablation for text in ablate for ablation in _ablations(text, plan))
     return dataclasses.replace(plan, ablations=parts), jobs
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from meal_fast.common import require_simplex
 from meal_fast.config.config import Config
+from meal_fast.config.recipes import spec_of
 from meal_fast.config.run_dir import policy_folder
 from meal_fast.data.preferences import Preference
 
@@ -159,7 +160,7 @@ def load_served(run: Path, config: Config) -> tuple[Policy, Family | Guides | No
     trained = policy_folder(run)
     if not config.model_points:
         policy = load_policy(config.policy, config.names, seed=config.seed, trained=trained)
-        return policy, Guides(config.parm.beta) if config.recipe == "parm" else None
+        return policy, Guides(config.parm.beta) if spec_of(config).guide else None
     family = Family.load(run / FILE)
     return load_policy(config.policy, config.names, seed=config.seed), family
 

@@ -67,7 +67,7 @@ class Trainer:
         )
         shared = shared_statistics(config) if self._checkpoint is None else None
         self.recipe = recipe_of(config)
-        self.recipe.experience.check(config)
+        self.recipe.collector.check(config)
         device = device_of(config.policy.device)
         prompts = load_prompts(config.prompts.train, "train")
         self.objectives: Objectives = load_objectives(
@@ -104,8 +104,8 @@ class Trainer:
             self._metrics = open(out / "metrics.jsonl", "r+b")
             self._metrics.truncate(self._checkpoint["metrics_bytes"])
             self._metrics.seek(0, os.SEEK_END)
-        self.experience = self.recipe.experience(
-            self.policy, self.objectives, scales, config, self.recipe.score
+        self.experience = self.recipe.collector(
+            self.policy, self.objectives, scales, config, self.recipe.spec.score
         )
         if self._checkpoint is not None:
             self.outer.load_state(self._checkpoint["outer"])
@@ -155,9 +155,9 @@ class Trainer:
 
     def _save_policy(self) -> None:
         """`policy/`; of several models the one for equal weights, after a file with all of them."""
-        config, policy, rule = self.config, self.policy, self.recipe.rule
+        config, policy, rule = self.config, self.policy, self.recipe.spec.between
         served: AbstractContextManager[None] = nullcontext()
-        if rule is not None:
+        if rule:
             models = self.outer.models()
             named = [dict(zip(policy.named, theta, strict=True)) for theta in models.values()]
             family = Family(tuple(models), tuple(named), rule)
@@ -194,7 +194,7 @@ class Trainer:
         meta, clock = self.config.meta, Clock()
         numbers = [(step * meta.tasks + task) * meta.n_inner + inner for task, _ in tasks]
         own, progress = numbers, [self.progress(number) for number in numbers]
-        if self.recipe.rule is not None:  # each model goes through prompts and schedule as if alone
+        if self.recipe.spec.models:  # each model goes through prompts and schedule as if alone
             own = [step * meta.n_inner + inner] * len(tasks)
             progress = [self.progress(number * meta.tasks) for number in own]
         asked = [
@@ -273,7 +273,7 @@ class Trainer:
         options, lanes = self.config.grpo, self.outer.lanes
         for _ in range(options.epochs):
             with self.policy.stacked(self.outer.stack):
-                learned = self.recipe.learner(
+                learned = self.recipe.loss(
                     self.policy,
                     batch.rolled,
                     batch.scored,
@@ -320,7 +320,7 @@ class Trainer:
             rolled = sampler.generate(requests, sampling)
         texts = [rolled.prompts[g].text for g in rolled.group_R.tolist()]
         reward = self.objectives.rewards(texts, rolled.texts)
-        scales = Scales.fit(reward, config.score, standard=self.recipe.experience.standardizes)
+        scales = Scales.fit(reward, config.score, standard=self.recipe.collector.standardizes)
         scales.save(self.out / "statistics.json", config.names, config.score.mu, reward)
         return scales
 

@@ -346,7 +346,7 @@ def update_launches(out: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) 
         cuda.reset()
         cuda.kernels = "counted"
         scored = trainer.experience.score(batch.reward_RK, batch.rolled)
-        trainer.recipe.learner(trainer.policy, batch.rolled, scored, trainer.config.grpo, 1.0)
+        trainer.recipe.loss(trainer.policy, batch.rolled, scored, trainer.config.grpo, 1.0)
         return cuda.launches
 
 

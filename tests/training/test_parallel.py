@@ -14,7 +14,6 @@ from meal_fast.config.run_dir import read_config
 from meal_fast.data_types import Prompt
 from meal_fast.models.policy import Policy, load_policy
 from meal_fast.rollout import Engine, Request, Sampling
-from meal_fast.training.losses import grpo
 from meal_fast.training.trainer import Trainer
 from tests.helpers.processes import SMALL, one_thread, refused, train_here, updates  # noqa: F401
 from tests.helpers.run_folder import NAMES, tiny_config
@@ -47,7 +46,8 @@ class Watched:
             if type(module) is LlamaRMSNorm:
                 module.__class__ = Norm
         trainer.outer = trainer.recipe.outer(trainer.policy.trainable, config.meta, config.grpo)
-        trainer.recipe = dataclasses.replace(trainer.recipe, learner=self.learn)
+        self.loss = trainer.recipe.loss
+        trainer.recipe = dataclasses.replace(trainer.recipe, loss=self.learn)
         self.sampled: list[list[int]] = []
         self.gradients: dict[tuple[int, int, int], list[torch.Tensor]] = {}
         for number, lane in enumerate(trainer.outer.lanes):
@@ -59,7 +59,7 @@ class Watched:
     def learn(self, policy, rolled, scored, *options):
         rows = zip(rolled.tokens_RT, rolled.mask_RT, rolled.w_RK.tolist(), strict=True)
         self.sampled += [[*w, *tokens[mask].tolist()] for tokens, mask, w in rows]
-        return grpo(policy, rolled, scored, *options)
+        return self.loss(policy, rolled, scored, *options)
 
     def advance(self, number, lane, step):
         taken = 0

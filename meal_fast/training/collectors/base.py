@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from meal_fast import ops
 from meal_fast.config.config import Config
+from meal_fast.config.recipes import Score
 from meal_fast.data import preferences
 from meal_fast.data.objectives import Objectives
 from meal_fast.data.preferences import Preference
@@ -23,7 +24,6 @@ from meal_fast.models.policy import Network, Policy
 from meal_fast.models.shared_prefix import to_device
 from meal_fast.rollout import Request, Sampling, open_backend
 
-Score = Literal["linear", "tchebycheff", "smooth-tchebycheff"]
 RngKey = tuple[int | str, ...]
 
 

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from meal_fast.config.config import Config
+from meal_fast.config.recipes import Score
 from meal_fast.data import preferences
 from meal_fast.data.objectives import Objectives
 from meal_fast.data.preferences import Preference
@@ -55,7 +56,7 @@ from meal_fast.training.preference_net import (
     learned_preference,
 )
 
-from .base import Experience, RngKey, Sampled, Score
+from .base import Experience, RngKey, Sampled
 
 
 class Meal(Sampled):

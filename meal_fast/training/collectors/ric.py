@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from meal_fast.config.config import Config
+from meal_fast.config.recipes import Score
 from meal_fast.data.objectives import Objectives
 from meal_fast.data.preferences import Goals, Preference
 from meal_fast.data.prompts import in_turn, read_answers
@@ -43,7 +44,7 @@ from meal_fast.models.policy import Policy
 from meal_fast.rollout import Request
 from meal_fast.rollout.sequence import Drawn, gathered
 
-from .base import Experience, RngKey, Sampled, Score
+from .base import Experience, RngKey, Sampled
 
 
 @dataclass(frozen=True)

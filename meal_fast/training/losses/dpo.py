@@ -19,13 +19,16 @@ from meal_fast.config.config import GRPOConfig
 from meal_fast.data_types import Rollout, Scored
 from meal_fast.models.policy import Policy
 
-from .sequences import check_pairs, micro_batches, packed, row_sums, token_logp
+from .sequences import by_task, check_pairs, micro_batches, packed, row_sums, token_logp
 
 
 def dpo(
     policy: Policy, rollout: Rollout, scored: Scored, config: GRPOConfig, temperature: float
 ) -> dict[str, Tensor]:
     """Adds the gradient of the step's loss to the policy's parameters; returns metrics (scalars).
+
+    A rollout of several tasks' adapters goes through the stacked policy at once; each task has its
+    own loss, and the metrics are (tasks,).
 
     `config.beta` is DPO's. `margin` is the mean of beta [h(y+) - h(y-)], `accuracy` the share of
     pairs where it is positive, `kl` the mean k3 estimate over tokens. Without an ordered pair there
@@ -37,33 +40,52 @@ def dpo(
     score_P2 = scored.score_R.view(-1, 2).to(rollout.mask_RT.device)
     sign_P = (score_P2[:, 0] - score_P2[:, 1]).sign()
     ordered = sign_P.tolist()  # the one time that the device is waited for
-    pairs = sign_P.abs().sum()
+    pairs_of = [sign_P[_pairs(rows)].abs().sum() for rows in rollout.tasks]
     batches = [
         (rows, packed(rollout, rows))
         for rows in micro_batches(rollout, config.micro_tokens, unit=2)
     ]
     with policy.reference() as reference, torch.no_grad():
         references = [token_logp(reference, rollout, batch, temperature) for _, batch in batches]
-    zero = torch.zeros((), device=rollout.mask_RT.device)
-    totals = dict.fromkeys(("loss", "margin", "accuracy", "kl", "tokens"), zero)
+    made: list[list[dict[str, Tensor]]] = [[] for _ in pairs_of]  # of each task its runs'
     for (rows, batch), reference_N in zip(batches, references, strict=True):
         with policy.recomputing(config.recompute):
             logp_N = token_logp(policy.network, rollout, batch, temperature)
         gap_N = logp_N - reference_N
         h_P2 = row_sums(gap_N, rows, batch).view(-1, 2)
-        of = slice(rows.start // 2, rows.stop // 2)
-        sign = sign_P[of]
-        margin_P = config.beta * sign * (h_P2[:, 0] - h_P2[:, 1])
-        loss = -(sign.abs() * F.logsigmoid(margin_P)).sum() / pairs.clamp(min=1)
-        if any(ordered[of]):
-            loss.backward()
-        gap_N, margin_P = gap_N.detach(), margin_P.detach()
-        more = {
-            "loss": loss.detach(),
-            "margin": margin_P.sum() / pairs.clamp(min=1),
-            "accuracy": (margin_P > 0).sum() / pairs.clamp(min=1),
-            "kl": ((-gap_N).expm1() + gap_N).sum(),
-            "tokens": zero + len(gap_N),
-        }
-        totals = {name: totals[name] + value for name, value in more.items()}
+        losses = []
+        for task, own, at in by_task(rollout, rows):
+            pairs = pairs_of[task].clamp(min=1)
+            sign, h = sign_P[_pairs(own)], h_P2[_pairs(own, rows.start)]
+            margin_P = config.beta * sign * (h[:, 0] - h[:, 1])
+            loss = -(sign.abs() * F.logsigmoid(margin_P)).sum() / pairs
+            if any(ordered[_pairs(own)]):
+                losses.append(loss)
+            own_N, margin_P = gap_N[at].detach(), margin_P.detach()
+            made[task].append(
+                {
+                    "loss": loss.detach(),
+                    "margin": margin_P.sum() / pairs,
+                    "accuracy": (margin_P > 0).sum() / pairs,
+                    "kl": ((-own_N).expm1() + own_N).sum(),
+                    "tokens": loss.new_full((), len(own_N)),
+                }
+            )
+        if losses:
+            torch.stack(losses).sum().backward()
+    totals = [_whole(runs, pairs) for runs, pairs in zip(made, pairs_of, strict=True)]
+    if len(totals) == 1:
+        return totals[0]
+    return {name: torch.stack([total[name] for total in totals]) for name in totals[0]}
+
+
+def _pairs(rows: slice | range, first: int = 0) -> slice:
+    """The pairs that rows are, counted from the row `first` on."""
+    return slice((rows.start - first) // 2, (rows.stop - first) // 2)
+
+
+def _whole(runs: list[dict[str, Tensor]], pairs: Tensor) -> dict[str, Tensor]:
+    """A task's metrics of the whole step from its runs'."""
+    zero = torch.zeros_like(pairs)
+    totals = {name: sum((run[name] for run in runs), zero) for name in runs[0]}
     return totals | {"kl": totals["kl"] / totals["tokens"], "pairs": pairs}

@@ -20,7 +20,16 @@ from meal_fast.data_types import Rollout, Scored
 from meal_fast.models import shared_prefix
 from meal_fast.models.policy import Network, Policy
 
-from .sequences import divisor, hidden, micro_batches, of_rows, of_tokens, packed, token_logp
+from .sequences import (
+    by_task,
+    divisor,
+    hidden,
+    micro_batches,
+    of_rows,
+    of_tokens,
+    packed,
+    token_logp,
+)
 
 # Over micro-batches; the other metrics are means over tokens.
 SUMMED = {"loss", "policy_loss", "tokens"}
@@ -72,9 +81,9 @@ def grpo(
             **{name: extra.pop(name) for name in OF_TOKENS & extra.keys()},
         }
         parts = by_task(rollout, rows)
-        hidden_of = hidden_MD.split([at.stop - at.start for _, at in parts])
+        hidden_of = hidden_MD.split([at.stop - at.start for _, _, at in parts])
         losses = []
-        for (task, at), own_MD in zip(parts, hidden_of, strict=True):
+        for (task, _, at), own_MD in zip(parts, hidden_of, strict=True):
             loss, metrics = ops.linear_policy_loss(
                 own_MD,
                 network.weight,
@@ -132,18 +141,6 @@ def most_telling(rollout: Rollout, scored: Scored, keep: int) -> tuple[Rollout, 
     (rows,) = shared_prefix.to_device([torch.tensor(kept, dtype=torch.int64)], order_R.device)
     its = Scored(*(getattr(scored, f.name)[rows] for f in dataclasses.fields(scored)))
     return rollout.of_rows(rows, kept), its
-
-
-def by_task(rollout: Rollout, rows: range) -> list[tuple[int, slice]]:
-    """The tasks that a run of rows is of: number, and where their tokens lie among its M."""
-    parts, start = [], 0
-    for task, share in enumerate(rollout.tasks):
-        low, high = max(rows.start, share.start), min(rows.stop, share.stop)
-        if low < high:
-            end = start + sum(rollout.lengths[low:high])
-            parts.append((task, slice(start, end)))
-            start = end
-    return parts
 
 
 def _of_reference(

@@ -76,6 +76,18 @@ def check_pairs(rollout: Rollout) -> None:
         raise ValueError(f"rollout.samples={sizes}: pairs need an even number a prompt")
 
 
+def by_task(rollout: Rollout, rows: range) -> list[tuple[int, range, slice]]:
+    """Split a run of rows by task: its number, its rows, and where their tokens lie among M."""
+    parts, start = [], 0
+    for task, share in enumerate(rollout.tasks):
+        own = range(max(rows.start, share.start), min(rows.stop, share.stop))
+        if len(own):
+            end = start + sum(rollout.lengths[own.start : own.stop])
+            parts.append((task, own, slice(start, end)))
+            start = end
+    return parts
+
+
 def divisor(rollout: Rollout, reduce: str, rows: slice = slice(None)) -> int:
     """What the whole step's sum of terms is divided by, so that micro-batches add up.
 
