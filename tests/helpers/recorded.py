@@ -134,7 +134,7 @@ def make_exact(trainer) -> None:
     They lie off the reference, so that ratio, KL and both factors of an adapter count.
     """
     policy, config = trainer.policy, trainer.config
-    for model in (policy.model, *([policy._frozen.model] if policy._frozen else [])):
+    for model in (policy.model, policy.reference_lm):
         model.double()
     full = config.policy.tuning == "full"
     for name, parameter in policy.named.items():

@@ -30,7 +30,7 @@ def family_of(policy: Policy, weights=CORNERS, rule="interpolate") -> Family:
 
 def logits(policy: Policy) -> torch.Tensor:
     with torch.no_grad():
-        return policy._base(input_ids=IDS).logits
+        return policy.causal_lm(input_ids=IDS).logits
 
 
 @pytest.fixture(scope="module", params=["lora", "full"])
@@ -102,17 +102,17 @@ def test_the_policy_at_w_is_the_model_of_the_interpolated_weights(policy, tmp_pa
     states = []
     for corner in CORNERS:
         with family.at(policy, corner):
-            states.append(policy._merged())
+            states.append(policy.merged_state())
     want = {name: w[0] * a + w[1] * states[1][name] for name, a in states[0].items()}
     with family.at(policy, w):
-        for name, value in policy._merged().items():
+        for name, value in policy.merged_state().items():
             torch.testing.assert_close(value, want[name], atol=1e-5, rtol=1e-5)
         policy.save(tmp_path / "policy")
         inside = logits(policy)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     with torch.no_grad():
         torch.testing.assert_close(plain(IDS).logits, inside, atol=1e-4, rtol=1e-4)
-        if policy.lora:
+        if policy.rank:
             base = AutoModelForCausalLM.from_pretrained(build_world("tiny"))
             adapted = PeftModel.from_pretrained(base, tmp_path / "policy" / "adapter")
             torch.testing.assert_close(adapted(IDS).logits, inside, atol=1e-4, rtol=1e-4)
@@ -126,7 +126,7 @@ def test_afterwards_the_policy_is_what_it_was_also_when_something_fails(policy):
         raise RuntimeError("inside")
     assert [p.data_ptr() for p in policy.trainable] == places
     assert torch.equal(logits(policy), before)
-    if policy.lora:
+    if policy.rank:
         settings = policy.model.peft_config["default"]
         assert (settings.r, settings.lora_alpha) == (4, 32)
 

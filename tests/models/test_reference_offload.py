@@ -16,7 +16,7 @@ def policy_of(tuning):
 
 def test_weights_of_the_same_file_are_mapped_and_survive_their_release():
     policy = policy_of("full")
-    frozen = policy._frozen
+    frozen = policy.frozen
     assert frozen._ranges, "the tiny world's own file holds these weights"
     before = frozen.model(input_ids=IDS, use_cache=False).logits
     with torch.no_grad():
@@ -44,7 +44,7 @@ def test_the_reference_of_a_policy_is_where_it_started():
 
 def test_a_folder_with_other_weights_is_not_used(tmp_path):
     policy = policy_of("lora")
-    model = policy._base
+    model = policy.causal_lm
     changed = {n: p.detach() + 1 for n, p in model.named_parameters()}
     save_file(changed, str(tmp_path / "model.safetensors"))
     for folder in (str(tmp_path), "some/hub-name"):

@@ -78,14 +78,14 @@ def test_a_trained_model_is_written_into_the_tensors_that_are_there(name):
 
 def test_factors_are_multiplied_out_in_float32():
     policy = tiny_policy(tiny_config(policy={"dtype": "float32"}))
-    served = Served(policy._base)
+    served = Served(policy.causal_lm)
     body = served.network.body
     assert isinstance(body, Decoder)
-    layer = policy._base.model.layers[0].mlp.down_proj
+    layer = policy.causal_lm.model.layers[0].mlp.down_proj
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     wanted = layer.base_layer.weight + layer.scaling["default"] * (b @ a)
     assert torch.equal(body.layers[0].down.weight, wanted)
-    head = policy._base.lm_head.weight
+    head = policy.causal_lm.lm_head.weight
     assert served.network.weight.data_ptr() == head.data_ptr(), "what is frozen is not copied"
     ids = torch.tensor([policy.encode_prompt("Hi there")])
     near = {"atol": 1e-5, "rtol": 1e-4}
@@ -102,10 +102,12 @@ def test_in_half_precision_the_copy_follows_a_small_update(size):
     for name, parameter in policy.named.items():
         drawn = torch.randn(parameter.shape, generator=generator)
         parameter.data.copy_(drawn * (size if ".lora_B." in name else 0.3))
-    served = Served(policy._base)
+    served = Served(policy.causal_lm)
     assert isinstance(served.network.body, Decoder) and served.apart
     down = served.network.body.layers[0].down
-    assert down.weight.data_ptr() == policy._base.model.layers[0].mlp.down_proj.weight.data_ptr()
+    assert (
+        down.weight.data_ptr() == policy.causal_lm.model.layers[0].mlp.down_proj.weight.data_ptr()
+    )
     ids = torch.tensor([policy.encode_prompt("Hi there, and write a long word.")])
     with policy.reference() as base:
         start = states(base.body, ids).double()
@@ -182,7 +184,7 @@ def test_what_torch_would_choose_on_a_gpu_is_chosen():
             )
             assert not torch.backends.cuda.cudnn_sdp_enabled()
             assert torch.backends.cuda.matmul.allow_tf32
-            rotary, seen = policy._base.model.rotary_emb, []
+            rotary, seen = policy.causal_lm.model.rotary_emb, []
             plain = type(rotary).forward
 
             def watched(*args, **kwargs):
@@ -192,7 +194,7 @@ def test_what_torch_would_choose_on_a_gpu_is_chosen():
             rotary.forward = watched
             with pytest.raises(TypeError):
                 rotary()  # what fails leaves the rest as it was, too
-            policy._base(input_ids=torch.tensor([[1, 2]], device="cuda"))
+            policy.causal_lm(input_ids=torch.tensor([[1, 2]], device="cuda"))
             assert seen == [False, False]
             assert torch.backends.cuda.matmul.allow_tf32
             load_policy(PolicyConfig(path="world:tiny", device="cuda"), NAMES)
@@ -235,12 +237,12 @@ def test_behaviour_is_the_learners_before_the_first_update(monkeypatch, tuning, 
 def test_generate_too_draws_from_logits_that_were_not_rounded():
     """Its attention rounds; rounded logits put these log-probabilities off by 0.014, rms."""
     policy = load_policy(tiny_config(policy={"dtype": "bfloat16"}).policy, NAMES)
-    forward = policy._base.lm_head.forward
+    forward = policy.causal_lm.lm_head.forward
     rolled = rollout(policy, REQUESTS, **OPTIONS, backend="generate")
     with torch.no_grad():
         logp_M = token_logp(policy.network, rolled, packed(rolled, range(24)), 0.9)
     assert float((logp_M - rolled.logp_RT[rolled.mask_RT]).square().mean().sqrt()) < 6e-3
-    assert policy._base.lm_head.forward == forward
+    assert policy.causal_lm.lm_head.forward == forward
 
 
 def test_a_copy_is_sampled_from_in_half_precision_and_on_a_gpu_alone():

@@ -47,7 +47,7 @@ def test_launches_and_waits_of_a_step(tmp_path, dtype):
         path = of_depth(layers, tmp_path / str(layers))
         with pretend.device() as cuda:
             policy = load_policy(PolicyConfig(path=path, device="cuda", dtype=dtype), NAMES)
-            policy.tokenizer.eos_token_id = policy._base.generation_config.eos_token_id = None
+            policy.tokenizer.eos_token_id = policy.causal_lm.generation_config.eos_token_id = None
             with engine(policy) as sampler:
                 rows = sampler.rows(REQUESTS, 8)
                 for step, _ in enumerate(sampler.draw(deque(rows), ASKED)):

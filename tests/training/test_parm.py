@@ -284,8 +284,8 @@ def test_what_the_learner_refuses(policy, rolled):
 def plain_guided(w, beta, prefix, tokens, temperature, bias):
     """Log-probabilities by two models of transformers' own, the guide's weights summed by hand."""
     policy = guide_policy()
-    base = AutoModelForCausalLM.from_pretrained(policy._base.config.name_or_path).eval()
-    guide = AutoModelForCausalLM.from_pretrained(policy._base.config.name_or_path).eval()
+    base = AutoModelForCausalLM.from_pretrained(policy.causal_lm.config.name_or_path).eval()
+    guide = AutoModelForCausalLM.from_pretrained(policy.causal_lm.config.name_or_path).eval()
     for model in (base, guide):
         model.lm_head.bias = bias
     for name, layer in policy.adapter.layers.items():
@@ -308,13 +308,13 @@ def test_guided_log_probabilities_are_those_of_two_models(beta, fixed, join):
     if fixed:
         generator = torch.Generator().manual_seed(4)
         bias = nn.Parameter(torch.randn(len(policy.network.weight), generator=generator))
-        policy._base.lm_head.bias = bias
+        policy.causal_lm.lm_head.bias = bias
     requests = [Request(p, w, 3) for p in PROMPTS]
     sampling = Sampling(max_new_tokens=6, temperature=0.9, seed=1)
     with guided(policy, w, beta), engine(policy, max_rows=4, join=join) as sampler:
         sampler.fixed_shapes = fixed
         out = sampler.generate(requests, sampling)
-        assert sampler.shape.layers == 2 * policy._base.config.num_hidden_layers
+        assert sampler.shape.layers == 2 * policy.causal_lm.config.num_hidden_layers
     differs = 0.0
     for row in range(9):
         tokens = out.tokens_RT[row][out.mask_RT[row]].tolist()

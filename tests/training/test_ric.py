@@ -187,7 +187,7 @@ def test_the_loss_is_the_likelihood_under_a_response_s_own_rewards():
         tokens = rolled.tokens_RT[row][rolled.mask_RT[row]].tolist()
         ids = torch.tensor([[*before, *after, *tokens]])
         with torch.no_grad():
-            logp = policy._base(input_ids=ids).logits[0].log_softmax(-1)
+            logp = policy.causal_lm(input_ids=ids).logits[0].log_softmax(-1)
         at = range(ids.shape[1] - len(tokens) - 1, ids.shape[1] - 1)
         means.append(-sum(float(logp[i, t]) for i, t in zip(at, tokens, strict=True)) / len(tokens))
     assert float(learned["loss"]) == pytest.approx(np.mean(means), rel=1e-4)

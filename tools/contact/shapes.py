@@ -88,7 +88,7 @@ def weights(policy: Policy) -> tuple[int, int]:
 
 def kv_bytes(policy: Policy, tokens: float) -> float:
     """Bytes of so many tokens' keys and values."""
-    config = policy._base.config
+    config = policy.causal_lm.config
     width = config.hidden_size // config.num_attention_heads
     each = 2 * config.num_hidden_layers * config.num_key_value_heads * width
     return tokens * each * policy.network.weight.element_size()

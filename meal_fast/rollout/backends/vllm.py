@@ -90,14 +90,13 @@ def open_vllm(
     in no file.
     """
     require_vllm()
-    if network is None and not policy.lora:
+    if network is None and not policy.rank:
         raise ValueError(
             "rollout.backend='vllm': policy.tuning='full' keeps weights in memory, where vLLM does "
             "not read them; use policy.tuning=lora or rollout.backend=engine"
         )
-    ranks = [c.r for c in policy.model.peft_config.values()] if policy.lora else []
     dtype = str(policy.network.weight.dtype).removeprefix("torch.")
-    llm = _llm(policy.causal_lm.config.name_or_path, dtype, max(ranks, default=0))
+    llm = _llm(policy.causal_lm.config.name_or_path, dtype, policy.rank)
     with ExitStack() as held:
         adapter = None
         if network is None:

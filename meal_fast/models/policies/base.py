@@ -1,0 +1,171 @@
+"""What every policy is, whatever of it is trained."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .. import multi_lora
+from ..export import save_policy
+from ..network import Network, cut
+from ..pblora import Adapter
+from ..prompt_format import PromptFormat
+from ..served import Served
+from ..sizes import Sizes, sizes_of
+
+
+class Policy(PromptFormat, ABC):
+    """A steerable policy: `network`, its frozen `reference()`, its tokenizer and its parameters.
+
+    model: a causal LM of transformers, or PEFT's around one. `format`: `PromptFormat`'s arguments.
+    """
+
+    adapter: Adapter | None = None  # of a guide: the policy then is the base model, guided by it
+    rank: int = 0  # of LoRA's factors; 0: there are none
+
+    def __init__(self, model: Any, *format: Any) -> None:
+        super().__init__(*format)
+        self.model = model
+        self.served: Network | None = None  # what it samples from, where a guide is put to it
+        self._copy: Served | None = None  # the same, where weights are copied: see `merged`
+        self.kept: Any = None  # what a sampler keeps for as long as the copy stays
+        self.trainable = list(self.named.values())
+
+    @property
+    def causal_lm(self) -> Any:
+        """Transformers' causal LM, with whatever adapters are in it."""
+        return self.model
+
+    @property
+    def reference_lm(self) -> Any:
+        """The causal LM whose network `reference` gives: mostly the policy's own."""
+        return self.causal_lm
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def network(self) -> Network:
+        return cut(self.causal_lm)
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """How much goes at once; decided once, when it is first asked for."""
+        return sizes_of(self.network)
+
+    @abstractmethod
+    def reference(self) -> AbstractContextManager[Network]:
+        """Give the frozen base model, for as long as the context lasts."""
+
+    @contextmanager
+    def merged(self) -> Iterator[Network]:
+        """Give the policy for passes without gradients: itself, or its copy.
+
+        On a GPU, and in bfloat16, it is a copy whose tensors stay where they are: `models.served`.
+        """
+        yield self._written_copy() if self._copied else self.network
+
+    @property
+    def _copied(self) -> bool:
+        weight = self.network.weight
+        return weight.is_cuda or weight.dtype != torch.float32
+
+    def _written_copy(self) -> Network:
+        if self._copy is None or self.rank > self._copy.rank:
+            self._copy = self.kept = None  # before there is another
+            self._copy = Served(self.causal_lm)
+        else:
+            self._copy.write()
+        return self._copy.network or self.network
+
+    def stays(self, network: Network) -> bool:
+        """Tell whether the tensors of `network` keep their addresses while the policy lives."""
+        return self._copy is not None and network is self._copy.network
+
+    @property
+    def named(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name, in the order of `trainable`."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Set the trained parameters, all of them, by name, for as long as the context lasts."""
+        kept = [(p, p.data) for p in self.trainable]
+        try:
+            for name, p in self.named.items():
+                p.data = values[name].to(p.device, p.dtype)
+            yield
+        finally:
+            for p, data in kept:
+                p.data = data
+
+    def check_stackable(self) -> None:
+        """Raises ValueError where `stacked` would."""
+        multi_lora.layers_of(self.model, self.network.body, self.trainable)
+
+    def stacked(self, tasks: multi_lora.Tasks) -> AbstractContextManager[None]:
+        """Send every token through its own task's adapter, within it: see `models.multi_lora`.
+
+        `tasks[t]` stand in for `trainable`. Without tasks nothing changes.
+        """
+        if not tasks:
+            return nullcontext()
+        return multi_lora.stacked(self.model, self.network.body, self.trainable, tasks)
+
+    @contextmanager
+    def recomputing(self, on: bool) -> Iterator[None]:
+        """Keep of forward passes each layer's input alone, and make the rest again going back.
+
+        The layers are told that they train, which is what switches it on; what is in them is not,
+        so that no dropout comes on.
+        """
+        model = self.causal_lm
+        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if on and layers and not layers[0].gradient_checkpointing:
+            settings = {"use_reentrant": False, "preserve_rng_state": False}
+            if hasattr(model, "activation_checkpointing_enable"):  # its newer name
+                model.activation_checkpointing_enable(settings)
+            else:
+                model.gradient_checkpointing_enable(settings)
+        for layer in layers:
+            layer.training = on
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model can see."""
+        text = self.causal_lm.config.get_text_config()
+        return int(getattr(text, "max_position_embeddings", None) or 1 << 30)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Token ids that end a response."""
+        ids = {self.tokenizer.eos_token_id}
+        configured = getattr(self.causal_lm.generation_config, "eos_token_id", None)
+        ids.update(configured if isinstance(configured, list) else [configured])
+        return frozenset(int(i) for i in ids if i is not None)
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that transformers loads: see `models.export.save_policy`."""
+        save_policy(self, folder)
+
+    def merged_state(self) -> dict[str, Tensor]:
+        """Give the causal LM's state with adapters added; the model in use is not touched."""
+        state: dict[str, Tensor] = self.causal_lm.state_dict()
+        return state
+
+    def save_factors(self, folder: Path) -> None:
+        """Write what is trained beside the merged weights; here there is nothing."""

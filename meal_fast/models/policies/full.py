@@ -1,0 +1,35 @@
+"""A policy of which all parameters are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..network import Network, cut
+from ..reference_offload import FrozenCopy
+from .base import Policy
+
+
+class FullPolicy(Policy):
+    """All parameters are trained; the reference is a frozen copy made before."""
+
+    def __init__(self, model: Any, frozen: FrozenCopy, *format: Any) -> None:
+        embedding = model.get_input_embeddings()
+        # Tied to the head, it gets a dense gradient there: no second one for a few of its rows.
+        embedding.sparse = embedding.weight is model.get_output_embeddings().weight
+        super().__init__(model, *format)
+        self.frozen = frozen
+
+    @property
+    def reference_lm(self) -> Any:
+        """The frozen copy."""
+        return self.frozen.model
+
+    @contextmanager
+    def reference(self) -> Iterator[Network]:
+        """Give the copy made before training; its memory is given back afterwards."""
+        try:
+            yield cut(self.frozen.model)
+        finally:
+            self.frozen.release()

@@ -1,0 +1,125 @@
+"""A policy of which LoRA's factors are trained, on a frozen base model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meal_fast.config.config import PolicyConfig
+
+from .. import multi_lora
+from ..network import Network
+from .base import Policy
+
+ADAPTER = "adapter"  # in the policy's folder, in PEFT's own format
+
+
+class LoRAPolicy(Policy):
+    """PEFT's model: a frozen base, and alpha/rank * B A added to each of its linear layers."""
+
+    @property
+    def causal_lm(self) -> Any:
+        """The base model, with the layers that hold the factors."""
+        return self.model.get_base_model()
+
+    @property
+    def rank(self) -> int:  # type: ignore[override]
+        """Rank of the factors."""
+        return int(self.model.peft_config["default"].r)
+
+    @contextmanager
+    def reference(self) -> Iterator[Network]:
+        """Give the base model: its adapters are off as long as the context lasts."""
+        with self.model.disable_adapter():
+            yield self.network
+
+    @contextmanager
+    def merged(self) -> Iterator[Network]:
+        """Give the policy for passes without gradients; in float32 its factors multiplied out.
+
+        That saves two of the three products of each layer. On a CPU the sums take the weights'
+        place as long as it lasts. On a GPU, and in bfloat16, where the factors stay apart, there is
+        a copy whose tensors stay where they are: `models.served`. Tasks' adapters (`stacked`) stay
+        apart.
+        """
+        layers = self._layers
+        if not all(multi_lora.mergeable(m) for m in layers):
+            yield self.network
+            return
+        if self._copied:
+            yield self._written_copy()
+            return
+        kept = [m.base_layer.weight.data for m in layers]
+        try:
+            for m in layers:
+                m.base_layer.weight.data = m.base_layer.weight + m.get_delta_weight("default")
+            with self.model.disable_adapter():
+                yield self.network
+        finally:
+            for m, weight in zip(layers, kept, strict=True):
+                m.base_layer.weight.data = weight
+
+    @contextmanager
+    def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Set the factors, all of them, by name, for as long as the context lasts.
+
+        They may be of a multiple of the rank: alpha goes with it, so the scale stays.
+        """
+        lora = self.model.peft_config["default"]
+        rank, alpha = lora.r, lora.lora_alpha
+        try:
+            with super().holding(values):
+                lora.r = next(len(v) for name, v in values.items() if ".lora_A." in name)
+                lora.lora_alpha = alpha * lora.r // rank
+                yield
+        finally:
+            lora.r, lora.lora_alpha = rank, alpha
+
+    def merged_state(self) -> dict[str, Tensor]:
+        """Give the base's state with alpha/rank * B A added; the model in use is not touched."""
+        base = self.causal_lm
+        state = {
+            name.replace(".base_layer.", "."): value
+            for name, value in base.state_dict().items()
+            if ".lora_" not in name
+        }
+        for name, module in base.named_modules():
+            if hasattr(module, "get_delta_weight"):
+                delta = module.get_delta_weight("default")
+                state[f"{name}.weight"] = state[f"{name}.weight"] + delta
+        return state
+
+    def save_factors(self, folder: Path) -> None:
+        """Write the factors in `adapter/`, PEFT's own format."""
+        self.model.save_pretrained(str(folder / ADAPTER))
+
+    @property
+    def _layers(self) -> list[Any]:
+        return [m for m in self.model.modules() if hasattr(m, "get_delta_weight")]
+
+
+def with_lora(model: Any, config: PolicyConfig, seed: int, trained: Path | None) -> Any:
+    """Put factors on the linear layers of `model`, in place: B = 0 and A drawn from `seed`, or
+    those in the folder `trained`."""
+    # Here, not above: whoever trains all parameters needs none of its memory.
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    model.requires_grad_(False)
+    if trained is not None:
+        model = PeftModel.from_pretrained(model, trained / ADAPTER, is_trainable=True)
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            settings = LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=config.lora_alpha,
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+            )
+            model = get_peft_model(model, settings)
+    return multi_lora.fuse(model)
