@@ -100,7 +100,7 @@ bench: env  ## the ops
 bench-rows: $(VENV)/bench-installed  ## the ops beside TRL and liger-kernel, as rows of bench/results
 	$(PY) -m pytest bench --benchmark-only --rows
 
-bench-table: env  ## the README's tables, from bench/results
+bench-table: env  ## the tables of docs/results.md and docs/gpu-measured.md, from bench/results
 	$(PY) -m bench.table
 
 bench-sampler: assets  ## the sampler beside generate, alternating; and what redraws cost
