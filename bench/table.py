@@ -3,9 +3,9 @@
     python -m bench.table [--check]
 
 Of each bench and case the newest row counts. docs/results.md is written again between
-`<!-- bench: DEVICE -->` and `<!-- /bench -->`, and docs/gpu-measured.md between `<!-- gpu-check -->`
-and `<!-- /gpu-check -->` from what `make gpu-check` wrote; with --check they are compared, and the
-exit status is 1 when one differs.
+`<!-- bench: DEVICE -->` and `<!-- /bench -->`, and docs/gpu-measured.md between
+`<!-- gpu-check -->` and `<!-- /gpu-check -->` from what `make gpu-check` wrote; with --check they
+are compared, and the exit status is 1 when one differs.
 """
 
 from __future__ import annotations
