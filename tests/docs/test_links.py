@@ -16,6 +16,7 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 QUOTED = re.compile(r"`([\w.-]+(?:/[\w.{},-]+)+/?)`")  # a path of two parts or more
 FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 TOP = {"bench", "csrc", "docs", "examples", "kernels", "meal_fast", "tests", "tools", ".ci"}
+PLACEHOLDER = re.compile(r"/[A-Z]+\.\w+$")  # NAME.py of a how-to
 BARE_TEST = re.compile(r"`(test_\w+\.py)`")
 
 
@@ -45,6 +46,7 @@ def broken_links(page: Path, text: str) -> list[str]:
 def missing_paths(text: str) -> list[str]:
     """Paths in backticks that start in a folder of ours, and tests, that are not there."""
     quoted = [path for path in QUOTED.findall(text) if path.partition("/")[0] in TOP]
+    quoted = [path for path in quoted if not PLACEHOLDER.search(path)]
     tests = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
     missing = [path for path in quoted if not (ROOT / path).exists()]
     return missing + [name for name in BARE_TEST.findall(text) if name not in tests]
