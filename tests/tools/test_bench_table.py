@@ -1,4 +1,4 @@
-"""The README's table of measurements is made from the committed rows."""
+"""The tables of measurements in docs/ are made from the committed rows."""
 
 import json
 
@@ -16,8 +16,8 @@ ROW = {
 }
 
 
-def test_the_readme_says_what_the_rows_say():
-    text = table.README.read_text(encoding="utf-8")
+def test_the_page_of_results_says_what_the_rows_say():
+    text = table.OPS.read_text(encoding="utf-8")
     assert table.PLACE.search(text)
     assert table.rendered(text) == text
 
@@ -93,7 +93,7 @@ def test_what_a_card_s_check_measured_becomes_a_section(tmp_path):
     )
 
 
-def test_the_page_says_what_the_rows_say():
+def test_the_page_of_a_card_says_what_the_rows_say():
     text = table.MEASURED.read_text(encoding="utf-8")
     assert table.CHECKED.search(text)
     assert table.rendered_checked(text) == text
