@@ -29,7 +29,7 @@ from meal_fast.config.config import GRPOConfig, PolicyConfig
 from meal_fast.data_types import Prompt, Scored
 from meal_fast.models.policy import Policy, load_policy
 from meal_fast.rollout import Request, rollout
-from meal_fast.training.losses import grpo
+from meal_fast.training.losses.grpo import grpo
 
 
 class Endless(Policy):

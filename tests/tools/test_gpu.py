@@ -16,7 +16,7 @@ from meal_fast.data.prompts import load_prompts
 from meal_fast.data_types import Scored
 from meal_fast.models.policy import load_policy
 from meal_fast.rollout import Request, Sampling, engine
-from meal_fast.training.losses import grpo
+from meal_fast.training.losses.grpo import grpo
 from meal_fast.training.recipes import RECIPES
 from meal_fast.training.trainer import Trainer
 from tools.contact.sampler import RATIO, RATIO_RMS, learner_logp

@@ -27,7 +27,7 @@ from meal_fast.training.collectors.ric import (
     under_own_rewards,
     written,
 )
-from meal_fast.training.losses import sft
+from meal_fast.training.losses.sft import sft
 from meal_fast.training.trainer import Trainer
 from tests.helpers.processes import one_thread, refused, train_here, updates  # noqa: F401  (a fixture)
 from tests.helpers.recorded import task
