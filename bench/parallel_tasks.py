@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 from bench import rows
+from bench.endless import endless
 from meal_fast.config.config import Config, from_dict
 from meal_fast.config.presets import preset
-from meal_fast.models.policy import Policy
 from meal_fast.training.trainer import Trainer
 
 CASES = {"few": (1, 8, 32), "bps": (2, 8, 64), "quickstart": (4, 8, 24)}
@@ -42,16 +42,10 @@ def brief(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     return [1 / (1 + len(r)) for r in responses]
 
 
-class Endless(Policy):
-    """A policy that no token stops: every step is the same work."""
-
-    stop_ids = frozenset({-1})
-
-
 def config_of(case: str, tasks: int, steps: int, model: str | None) -> Config:
     prompts, samples, new = CASES[case]
     changes: dict[str, Any] = {
-        "objectives": ["vowels=parallel_tasks:vowels", "brief=parallel_tasks:brief"],
+        "objectives": ["vowels=bench.parallel_tasks:vowels", "brief=bench.parallel_tasks:brief"],
         "policy": {"path": model} if model else {},
         "rollout": {"prompts": prompts, "samples": samples, "max_new_tokens": new},
         "score": {"calibration": 2},
@@ -65,7 +59,7 @@ def side_of(config: Config, parallel: bool, out: Path) -> Trainer:
     meta = dataclasses.replace(config.meta, parallel=parallel)
     threads = torch.get_num_threads()
     trainer = Trainer(dataclasses.replace(config, meta=meta, threads=threads), out)
-    trainer.policy.__class__ = Endless
+    endless(trainer.policy)
     return trainer
 
 

@@ -58,14 +58,12 @@ def memory(field: str) -> int:
 
 class Ours:
     def __init__(self, model: str) -> None:
+        from bench.endless import endless
         from meal_fast.config.config import PolicyConfig
-        from meal_fast.models.policy import Policy, load_policy
+        from meal_fast.models.policy import load_policy
 
-        class Endless(Policy):
-            stop_ids = frozenset({-1})
-
-        self.policy = load_policy(PolicyConfig(path=model, tuning="full", device="cpu"), NAMES)
-        self.policy.__class__ = Endless
+        config = PolicyConfig(path=model, tuning="full", device="cpu")
+        self.policy = endless(load_policy(config, NAMES))
         self.tokenizer = self.policy.tokenizer
 
     def __call__(

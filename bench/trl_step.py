@@ -15,23 +15,11 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from bench.workload import (
-    BETA,
-    LR,
-    MAX_GRAD_NORM,
-    NEW_TOKENS,
-    PROMPTS,
-    SAMPLES,
-    TEMPERATURE,
-    arguments,
-    report_end,
-    report_step,
-    reward,
-)
+from bench import workload
 
 
 def main() -> None:
-    parser = arguments(__doc__)
+    parser = workload.arguments(__doc__)
     parser.add_argument(
         "--gradient-checkpointing",
         choices=("default", "on", "off"),
@@ -44,7 +32,7 @@ def main() -> None:
 
     def reward_function(completions: list, completion_ids: list, **_: object) -> list[float]:
         seen.extend(map(len, completion_ids))
-        return reward([turns[0]["content"] for turns in completions])
+        return workload.reward([turns[0]["content"] for turns in completions])
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: object, **__: object) -> None:
@@ -54,24 +42,24 @@ def main() -> None:
         def on_step_end(self, _: object, state: transformers.TrainerState, *__: object, **___):
             # A step ends when its update is done; the rollout is part of it.
             seconds = time.perf_counter() - self.begin
-            if seen != [NEW_TOKENS] * (len(PROMPTS) * SAMPLES):
-                raise RuntimeError(f"token counts {seen}, not {NEW_TOKENS} each")
-            report_step("trl", state.global_step, seconds, sum(seen))
+            if seen != [workload.NEW_TOKENS] * (len(workload.PROMPTS) * workload.SAMPLES):
+                raise RuntimeError(f"token counts {seen}, not {workload.NEW_TOKENS} each")
+            workload.report_step("trl", state.global_step, seconds, sum(seen))
 
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             output_dir=folder,
             max_steps=args.steps,
-            per_device_train_batch_size=len(PROMPTS) * SAMPLES,
-            num_generations=SAMPLES,
-            max_completion_length=NEW_TOKENS,
+            per_device_train_batch_size=len(workload.PROMPTS) * workload.SAMPLES,
+            num_generations=workload.SAMPLES,
+            max_completion_length=workload.NEW_TOKENS,
             # min_new_tokens keeps the end-of-turn token away, so that all sides count alike.
-            generation_kwargs={"min_new_tokens": NEW_TOKENS},
-            temperature=TEMPERATURE,
-            beta=BETA,
+            generation_kwargs={"min_new_tokens": workload.NEW_TOKENS},
+            temperature=workload.TEMPERATURE,
+            beta=workload.BETA,
             loss_type="grpo",
-            learning_rate=LR,
-            max_grad_norm=MAX_GRAD_NORM,
+            learning_rate=workload.LR,
+            max_grad_norm=workload.MAX_GRAD_NORM,
             bf16=False,
             use_cpu=True,
             model_init_kwargs={"dtype": "float32"},
@@ -83,7 +71,7 @@ def main() -> None:
         )
         if args.gradient_checkpointing != "default":
             config.gradient_checkpointing = args.gradient_checkpointing == "on"
-        rows = [{"prompt": [{"role": "user", "content": text}]} for text in PROMPTS]
+        rows = [{"prompt": [{"role": "user", "content": text}]} for text in workload.PROMPTS]
         trainer = GRPOTrainer(
             model=args.model,
             reward_funcs=reward_function,
@@ -92,7 +80,7 @@ def main() -> None:
             callbacks=[Clock()],
         )
         trainer.train()
-    report_end(
+    workload.report_end(
         "trl",
         torch=torch.__version__,
         transformers=transformers.__version__,

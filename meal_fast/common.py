@@ -36,7 +36,7 @@ def off_simplex(w: Sequence[float], names: Sequence[str]) -> str | None:
 def require_simplex(w: Sequence[float], names: Sequence[str]) -> None:
     """Raise ValueError unless `w` is a preference over the objectives `names`."""
     reason = off_simplex(w, names)
-    remedy = f"{reason}; must be {len(names)} numbers, none negative, summing to 1"
+    remedy = f"must be {len(names)} numbers, none negative, summing to 1; {reason}"
     require(reason is None, "w", tuple(w), remedy)
 
 

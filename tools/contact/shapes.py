@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from bench.endless import endless
 from meal_fast.config.config import PolicyConfig
 from meal_fast.data.toy import build_world
 from meal_fast.data_types import Prompt
@@ -18,34 +19,16 @@ from tools.contact.here import Here
 
 NAMES = ("first", "second")
 # Published configurations; both tie the head to the embedding.
-SMOLLM2 = dict(
-    vocab_size=49_152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-)
-QWEN2 = dict(
-    vocab_size=151_936,
-    hidden_size=896,
-    intermediate_size=4864,
-    num_hidden_layers=24,
-    num_attention_heads=14,
-    num_key_value_heads=2,
-)
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+HEADS = ("num_attention_heads", "num_key_value_heads")
+SMOLLM2 = dict(zip(SIZES + HEADS, (49_152, 576, 1536, 30, 9, 3), strict=True))
+QWEN2 = dict(zip(SIZES + HEADS, (151_936, 896, 4864, 24, 14, 2), strict=True))
 SHAPES: dict[str, tuple[Any, Any, dict[str, int]]] = {
     "SmolLM2-135M": (LlamaForCausalLM, LlamaConfig, SMOLLM2),
     "Qwen2-0.5B": (Qwen2ForCausalLM, Qwen2Config, QWEN2),
 }
 # In a rehearsal: as many heads, each of 8 numbers.
 SMALLER = {"vocab_size": 1024, "intermediate_size": 64, "num_hidden_layers": 2}
-
-
-class Endless(Policy):
-    """No token ends a response: how long the rows are is then known."""
-
-    stop_ids: frozenset[int] = frozenset()
 
 
 def random_policy(here: Here, name: str, dtype: str, *, drawn: float = 0.0) -> Policy:
@@ -55,8 +38,7 @@ def random_policy(here: Here, name: str, dtype: str, *, drawn: float = 0.0) -> P
     """
     path = "world:tiny" if name == "two layers" else str(folder_of(here, name))
     config = PolicyConfig(path=path, dtype=dtype, device=here.device)  # type: ignore[arg-type]
-    policy = load_policy(config, NAMES)
-    policy.__class__ = Endless
+    policy = endless(load_policy(config, NAMES))
     generator = torch.Generator().manual_seed(1)  # the same on every device
     with torch.no_grad():
         for key, parameter in policy.named.items():
