@@ -230,7 +230,7 @@ def rows_of(group):
         prompts=(Prompt("a", "a"),) * groups,
         prefix=((1, 2),) * groups,
         group_R=group,
-        w_RK=torch.full((n, 2), 0.5),
+        condition_RK=torch.full((n, 2), 0.5),
         tokens_RT=number,
         mask_RT=number >= 0,
         logp_RT=number.float(),

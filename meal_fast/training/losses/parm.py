@@ -47,11 +47,11 @@ def parm(
     if beta_r <= 0:
         raise ValueError(f"beta_r={beta_r}: the loss of a pair needs it positive")
     device = rollout.mask_RT.device
-    w_RK = rollout.w_RK.to(device)
+    w_RK = rollout.condition_RK.to(device)
     w_GK = w_RK.new_zeros(len(rollout.prefix), w_RK.shape[1])
     w_GK.index_copy_(0, rollout.group_R, w_RK)
     if bool((w_GK[rollout.group_R] != w_RK).any()):
-        raise ValueError("rollout.w_RK: rows behind one prefix must have one preference")
+        raise ValueError("rollout.condition_RK: rows behind one prefix must have one preference")
     sign_PK, share_PK = orders(scored.reward_RK.to(device), w_RK)
     ordered = sign_PK.any(1).tolist()
     weight = share_PK.sum().clamp(min=1e-9)
