@@ -18,7 +18,7 @@ from meal_fast.config.config import GRPOConfig, PolicyConfig
 from meal_fast.data_types import Prompt, Scored
 from meal_fast.models.policy import load_policy
 from meal_fast.rollout import Request, rollout
-from meal_fast.training.losses import grpo
+from meal_fast.training.losses.grpo import grpo
 
 
 def main() -> None:

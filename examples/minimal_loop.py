@@ -117,7 +117,11 @@ def main(steps: int = 60) -> tuple[list[list[float]], list[list[float]]]:
         asked = [prompts[(step * PROMPTS + i) % len(prompts)] for i in range(PROMPTS)]
         rolled = sample(policy, asked, step)
         score_R, advantage_R = ops.group_advantages(
-            rewards_of(objectives, rolled), rolled.w_RK, rolled.group_R, utopia=UTOPIA, mu=MU
+            rewards_of(objectives, rolled),
+            rolled.condition_RK,
+            rolled.group_R,
+            utopia=UTOPIA,
+            mu=MU,
         )
         metrics = update(policy, optimizer, rolled, advantage_R)
         if step % 10 == 0:

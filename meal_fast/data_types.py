@@ -33,7 +33,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Rollout:
-    """R sampled responses. Row r answers prompt `group_R[r]` under the preference `w_RK[r]`.
+    """R sampled responses. Row r answers prompt `group_R[r]` under `condition_RK[r]`.
 
     `prefix[b]` are the tokens that all rows of group b share: prompt, preference, assistant header.
     """
@@ -41,7 +41,7 @@ class Rollout:
     prompts: tuple[Prompt, ...]  # B, one per group
     prefix: tuple[tuple[int, ...], ...]  # B, token ids
     group_R: Tensor  # int64, non-decreasing, into prompts and prefix
-    w_RK: Tensor  # float32, on the simplex
+    condition_RK: Tensor  # float32, what a row is asked for: w, on the simplex; RiC: K rewards
     tokens_RT: Tensor  # int64, the sampled tokens (an end-of-turn token included), padded
     mask_RT: Tensor  # bool, true on sampled tokens
     logp_RT: Tensor  # float32, of the sampler, at its temperature; 0 where masked
@@ -91,7 +91,7 @@ class Rollout:
             prompts=self.prompts[first : last + 1],
             prefix=prefix,
             group_R=self.group_R[rows] - first,
-            w_RK=self.w_RK[rows],
+            condition_RK=self.condition_RK[rows],
             tokens_RT=self.tokens_RT[rows, :width],
             mask_RT=self.mask_RT[rows, :width],
             logp_RT=self.logp_RT[rows, :width],
@@ -113,7 +113,7 @@ class Rollout:
         rollout = replace(
             self,
             group_R=self.group_R[at],
-            w_RK=self.w_RK[at],
+            condition_RK=self.condition_RK[at],
             tokens_RT=self.tokens_RT[at],
             mask_RT=self.mask_RT[at],
             logp_RT=self.logp_RT[at],

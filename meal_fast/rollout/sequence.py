@@ -158,7 +158,7 @@ def gathered(
         prompts=tuple(q.prompt for q in requests),
         prefix=prefixes,
         group_R=torch.tensor(group, dtype=torch.int64, device=device),
-        w_RK=torch.tensor([requests[b].w or uniform for b in group], device=device).view(
+        condition_RK=torch.tensor([requests[b].w or uniform for b in group], device=device).view(
             -1, len(uniform)
         ),
         tokens_RT=tokens_RT,

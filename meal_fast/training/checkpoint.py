@@ -27,7 +27,7 @@ FREE_ON_RESUME = ("checkpoint_every", "logger", "evaluation.")
 
 
 def open_run(config: Config, out: Path, resume: bool) -> dict[str, Any] | None:
-    """The checkpoint to go on from, or None for a new run. Refuses a folder that does not fit."""
+    """Read the checkpoint to go on from; None: a new run. Refuse a folder that does not fit."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={str(out)!r}: is a file; name a folder")
     held = (out / "config.json").exists()
@@ -58,7 +58,7 @@ def open_run(config: Config, out: Path, resume: bool) -> dict[str, Any] | None:
 
 
 def check_space(out: Path, policy: Policy, models: int) -> None:
-    """Room for two checkpoints (parameters, two moments): the old one goes last."""
+    """Raise ValueError without room for two checkpoints, of which the old one goes last."""
     place = next(p for p in (out, *out.absolute().parents) if p.exists())
     trained = sum(p.numel() for p in policy.trainable) * models
     saved = sum(p.numel() * p.element_size() for p in policy.model.parameters())

@@ -18,7 +18,7 @@ from meal_fast.config.run_dir import flat, read_json
 
 
 class Display:
-    """A live line on a terminal, one plain line an update elsewhere."""
+    """Show a live line on a terminal, one plain line an update elsewhere."""
 
     def __init__(self, updates: int | None, done: int, progress: float) -> None:
         self.updates = updates  # None: a budget of tokens ends the run
@@ -55,7 +55,7 @@ class Display:
 
 
 def describe(metrics: dict[str, Any]) -> str:
-    """One update in one line: preference, rewards, KL, the meta-update, speed."""
+    """Describe an update in one line: preference, rewards, KL, the meta-update, speed."""
     w = "/".join(f"{x:.2f}" for x in metrics["w"])
     rewards = "  ".join(f"{name} {value:+.2f}" for name, value in metrics["rewards"].items())
     delta = f"  |Δ| {metrics['delta_norm']:.3f}" if "delta_norm" in metrics else ""
@@ -66,20 +66,20 @@ def describe(metrics: dict[str, Any]) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss."""
+    """Write seconds as h:mm:ss or m:ss."""
     minutes, s = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{s:02}" if hours else f"{minutes}:{s:02}"
 
 
 def check_logger(kind: str) -> None:
-    """Raises ValueError where the logger's package, named like it, is missing."""
+    """Raise ValueError where the logger's package, named like it, is missing."""
     if kind != "none" and importlib.util.find_spec(kind) is None:
         raise ValueError(f"logger={kind!r}: pip install {kind}, or use logger none")
 
 
 class Loggers:
-    """TensorBoard or Weights & Biases, when asked for."""
+    """Log to TensorBoard or Weights & Biases, when asked to."""
 
     def __init__(self, kind: str, out: Path, config: dict[str, Any]) -> None:
         self._kind = kind

@@ -14,7 +14,10 @@ from meal_fast.data.preferences import Preference, drawn_tasks, model_tasks
 from .collectors.base import BaseSamples, Sampled
 from .collectors.meal import Meal
 from .collectors.ric import RiC
-from .losses import dpo, grpo, parm, sft
+from .losses.dpo import dpo
+from .losses.grpo import grpo
+from .losses.parm import parm
+from .losses.sft import sft
 from .outer import Joint, ParallelReptile, Reptile, Separate
 
 # A loss, made for a run: (policy, rollout, scored, config.grpo, temperature) -> metrics.

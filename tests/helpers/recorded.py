@@ -52,8 +52,8 @@ def _values(batch: Batch) -> dict:
     lengths, groups = rolled.mask_RT.sum(1).tolist(), rolled.group_R.tolist()
     assert all(row == sorted(row, reverse=True) for row in rolled.mask_RT.tolist())  # no gaps
     first = [groups.index(g) for g in range(len(rolled.prefix))]
-    w_BK = rolled.w_RK[first]
-    assert torch.equal(w_BK[rolled.group_R], rolled.w_RK) and not rolled.task_id
+    w_BK = rolled.condition_RK[first]
+    assert torch.equal(w_BK[rolled.group_R], rolled.condition_RK) and not rolled.task_id
     return {
         "prefix": rolled.prefix,
         "w": w_BK.tolist(),
@@ -91,7 +91,7 @@ def _batch(values: dict, kind: type[Scored] | type[Weighted]) -> Batch:
         prompts=tuple(Prompt(str(b), str(b)) for b in range(len(values["prefix"]))),
         prefix=tuple(map(tuple, values["prefix"])),
         group_R=group_R,
-        w_RK=torch.tensor(values["w"])[group_R],
+        condition_RK=torch.tensor(values["w"])[group_R],
         tokens_RT=padded(values["tokens"]),
         mask_RT=torch.arange(width) < torch.tensor(lengths)[:, None],
         logp_RT=padded(values["logp"], dtype=torch.float32),

@@ -34,7 +34,7 @@ def policy():
 
 def assert_same(ours, theirs):
     assert theirs.texts == ours.texts and theirs.finish == ours.finish
-    for name in ("group_R", "w_RK", "tokens_RT", "mask_RT"):
+    for name in ("group_R", "condition_RK", "tokens_RT", "mask_RT"):
         mine, other = getattr(ours, name), getattr(theirs, name)
         assert mine.dtype == other.dtype and torch.equal(mine, other), name
     assert theirs.prompts == ours.prompts and theirs.prefix == ours.prefix

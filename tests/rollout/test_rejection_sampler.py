@@ -50,7 +50,7 @@ def check(kept):
     assert not rolled.on_policy
     assert rolled.group_R.tolist() == sorted(rolled.group_R.tolist())
     torch.testing.assert_close(kept.reward_RK, score([], rolled.texts))
-    torch.testing.assert_close(kept.score_R, judge(kept.reward_RK, rolled.w_RK)[0])
+    torch.testing.assert_close(kept.score_R, judge(kept.reward_RK, rolled.condition_RK)[0])
     for r, g in enumerate(rolled.group_R.tolist()):
         tokens = rolled.tokens_RT[r][rolled.mask_RT[r]].tolist()
         got = rolled.logp_RT[r][rolled.mask_RT[r]].tolist()

@@ -16,7 +16,7 @@ from meal_fast.data.prompts import load_prompts
 from meal_fast.data_types import Scored
 from meal_fast.models.policy import load_policy
 from meal_fast.rollout import Request, Sampling, engine
-from meal_fast.training.losses import grpo
+from meal_fast.training.losses.grpo import grpo
 from meal_fast.training.recipes import RECIPES
 from meal_fast.training.trainer import Trainer
 from tools.contact.sampler import RATIO, RATIO_RMS, learner_logp
@@ -116,7 +116,7 @@ def test_the_loss_and_its_gradient_are_those_of_float64(device):
             if isinstance(value := getattr(rolled, f.name), torch.Tensor)
         }
         given = advantage.to(where, dtype)
-        scored = Scored(moved["w_RK"], given, given)
+        scored = Scored(moved["condition_RK"], given, given)
         metrics = grpo(policy, dataclasses.replace(rolled, **moved), scored, options, 1.0)
         flat = torch.cat([p.grad.flatten() for p in policy.trainable])
         found.append((metrics["loss"].double().cpu(), flat.double().cpu()))

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from meal_fast.training.losses import dpo
+from meal_fast.training.losses.dpo import dpo
 from tests.helpers.processes import refused
 from tests.helpers.run_folder import tiny_config
 from tests.training.test_grpo import TEMPERATURE, gradients, logp_of, setting  # noqa: F401  (a fixture)

@@ -14,8 +14,7 @@ from meal_fast.models.policy import load_policy
 from meal_fast.ops import policy_loss_from_logp
 from meal_fast.ops.gemm import lora_linear
 from meal_fast.rollout import Request, rollout
-from meal_fast.training.losses import grpo
-from meal_fast.training.losses.grpo import micro_batches, most_telling, packed
+from meal_fast.training.losses.grpo import grpo, micro_batches, most_telling, packed
 from tests.helpers.run_folder import tiny_config, tiny_policy
 
 TEMPERATURE = 0.9
@@ -231,7 +230,7 @@ def rows_of(group):
         prompts=(Prompt("a", "a"),) * groups,
         prefix=((1, 2),) * groups,
         group_R=group,
-        w_RK=torch.full((n, 2), 0.5),
+        condition_RK=torch.full((n, 2), 0.5),
         tokens_RT=number,
         mask_RT=number >= 0,
         logp_RT=number.float(),

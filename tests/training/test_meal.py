@@ -55,7 +55,7 @@ def test_relabelled_rows_keep_their_tokens_under_their_own_preference():
         assert new.prompts[group] == rolled.prompts[before]
         assert new.texts[row] == rolled.texts[old] and new.finish[row] == rolled.finish[old]
         torch.testing.assert_close(new.tokens_RT[row], rolled.tokens_RT[old])
-        assert new.w_RK[row].tolist() == pytest.approx(w[old])
+        assert new.condition_RK[row].tolist() == pytest.approx(w[old])
         suffix = policy.encode_suffix(w[old])
         assert new.prefix[group] == policy.encode_prompt(new.prompts[group].text) + suffix
 
@@ -80,7 +80,7 @@ def test_kept_responses_pass_both_gates_and_learn_the_weighted_preference(realiz
     texts = [rolled.prompts[g].text for g in rolled.group_R.tolist()]
     reward = source.objectives.rewards(texts, rolled.texts)
     z = torch.tensor(scales.utopia)
-    short = rolled.w_RK * (z - reward) / source.config.score.mu
+    short = rolled.condition_RK * (z - reward) / source.config.score.mu
     score = -source.config.score.mu * short.logsumexp(-1)
     logits = scales.standard.apply(reward) if realized == "softmax" else -(z - reward).log()
     hat = torch.softmax(logits / 0.5, -1).clamp(min=1e-4)
@@ -92,7 +92,7 @@ def test_kept_responses_pass_both_gates_and_learn_the_weighted_preference(realiz
         passed = [
             r
             for r in best[: len(rows) // 2]
-            if float((hat[r] - rolled.w_RK[r]).abs().sum()) / 2 <= 0.4
+            if float((hat[r] - rolled.condition_RK[r]).abs().sum()) / 2 <= 0.4
         ]
         for r in passed or best[:1]:
             asked_w = np.clip(w, 1e-4, None) / np.clip(w, 1e-4, None).sum()
@@ -103,7 +103,7 @@ def test_kept_responses_pass_both_gates_and_learn_the_weighted_preference(realiz
         for g, text, w in zip(
             batch.rolled.group_R.tolist(),
             batch.rolled.texts,
-            batch.rolled.w_RK.double().numpy(),
+            batch.rolled.condition_RK.double().numpy(),
             strict=True,
         )
     ]
@@ -125,7 +125,7 @@ def test_lambda_one_without_a_net_keeps_what_was_asked():
     assert source.net is None and "net" not in source.state()
     batch = source.collect([task(PROMPTS, (0.5, 0.5), ("test", 0))])
     asked = dict(zip(PROMPTS, source._asked(task(PROMPTS, (0.5, 0.5), ("test", 0))), strict=True))
-    for g, w in zip(batch.rolled.group_R.tolist(), batch.rolled.w_RK.tolist(), strict=True):
+    for g, w in zip(batch.rolled.group_R.tolist(), batch.rolled.condition_RK.tolist(), strict=True):
         assert w == pytest.approx(asked[batch.rolled.prompts[g]])
 
 

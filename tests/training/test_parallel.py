@@ -57,7 +57,7 @@ class Watched:
         self.theta = [p.detach().clone() for p in trainer.policy.trainable]
 
     def learn(self, policy, rolled, scored, *options):
-        rows = zip(rolled.tokens_RT, rolled.mask_RT, rolled.w_RK.tolist(), strict=True)
+        rows = zip(rolled.tokens_RT, rolled.mask_RT, rolled.condition_RK.tolist(), strict=True)
         self.sampled += [[*w, *tokens[mask].tolist()] for tokens, mask, w in rows]
         return self.loss(policy, rolled, scored, *options)
 

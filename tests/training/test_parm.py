@@ -23,9 +23,8 @@ from meal_fast.models.pblora import Adapter, Bilinear
 from meal_fast.models.policy import GUIDE, Policy, load_policy
 from meal_fast.rollout import Request, Sampling, engine, rollout
 from meal_fast.training.collectors.base import BaseSamples
-from meal_fast.training.losses import parm
 from meal_fast.training.losses.grpo import packed
-from meal_fast.training.losses.parm import orders, pair_loss
+from meal_fast.training.losses.parm import orders, pair_loss, parm
 from meal_fast.training.trainer import Trainer
 from tests.helpers.models import small_model
 from tests.helpers.processes import one_thread, refused, train_here, updates  # noqa: F401  (a fixture)
@@ -179,7 +178,7 @@ def reward_of(policy, rolled, row):
     prefix = rolled.prefix[int(rolled.group_R[row])]
     tokens = rolled.tokens_RT[row][rolled.mask_RT[row]]
     ids = torch.tensor([[*prefix, *tokens.tolist()]])
-    with policy.adapter.at(rolled.w_RK[row]):
+    with policy.adapter.at(rolled.condition_RK[row]):
         hidden = policy.network.body(input_ids=ids, use_cache=False).last_hidden_state[0]
     logp = torch.log_softmax(hidden[-len(tokens) - 1 : -1] @ policy.network.weight.T, -1)
     return logp.gather(1, tokens[:, None]).sum()
@@ -196,7 +195,7 @@ def test_loss_and_gradient_equal_the_plain_computation(policy, rolled, budget, r
         for p in ordered:
             best, worst = sorted((2 * p, 2 * p + 1), key=lambda row: -float(REWARD[row, k]))
             margin = beta_r * (r[best] - r[worst])
-            weight = float(rolled.w_RK[2 * p, k]) / len(ordered)
+            weight = float(rolled.condition_RK[2 * p, k]) / len(ordered)
             loss = loss + weight * torch.log(1 + torch.exp(-margin))
             margins.append(float(margin.detach()))
             weights.append(weight)
@@ -264,9 +263,9 @@ def test_what_the_learner_refuses(policy, rolled):
         odd = dataclasses.replace(rolled, group_R=torch.tensor([0] * 3 + [1] * 9))
         parm(policy, odd, rewards, config, 1.0, beta_r=0.1)
     with pytest.raises(ValueError, match="one preference"):
-        mixed = rolled.w_RK.clone()
+        mixed = rolled.condition_RK.clone()
         mixed[1] = torch.tensor([0.1, 0.9])
-        mixed = dataclasses.replace(rolled, w_RK=mixed)
+        mixed = dataclasses.replace(rolled, condition_RK=mixed)
         parm(policy, mixed, rewards, config, 1.0, beta_r=0.1)
     with pytest.raises(ValueError, match=r"beta_r=0\.0"):
         parm(policy, rolled, rewards, config, 1.0, beta_r=0.0)
@@ -407,8 +406,8 @@ def test_samples_are_the_base_s_and_every_prompt_has_its_own_preference(policy):
         "linear",
     )
     batch = source.collect([task(PROMPTS, EVEN, ("test", 0))])
-    w_BK = batch.rolled.w_RK[::8]
-    assert batch.rolled.w_RK.tolist() == w_BK.repeat_interleave(8, 0).tolist()
+    w_BK = batch.rolled.condition_RK[::8]
+    assert batch.rolled.condition_RK.tolist() == w_BK.repeat_interleave(8, 0).tolist()
     assert len(w_BK.unique(dim=0)) == 3 and not (w_BK * 10).round().div(10).equal(w_BK)
     torch.testing.assert_close(w_BK.sum(1), torch.ones(3))
     assert batch.log["w"] == pytest.approx(w_BK.mean(0).tolist())

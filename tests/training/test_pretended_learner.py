@@ -18,8 +18,11 @@ from meal_fast.models import shared_prefix
 from meal_fast.models.policy import load_policy
 from meal_fast.rollout import Request, rollout
 from meal_fast.training.collectors.base import Sampled
-from meal_fast.training.losses import dpo, grpo, parm, sft
+from meal_fast.training.losses.dpo import dpo
+from meal_fast.training.losses.grpo import grpo
+from meal_fast.training.losses.parm import parm
 from meal_fast.training.losses.sequences import micro_batches, packed
+from meal_fast.training.losses.sft import sft
 from tests.helpers import pretend
 from tests.helpers.run_folder import tiny_config
 

@@ -27,7 +27,7 @@ from meal_fast.training.collectors.ric import (
     under_own_rewards,
     written,
 )
-from meal_fast.training.losses import sft
+from meal_fast.training.losses.sft import sft
 from meal_fast.training.trainer import Trainer
 from tests.helpers.processes import one_thread, refused, train_here, updates  # noqa: F401  (a fixture)
 from tests.helpers.recorded import task
@@ -170,7 +170,7 @@ def test_responses_are_answers_to_their_own_rewards():
         assert new.tokens_RT[row][new.mask_RT[row]].tolist() == rolled.tokens_RT[old][mask].tolist()
         kept = new.logp_RT[row][new.mask_RT[row]]
         torch.testing.assert_close(kept, rolled.logp_RT[old][mask], rtol=0, atol=0)
-        assert new.w_RK[row].tolist() == standard_RK[old].tolist()
+        assert new.condition_RK[row].tolist() == standard_RK[old].tolist()
 
 
 def test_the_loss_is_the_likelihood_under_a_response_s_own_rewards():

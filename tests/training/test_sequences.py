@@ -128,7 +128,7 @@ def made(policy, lengths, samples):
         prompts=(Prompt("a", "a"),) * groups,
         prefix=(prefix,) * groups,
         group_R=group_R,
-        w_RK=torch.full((n, 2), 0.5),
+        condition_RK=torch.full((n, 2), 0.5),
         tokens_RT=torch.randint(5, 90, mask.shape),
         mask_RT=mask,
         logp_RT=torch.zeros(mask.shape),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from meal_fast.data_types import Weighted
-from meal_fast.training.losses import sft
+from meal_fast.training.losses.sft import sft
 from tests.helpers.run_folder import tiny_config
 from tests.training.test_grpo import TEMPERATURE, gradients, logp_of, setting  # noqa: F401  (a fixture)
 

@@ -236,7 +236,7 @@ def functions(tmp_path, monkeypatch):
         (["tiny", "--recipe", "reptile"], ["recipe='reptile'", "weighted-meta-grpo"]),
         (["tiny", "--meta.stepz", "3"], ["--meta.stepz", "--meta.steps"]),
         (["tiny", "--rollout.samples", "1"], ["rollout.samples=1", "at least 2"]),
-        (["tiny", "--meta.n_inner", "1"], ["meta.n_inner=1", "Reptile", "without 'meta'"]),
+        (["tiny", "--meta.n_inner", "1"], ["meta.n_inner=1", "Reptile", "without an outer loop"]),
         (["tiny", "--policy.path", "nowhere"], ["policy.path='nowhere'", "packaged:NAME"]),
         (["tiny", "--policy.path", "world:flat"], ["world:flat", "concave-front"]),
         (["tiny", "--policy.path", "{tmp}"], ["policy.path=", "no config.json"]),

@@ -16,7 +16,7 @@ from meal_fast.config.config import GRPOConfig
 from meal_fast.data_types import Rollout, Scored
 from meal_fast.models.policy import Policy
 from meal_fast.rollout import Sampling, engine
-from meal_fast.training.losses import grpo
+from meal_fast.training.losses.grpo import grpo
 from tools.contact.here import Cases, Here
 from tools.contact.shapes import (
     SHAPES,

@@ -112,7 +112,7 @@ class Sampled:
         (offsets,) = to_device([torch.tensor(list(ends))], reward_RK.device)
         score, advantage = ops.group_advantages(
             given,
-            rolled.w_RK,
+            rolled.condition_RK,
             offsets=offsets,
             utopia=constant(self.scales.utopia, reward_RK),
             mu=self.config.score.mu,
@@ -144,4 +144,6 @@ class BaseSamples(Sampled):
         requests = [Request(p, own, samples) for p, own in zip(task.prompts, drawn, strict=True)]
         with self.policy.reference() as base:
             batch = self._all_of(requests, task.rng_key, base)
-        return replace(batch, log={"w": batch.rolled.w_RK.mean(0).tolist()})  # not the task's
+        return replace(
+            batch, log={"w": batch.rolled.condition_RK.mean(0).tolist()}
+        )  # not the task's

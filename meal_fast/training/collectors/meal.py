@@ -128,11 +128,11 @@ class Meal(Sampled):
             )
         rolled, w_hat_RK = kept.rollout, kept.w_hat_RK
         assert w_hat_RK is not None
-        log: dict[str, Any] = {"w": rolled.w_RK.mean(0).tolist()} | kept.log
+        log: dict[str, Any] = {"w": rolled.condition_RK.mean(0).tolist()} | kept.log
         w_star_RK = self._w_star(rolled, w_hat_RK)
         w_R = preferences.snapped(w_star_RK.cpu().numpy(), self.config.preference.grid)
         learnt, order_R = relabelled(self.policy, rolled, w_R)
-        log["learnt"] = learnt.w_RK.mean(0).tolist()
+        log["learnt"] = learnt.condition_RK.mean(0).tolist()
         asked_R, reward_RK = rolled.group_R[order_R], kept.reward_RK[order_R]
         score_R = kept.score_R[order_R]
         weight_R = torch.ones_like(score_R)
@@ -149,7 +149,7 @@ class Meal(Sampled):
         batch = self._all_of(requests, rng_key)
         rolled = batch.rolled
         # What is kept is decided on the host, as in `rejection_sample`.
-        w_RK = rolled.w_RK.cpu()
+        w_RK = rolled.condition_RK.cpu()
         score_R, w_hat_RK = self._judge(batch.reward_RK.cpu(), w_RK)
         passed_R, rejected = accept(
             self.config.rejection,
@@ -167,7 +167,7 @@ class Meal(Sampled):
         w_star_RK = self._w_star(passed, w_hat_RK[passed_R].to(self.policy.device))
         seen = Hindsight(passed.prompts, w_star_RK, passed.group_R, rolled.group_R)
         rows = len(passed_R)
-        log: dict[str, Any] = {"w": rolled.w_RK.mean(0).tolist()}
+        log: dict[str, Any] = {"w": rolled.condition_RK.mean(0).tolist()}
         log |= {"acceptance": float(passed_R.float().mean())}
         log |= {f"rejected/{gate}": n / rows for gate, n in rejected.items()}
         return dataclasses.replace(batch, log=log, hindsight=seen)
@@ -185,7 +185,7 @@ class Meal(Sampled):
     def _w_star(self, rolled: Rollout, w_hat_RK: Tensor) -> Tensor:
         """Give w* (R, K), the preferences that rows are to be learnt under."""
         options = self.config.meal
-        return learned_preference(rolled.w_RK, w_hat_RK, options.lam, options.mode)
+        return learned_preference(rolled.condition_RK, w_hat_RK, options.lam, options.mode)
 
 
 def relabelled(
@@ -199,7 +199,7 @@ def relabelled(
     order = sorted(range(len(w_R)), key=lambda r: (of[r], w_R[r]))
     groups = list(dict.fromkeys((of[r], w_R[r]) for r in order))
     number = {group: g for g, group in enumerate(groups)}
-    device, k = rollout.group_R.device, rollout.w_RK.shape[1]
+    device, k = rollout.group_R.device, rollout.condition_RK.shape[1]
     order_R = torch.tensor(order, dtype=torch.int64, device=device)
     group = [number[of[r], w_R[r]] for r in order]
     new = dataclasses.replace(
@@ -210,6 +210,6 @@ def relabelled(
             for b, w in groups
         ),
         group_R=torch.tensor(group, dtype=torch.int64, device=device),
-        w_RK=torch.tensor([w_R[r] for r in order], device=device).view(-1, k),
+        condition_RK=torch.tensor([w_R[r] for r in order], device=device).view(-1, k),
     )
     return new, order_R

@@ -1,8 +1,6 @@
-"""Learners: (policy, rollout, scores) -> gradients and metrics."""
+"""Losses, one a file: (policy, rollout, scored) -> gradients and metrics.
 
-from .dpo import dpo
-from .grpo import grpo
-from .parm import parm
-from .sft import sft
+Nothing is exported here: a function of its module's name would hide the module.
+"""
 
-__all__ = ["dpo", "grpo", "parm", "sft"]
+__all__: list[str] = []

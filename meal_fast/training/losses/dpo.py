@@ -25,7 +25,7 @@ from .sequences import by_task, check_pairs, micro_batches, packed, row_sums, to
 def dpo(
     policy: Policy, rollout: Rollout, scored: Scored, config: GRPOConfig, temperature: float
 ) -> dict[str, Tensor]:
-    """Adds the gradient of the step's loss to the policy's parameters; returns metrics (scalars).
+    """Add the gradient of the step's loss to the policy's parameters; give metrics (scalars).
 
     A rollout of several tasks' adapters goes through the stacked policy at once; each task has its
     own loss, and the metrics are (tasks,).
@@ -80,12 +80,12 @@ def dpo(
 
 
 def _pairs(rows: slice | range, first: int = 0) -> slice:
-    """The pairs that rows are, counted from the row `first` on."""
+    """Give the pairs that rows are, counted from the row `first` on."""
     return slice((rows.start - first) // 2, (rows.stop - first) // 2)
 
 
 def _whole(runs: list[dict[str, Tensor]], pairs: Tensor) -> dict[str, Tensor]:
-    """A task's metrics of the whole step from its runs'."""
+    """Give a task's metrics of the whole step from its runs'."""
     zero = torch.zeros_like(pairs)
     totals = {name: sum((run[name] for run in runs), zero) for name in runs[0]}
     return totals | {"kl": totals["kl"] / totals["tokens"], "pairs": pairs}

@@ -38,7 +38,7 @@ OF_TOKENS = {"ref_logp", "ref_hidden"}  # of what the loss needs of the referenc
 def grpo(
     policy: Policy, rollout: Rollout, scored: Scored, config: GRPOConfig, temperature: float
 ) -> dict[str, Tensor]:
-    """Adds the gradient of the step's loss to the policy's parameters; returns metrics (scalars).
+    """Add the gradient of the step's loss to the policy's parameters; give metrics (scalars).
 
     The rollout's own log-probabilities are the behaviour policy's (logp_old). With beta > 0 the
     reference model sees the same tokens first, before anything is kept for the gradient. Rows that
@@ -107,7 +107,7 @@ def grpo(
 
 
 def _whole(runs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The step's metrics from its runs', as few tensors: SUMMED, and means over the tokens."""
+    """Give the step's metrics from its runs', as few tensors: SUMMED, and means over the tokens."""
     names = sorted(runs[0], key=lambda name: name not in SUMMED)
     first = sum(name in SUMMED for name in names)
     total: Tensor | float = 0.0
@@ -121,7 +121,7 @@ def _whole(runs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def most_telling(rollout: Rollout, scored: Scored, keep: int) -> tuple[Rollout, Scored]:
-    """Of each group the `keep` rows with the largest |advantage|, in their order; ties: the first.
+    """Choose each group's `keep` rows of the largest |advantage|, in their order; ties: the first.
 
     Sampling is cheaper than learning, and near an advantage of 0 there is nothing to learn: so many
     responses can be drawn, of which a rare good one is seen, and few learnt from (down-sampling of
@@ -144,7 +144,7 @@ def most_telling(rollout: Rollout, scored: Scored, keep: int) -> tuple[Rollout, 
 def _of_reference(
     network: Network, rollout: Rollout, batch: shared_prefix.Packed, kl: str, temperature: float
 ) -> dict[str, Any]:
-    """What the loss needs of the reference: its log-probabilities; all of it for the exact KL."""
+    """Give the reference's log-probabilities; for the exact KL all that the loss needs of it."""
     if kl == "exact":
         return {
             "ref_hidden": hidden(network, batch),

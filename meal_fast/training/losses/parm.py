@@ -32,7 +32,7 @@ def parm(
     *,
     beta_r: float,
 ) -> dict[str, Tensor]:
-    """Adds the gradient of the step's loss to the guide's parameters; returns metrics (scalars).
+    """Add the gradient of the step's loss to the guide's parameters; give metrics (scalars).
 
     `margin` is the mean of beta_r [r_w(y+_k) - r_w(y-_k)] over ordered pairs and objectives,
     weighted by w_k, `accuracy` the share of them, so weighted, where it is positive, and `pairs`
@@ -47,11 +47,11 @@ def parm(
     if beta_r <= 0:
         raise ValueError(f"beta_r={beta_r}: the loss of a pair needs it positive")
     device = rollout.mask_RT.device
-    w_RK = rollout.w_RK.to(device)
+    w_RK = rollout.condition_RK.to(device)
     w_GK = w_RK.new_zeros(len(rollout.prefix), w_RK.shape[1])
     w_GK.index_copy_(0, rollout.group_R, w_RK)
     if bool((w_GK[rollout.group_R] != w_RK).any()):
-        raise ValueError("rollout.w_RK: rows behind one prefix must have one preference")
+        raise ValueError("rollout.condition_RK: rows behind one prefix must have one preference")
     sign_PK, share_PK = orders(scored.reward_RK.to(device), w_RK)
     ordered = sign_PK.any(1).tolist()
     weight = share_PK.sum().clamp(min=1e-9)
@@ -80,8 +80,10 @@ def parm(
 
 
 def orders(reward_RK: Tensor, w_RK: Tensor) -> tuple[Tensor, Tensor]:
-    """Of every pair, each (P, K): its order by each objective, 1, -1 or 0 for none, and the share
-    w_k / n_k that this order has in the loss (0 for none)."""
+    """Order every pair by each objective: 1, -1 or 0 for none, and the order's share in the loss.
+
+    Both are (P, K); the share is w_k / n_k, and 0 where there is no order.
+    """
     reward_P2K = reward_RK.unflatten(0, (-1, 2))
     sign_PK = (reward_P2K[:, 0] - reward_P2K[:, 1]).sign()
     return sign_PK, w_RK[::2] * sign_PK.abs() / sign_PK.abs().sum(0).clamp(min=1)
@@ -90,6 +92,6 @@ def orders(reward_RK: Tensor, w_RK: Tensor) -> tuple[Tensor, Tensor]:
 def pair_loss(
     r_P2: Tensor, sign_PK: Tensor, share_PK: Tensor, beta_r: float
 ) -> tuple[Tensor, Tensor]:
-    """The loss of the pairs' rewards r_w, and the margins (P, K) without a gradient."""
+    """Give the loss of the pairs' rewards r_w, and the margins (P, K) without a gradient."""
     margin_PK = beta_r * sign_PK * (r_P2[:, :1] - r_P2[:, 1:])
     return -(share_PK * F.logsigmoid(margin_PK)).sum(), margin_PK.detach()

@@ -27,14 +27,14 @@ from meal_fast.ops import checks
 
 
 def hidden(network: Network, batch: shared_prefix.Packed) -> Tensor:
-    """The hidden states (M, D) that predict the sampled tokens of a run, in their order."""
+    """Give the hidden states (M, D) that predict the sampled tokens of a run, in their order."""
     return batch.predicting(shared_prefix.forward(network.body, batch))
 
 
 def token_logp(
     network: Network, rollout: Rollout, batch: shared_prefix.Packed, temperature: float
 ) -> Tensor:
-    """Log-probabilities (M,) of the sampled tokens of a run, in their order.
+    """Give log-probabilities (M,) of the sampled tokens of a run, in their order.
 
     float32 (float64 under a float64 model). Logits are never whole: `ops.linear_logprob`.
     """
@@ -50,17 +50,17 @@ def token_logp(
 
 
 def of_tokens(values_RT: Tensor, batch: shared_prefix.Packed) -> Tensor:
-    """The values (M,) of the sampled tokens of a run."""
+    """Give the values (M,) of the sampled tokens of a run."""
     return values_RT.reshape(-1).index_select(0, batch.sampled_M)
 
 
 def of_rows(values_R: Tensor, rows: range, batch: shared_prefix.Packed) -> Tensor:
-    """Values of the rows of a run, (M,): for each of its sampled tokens that of its row."""
+    """Spread values of the rows of a run, (M,): for each of its sampled tokens that of its row."""
     return values_R[rows.start : rows.stop].index_select(0, batch.row_M)
 
 
 def row_sums(values_M: Tensor, rows: range, batch: shared_prefix.Packed) -> Tensor:
-    """Of values of the tokens of a run the sum over each of its rows."""
+    """Sum values of the tokens of a run over each of its rows."""
     if values_M.device.type == "cpu":
         return values_M.new_zeros(len(rows)).index_add(0, batch.row_M, values_M)
     # As a product with zeros and ones: atomics would not give the same sum twice.
@@ -69,7 +69,7 @@ def row_sums(values_M: Tensor, rows: range, batch: shared_prefix.Packed) -> Tens
 
 
 def check_pairs(rollout: Rollout) -> None:
-    """Raises ValueError where the samples of a prompt are not pairs."""
+    """Raise ValueError where the samples of a prompt are not pairs."""
     counted = Counter(rollout.groups)
     sizes = [counted[group] for group in range(len(rollout.prefix))]
     if any(size % 2 for size in sizes):
@@ -89,7 +89,7 @@ def by_task(rollout: Rollout, rows: range) -> list[tuple[int, range, slice]]:
 
 
 def divisor(rollout: Rollout, reduce: str, rows: slice = slice(None)) -> int:
-    """What the whole step's sum of terms is divided by, so that micro-batches add up.
+    """Give what the whole step's sum of terms is divided by, so that micro-batches add up.
 
     `rows`: those of one task, as if they were a rollout: no wider than the longest.
     """
@@ -101,7 +101,7 @@ def divisor(rollout: Rollout, reduce: str, rows: slice = slice(None)) -> int:
 
 
 def packed(rollout: Rollout, rows: Sequence[int]) -> shared_prefix.Packed:
-    """The prefixes of `rows` and the rows, laid end to end; nothing is read from the device.
+    """Lay the prefixes of `rows` and the rows end to end; nothing is read from the device.
 
     Rows of one group that follow each other share their prefix.
     """
@@ -122,7 +122,7 @@ def packed(rollout: Rollout, rows: Sequence[int]) -> shared_prefix.Packed:
 
 
 def micro_batches(rollout: Rollout, budget: int, *, unit: int = 1) -> Iterator[range]:
-    """Runs of rows of at most `budget` tokens, as memory counts them: `Size`.
+    """Split into runs of rows of at most `budget` tokens, as memory counts them: `Size`.
 
     Rows are taken `unit` at a time, and a unit is never split, so one that is longer than the
     budget goes alone. A budget of 0 is that of a CPU; a run has settled on its device's.
@@ -142,7 +142,7 @@ def micro_batches(rollout: Rollout, budget: int, *, unit: int = 1) -> Iterator[r
 
 @dataclass(frozen=True)
 class Size:
-    """What a pass keeps for its gradient, in tokens: ¾ real + ¼ padded.
+    """Estimate what a pass keeps for its gradient, in tokens: ¾ real + ¼ padded.
 
     Most of a layer sees the tokens of a run without padding, but attention lays them out in
     rectangles: prefixes x the longest, rows x the longest row. One long row among many short ones
@@ -158,7 +158,7 @@ class Size:
     real: int = 0
 
     def and_rows(self, lengths: Sequence[int], prefix: int) -> Size:
-        """With rows more, behind a prefix of so many tokens; 0: behind the last one."""
+        """Add rows, behind a prefix of so many tokens; 0: behind the last one."""
         return Size(
             self.prefixes + (prefix > 0),
             max(self.longest_prefix, prefix),
@@ -169,6 +169,7 @@ class Size:
 
     @property
     def tokens(self) -> float:
+        """Give it as a number of tokens."""
         padded = self.prefixes * self.longest_prefix + self.rows * self.longest
         return (3 * self.real + padded) / 4
 
@@ -176,7 +177,7 @@ class Size:
 def logp_rows(
     network: Network, rollout: Rollout, rows: Sequence[int], temperature: float
 ) -> Tensor:
-    """logp of the responses `rows` (one or more) in one pass, (len(rows),).
+    """Give logp of the responses `rows` (one or more) in one pass, (len(rows),).
 
     Differentiable in the network's parameters. Rows of one group that follow each other share their
     prefix.
@@ -197,7 +198,7 @@ def logp(
     *,
     micro_tokens: int,
 ) -> Tensor:
-    """logp (R,) of all responses, micro-batch by micro-batch, no gradient."""
+    """Give logp (R,) of all responses, micro-batch by micro-batch, no gradient."""
     runs = micro_batches(rollout, micro_tokens)
     return torch.cat([logp_rows(network, rollout, run, temperature) for run in runs])
 
@@ -211,7 +212,7 @@ def gradient(
     micro_tokens: int,
     recompute: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Σ_i c_i logp_i under the policy, and its gradient: a tensor for each of `policy.trainable`.
+    """Give Σ_i c_i logp_i under the policy, and its gradient, a tensor a trainable parameter.
 
     One pass forward and one back. The parameters' own `.grad` is neither read nor written.
 
@@ -231,7 +232,7 @@ def gradient(
         with policy.recomputing(recompute):
             logp_R = logp_rows(policy.network, rollout, rows, temperature)
         value = (coefficient_R[rows.start : rows.stop].to(logp_R.dtype) * logp_R).sum()
-        # materialize_grads: an task_id, or a layer, that these rows do not reach.
+        # materialize_grads: a task, or a layer, that these rows do not reach.
         made = torch.autograd.grad(value, policy.trainable, materialize_grads=True)
         torch._foreach_add_(gradients, list(made))
         total = total + value.detach()

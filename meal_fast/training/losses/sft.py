@@ -23,7 +23,7 @@ from .sequences import divisor, micro_batches, of_rows, packed, token_logp
 def sft(
     policy: Policy, rollout: Rollout, scored: Weighted, config: GRPOConfig, temperature: float
 ) -> dict[str, Tensor]:
-    """Adds the gradient of the step's loss to the policy's parameters; returns metrics (scalars).
+    """Add the gradient of the step's loss to the policy's parameters; give metrics (scalars).
 
     `nll` is the mean negative log-likelihood of a kept token; `kl` the mean of the estimator over
     them, 0 without beta. Raises ValueError for `kl="exact"`, which this learner does not compute.
