@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import ClassVar, Literal, Protocol
 
 from meal_fast.data_types import Rollout
@@ -46,14 +45,27 @@ class Backend(Protocol):
 class Rejecting(Backend, Protocol):
     """A sampler with the capability `rejection`."""
 
-    counts: Counts
-    live: list[Row]  # the row in each slot
+    @property
+    def counts(self) -> Counts: ...
+
+    @property
+    def live(self) -> list[Row]:
+        """The row in each slot."""
 
     def rows(self, requests: Sequence[Request], max_new_tokens: int) -> list[Row]:
         """Gives the rows of the requests, in their order, not drawn yet."""
 
-    def draw(self, waiting: deque[Row], sampling: Sampling) -> Iterator[list[Row]]:
+    def draw(self, rows: Iterable[Row], sampling: Sampling) -> Iterator[list[Row]]:
         """Draws one step after the other, and yields the rows that ended in it."""
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Lets more rows wait."""
+
+    def cut(self, row: Row, keep: int) -> None:
+        """Cuts a live row back to its first `keep` tokens; what follows is drawn anew."""
+
+    def cancel(self, row: Row) -> None:
+        """Stops a row that waits or grows."""
 
 
 def check_capable(backend: Backend | type[Backend], *needs: Capability) -> None:
