@@ -10,20 +10,12 @@ the last checkpoint stays good.
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
-from meal_fast.common import write_atomic
 from meal_fast.config.cli import fail, one_line_errors, parse_train
-from meal_fast.config.run_dir import read_json
-
-if TYPE_CHECKING:
-    import torch
 
 
 @one_line_errors
@@ -31,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, args = parse_train(argv)  # answers --help and wrong options before torch is imported
 
     from meal_fast.config.config import to_dict
-    from meal_fast.training.console import Display, Loggers, check_logger, clock
+    from meal_fast.training.console import Display, Loggers, check_logger, clock, note_cost
     from meal_fast.training.trainer import Clock, Trainer
 
     wall = Clock()
@@ -71,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
         sys.exit(130)
-    _note_cost(args.out, trainer.policy.device)
+    note_cost(args.out, trainer.policy.device)
     print(f"meal-fast: trained in {clock(wall.lap())}; policy in {args.out / 'policy'}")
     if args.evaluate:
         from meal_fast.evaluation.evaluator import main as evaluate
@@ -81,23 +73,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         del trainer  # its memory; the evaluation loads what was saved, as a user's would
         evaluate([str(args.out), *([] if args.report else ["--no-report"])])
         print(f"meal-fast: {clock(wall.lap())} for evaluation and report")
-
-
-def _note_cost(out: Path, device: torch.device) -> None:
-    """cost.json: the most memory that training held, of the GPU or of the process."""
-    import torch
-
-    status = Path("/proc/self/status")
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    elif status.is_file():
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        peak = int(line.split()[1]) * 1024
-    else:  # not Linux
-        return
-    old = read_json(out, "cost.json")["peak_bytes"] if (out / "cost.json").exists() else 0
-    cost = {"device": device.type, "peak_bytes": max(old, peak)}
-    write_atomic(out / "cost.json", json.dumps(cost).encode())
 
 
 if __name__ == "__main__":

@@ -40,23 +40,41 @@ class RejectionConfig:
     responses that is accepted (`q`). They are two options [R].
     """
 
-    rule: RejectionRule = opt("combined", "combined: top-fraction and trade-off [R]")
-    q: float = opt(0.5, "acceptance fraction: the share of a group's scores that passes [R]")
-    threshold: float = opt(0.0, "threshold: the lowest score that passes [R]")
-    tau_a: float = opt(0.2, "statistical: passes with probability exp((S - S_max)/tau_a) [R]")
+    rule: RejectionRule = opt(
+        "combined", "Which responses pass; combined means top-fraction and trade-off [R]."
+    )
+    q: float = opt(0.5, "Top-fraction: the share of a group's scores that passes [R].")
+    threshold: float = opt(0.0, "Threshold: the lowest score that passes [R].")
+    tau_a: float = opt(
+        0.2, "Statistical: a response passes with probability exp((S - S_max)/tau_a) [R]."
+    )
     realized: Realized = opt(
-        "ray", "the realised preference: the score's own inverse, or softmax(r/tau) [R]"
+        "ray",
+        "How the realised preference is computed: as the score's own inverse (ray), or "
+        "as softmax(r/tau) [R].",
     )
-    tau: float = opt(1.0, "temperature of the realised preference; 1, .5, .3 or .2 [P]")
-    delta: float = opt(0.5, "trade-off: the largest distance of realised and asked preference [R]")
-    keep: int = opt(0, "responses to keep a group; 0: all that pass")
-    rounds: int = opt(0, "redraw rounds of groups that have kept fewer; cut-backs of a row [R]")
-    draws: int = opt(0, "responses drawn a group in all rounds; 0: the rounds alone limit it [R]")
-    fallback: Fallback = opt("best", "what a group keeps when nothing passes: its best score [R]")
+    tau: float = opt(
+        1.0, "Temperature of the realised preference; the paper ablates 1, 0.5, 0.3 and 0.2 [P]."
+    )
+    delta: float = opt(
+        0.5,
+        "Trade-off: the largest distance between realised and asked preference that passes [R].",
+    )
+    keep: int = opt(0, "Responses that are kept of a group; 0 keeps all that pass.")
+    rounds: int = opt(
+        0,
+        "Rounds in which groups that kept fewer are redrawn, and times that a row is cut back [R].",
+    )
+    draws: int = opt(
+        0, "Responses drawn for a group in all rounds; 0 leaves the limit to the rounds [R]."
+    )
+    fallback: Fallback = opt(
+        "best", "What a group keeps when nothing passes: its best response, or none [R]."
+    )
     segment: int = opt(
-        0, "a row is scored after so many tokens, and cut back if hopeless; 0: not [R]"
+        0, "A row is scored after every so many tokens, and cut back if hopeless; 0 does not [R]."
     )
-    slack: float = opt(0.1, "how far below the bar an unfinished response may score [R]")
+    slack: float = opt(0.1, "How far below the bar an unfinished response may score [R].")
 
     def __post_init__(self) -> None:
         for name in ("keep", "rounds", "draws", "segment", "slack"):
@@ -85,21 +103,32 @@ class MealConfig:
     See meal_fast.training.collectors.meal.
     """
 
-    policy: PolicyUpdate = opt("sft", "policy's learner: on kept responses, or GRPO on all [R]")
-    outer: MealOuter = opt("net", "the outer loop: the net, or Reptile over preferences as well")
-    update: NetUpdate = opt(
-        "alternating", "how the net learns; see training/collectors/meal.py [R]"
+    policy: PolicyUpdate = opt(
+        "sft", "How the policy learns: from kept responses (sft), or by GRPO from all of them [R]."
     )
-    lam: float = opt(0.5, "λ: 1 keeps the asked preference, 0 takes the realised one [R]")
-    mode: WeightMode = opt("closed", "how the preference learns: closed form, or gradient steps")
-    rho: float = opt(0.5, "chance that a prompt's preference is drawn, not the net's [R]")
-    gamma: float = opt(0.01, "weight of the net's entropy in its loss [R]")
-    every: int = opt(8, "policy steps between two updates of the net, M [R]")
-    net_steps: int = opt(8, "Adam steps of an update of the net, each over the whole buffer [R]")
-    buffer: int = opt(256, "recent prompts that the net learns from [R]")
-    net_lr: float = opt(1e-3, "learning rate of the net's own Adam [R]")
-    hidden: int = opt(256, "units of the net's one hidden layer [R]")
-    eta: float = opt(0.1, "hypergradient: step of the policy's one-step look-ahead, plain SGD [R]")
+    outer: MealOuter = opt(
+        "net", "The outer loop: the net alone, or Reptile over preferences as well."
+    )
+    update: NetUpdate = opt(
+        "alternating",
+        "How the net learns: by turns with the policy, or along the hypergradient [R].",
+    )
+    lam: float = opt(
+        0.5, "The exponent λ: 1 keeps the asked preference, 0 takes the realised one [R]."
+    )
+    mode: WeightMode = opt(
+        "closed", "How a preference learns from a response: in closed form, or by gradient steps."
+    )
+    rho: float = opt(0.5, "Chance that a prompt's preference is drawn, and not the net's [R].")
+    gamma: float = opt(0.01, "Weight of the net's entropy in its loss [R].")
+    every: int = opt(8, "Policy updates between two updates of the net, M [R].")
+    net_steps: int = opt(8, "Adam steps in an update of the net, each over the whole buffer [R].")
+    buffer: int = opt(256, "Recent prompts that the net learns from [R].")
+    net_lr: float = opt(1e-3, "Learning rate of the net's own Adam [R].")
+    hidden: int = opt(256, "Units of the net's one hidden layer [R].")
+    eta: float = opt(
+        0.1, "Hypergradient: step size of the policy's one-step look-ahead, plain SGD [R]."
+    )
 
     def __post_init__(self) -> None:
         for name in ("every", "net_steps", "buffer", "hidden"):
@@ -127,10 +156,10 @@ class MealConfig:
 class ParmConfig:
     """PARM's guide: meal_fast.models.pblora and meal_fast.training.losses.parm."""
 
-    alpha: float = opt(0.5, "w ~ Dir(alpha), for each prompt of an update [P]")
+    alpha: float = opt(0.5, "Each prompt's preference is drawn from Dir(alpha) [P].")
     # 0.01 in the paper's runs, for responses of some hundred tokens; ours are shorter.
-    beta_r: float = opt(0.1, "scale of the guide's reward in the loss of a pair [R]")
-    beta: float = opt(1.0, "decoding: logits = base + guide / beta [P]")
+    beta_r: float = opt(0.1, "Scale of the guide's reward in the loss of a pair [R].")
+    beta: float = opt(1.0, "Decoding adds guide/beta to the base model's logits [P].")
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta_r", "beta"):
@@ -142,12 +171,23 @@ class ParmConfig:
 class RicConfig:
     """Rewards-in-Context, where [P] is its own paper: meal_fast.training.collectors.ric."""
 
-    offline: float = opt(0.25, "share of the run on the base model's responses; then online [R]")
-    quantile: float = opt(0.7, "online: kept is what reaches it in any reward of its update [P]")
-    replay: float = opt(0.5, "online: offline responses learnt beside each one that is kept [R]")
-    buffer: int = opt(1024, "recent offline responses: replayed, and drawn for goals [R]")
+    offline: float = opt(
+        0.25, "Share of the run that learns from the base model's responses, before its own [R]."
+    )
+    quantile: float = opt(
+        0.7,
+        "Online: a response is kept that reaches this quantile of its update in any reward [P].",
+    )
+    replay: float = opt(
+        0.5, "Online: offline responses that are learnt beside each one that is kept [R]."
+    )
+    buffer: int = opt(
+        1024, "Recent offline responses, which are replayed and from which goals are drawn [R]."
+    )
     data: str = opt(
-        "", ".jsonl of prompt and response, learnt offline; empty: the base model's samples [R]"
+        "",
+        "A .jsonl file of prompts and responses that is learnt offline; empty takes the"
+        " base model's samples [R].",
     )
 
     def __post_init__(self) -> None:

@@ -96,12 +96,12 @@ class OneLineParser(argparse.ArgumentParser):
         if surplus:
             name = surplus[0].partition("=")[0]
             if name.startswith("-"):
-                fail(f"unknown option {name}{_nearest(name, list(self._option_string_actions))}")
+                fail(f"unknown option {name}{nearest(name, list(self._option_string_actions))}")
             fail(f"unexpected argument {name!r}; see --help")
         return found
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known: Sequence[str]) -> str:
     # People leave the section out more often than they misspell: --steps is --meta.steps.
     last = name.lstrip("-").rpartition(".")[2].replace("-", "_")
     same = [k for k in known if k.lstrip("-").rpartition(".")[2] == last]
@@ -286,7 +286,7 @@ def option_named(name: str, config: Config) -> str:
     if len(same) > 1:
         raise ValueError(f"{name}: is it {' or '.join(same)}? Write the section too")
     if not same:
-        raise ValueError(f"{name}: unknown option{_nearest(name, list(known))}")
+        raise ValueError(f"{name}: unknown option{nearest(name, list(known))}")
     return same[0]
 
 

@@ -48,19 +48,32 @@ _CHOICES = CHOICES | {
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    path: str = opt("packaged:smollm2-135m", "packaged:NAME, a local folder or a hub name")
-    tuning: Tuning = opt("lora", "train LoRA adapters, or every parameter; parm: bilinear adapters")
-    lora_rank: int = opt(16, "rank of the LoRA factors; bilinear: of each of the two terms")
-    lora_alpha: int = opt(32, "LoRA scale: the update is alpha/rank * B A")
+    path: str = opt(
+        "packaged:smollm2-135m",
+        "The model to train: packaged:NAME, world:NAME, a local folder or a hub name.",
+    )
+    tuning: Tuning = opt(
+        "lora",
+        "What is trained: LoRA adapters, or every parameter; recipe parm trains bilinear adapters.",
+    )
+    lora_rank: int = opt(
+        16, "Rank of the LoRA factors; of bilinear adapters, the rank of each of the two terms."
+    )
+    lora_alpha: int = opt(32, "Scale of LoRA: the update of a weight is alpha/rank * B A.")
     dtype: Dtype = opt(
         "auto",
-        "of frozen weights and products; what is trained is float32. tfloat32: float32, in a GPU's "
-        "products 10 bits; auto: float32 on a CPU, on a GPU bfloat16, and tfloat32 for tuning=full",
+        "Type of frozen weights and of products; what is trained is float32. tfloat32 "
+        "is float32 with products of 10 bits on a GPU. auto means float32 on a CPU; on "
+        "a GPU bfloat16, and tfloat32 where tuning is full.",
     )
     preference_text: PreferenceText = opt(
-        "bar", "how it reads w, see meal_fast.preference; none: not; scores: recipe ric's"
+        "bar",
+        "How the policy reads w: as numbers with a bar of marks, or as numbers alone. "
+        "Recipes choose none (no text) and scores (rewards) by themselves.",
     )
-    device: str = opt("auto", "cpu, cuda, cuda:N, or auto (cuda when there is one)")
+    device: str = opt(
+        "auto", "Where the policy is: cpu, cuda, cuda:N, or auto, which is cuda where there is one."
+    )
 
     def __post_init__(self) -> None:
         check_device("policy.device", self.device)
@@ -78,11 +91,14 @@ class PolicyConfig:
 
 @dataclass(frozen=True)
 class PromptConfig:
-    train: str = opt("packaged:mixed", "packaged:NAME, a .jsonl or .txt file, or a hub data set")
-    evaluation: str = opt(
-        "", "the held-out prompts, same forms; empty: the held-out split of `train`"
+    train: str = opt(
+        "packaged:mixed",
+        "The training prompts: packaged:NAME, a .jsonl or .txt file, or a hub data set.",
     )
-    max_tokens: int = opt(256, "longer prompts are left out")
+    evaluation: str = opt(
+        "", "The held-out prompts, in the same forms; empty takes the held-out split of `train`."
+    )
+    max_tokens: int = opt(256, "Prompts with more tokens than this are left out.")
 
     def __post_init__(self) -> None:
         require(bool(self.train), "prompts.train", self.train, "name a prompt set")
@@ -91,10 +107,20 @@ class PromptConfig:
 
 @dataclass(frozen=True)
 class PreferenceConfig:
-    alpha: float = opt(1.0, "concentration of Dir(alpha) that draws the training preferences [P]")
-    grid: int = opt(11, "points a side of the simplex lattice [P]; 0: continuous preferences")
-    rotate: bool = opt(False, "a meta-step's tasks are rotations of one draw, (w, 1 - w) [R]")
-    models: int = opt(3, "morlhf: points a side of the lattice of w, each with a model of its own")
+    alpha: float = opt(
+        1.0, "Concentration of the Dir(alpha) that training preferences are drawn from [P]."
+    )
+    grid: int = opt(
+        11,
+        "Points a side of the simplex lattice that draws are mapped onto [P]; 0 keeps "
+        "them as drawn.",
+    )
+    rotate: bool = opt(
+        False, "Whether a meta-step's tasks are rotations of one draw, such as (w, 1 - w) [R]."
+    )
+    models: int = opt(
+        3, "Recipe morlhf: points a side of the lattice of preferences that have a model each."
+    )
 
     def __post_init__(self) -> None:
         require(self.alpha > 0, "preference.alpha", self.alpha, "must be positive")
@@ -109,14 +135,16 @@ class PreferenceConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    prompts: int = opt(4, "prompts of an inner update")
-    samples: int = opt(8, "responses per prompt: the group G of GRPO")
-    max_new_tokens: int = opt(48, "length limit of a response")
-    temperature: float = opt(0.9, "of the sampler, and of every log-probability [P]")
+    prompts: int = opt(4, "Prompts of an inner update.")
+    samples: int = opt(8, "Responses to each prompt: the group size G of GRPO.")
+    max_new_tokens: int = opt(48, "The most tokens that a response may have.")
+    temperature: float = opt(0.9, "Temperature of the sampler, and of every log-probability [P].")
     max_cache_bytes: int = opt(
-        0, "of keys and values; 0: 2 GiB on a CPU, half of what is free on a GPU"
+        0, "Bytes for keys and values; 0 takes 2 GiB on a CPU, half of what is free on a GPU."
     )
-    backend: Backend = opt("engine", "what samples; see meal_fast.rollout.backends")
+    backend: Backend = opt(
+        "engine", "What samples: this package's engine, transformers' generate, or vLLM."
+    )
 
     def __post_init__(self) -> None:
         require(self.prompts >= 1, "rollout.prompts", self.prompts, "must be at least 1")
@@ -138,14 +166,21 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    normalization: Normalization = opt("max", "of the rewards, before scalarisation [P]")
-    mu: float = opt(0.1, "smoothing of the Tchebycheff score [P]")
-    utopia: tuple[float, ...] = opt(
-        (), "z*, one number per objective, in normalised units; empty: from the calibration sample"
+    normalization: Normalization = opt(
+        "max", "How rewards are normalised before they are made one score [P]."
     )
-    calibration: int = opt(64, "responses of the base model that fix the statistics and z* [R]")
+    mu: float = opt(0.1, "Smoothing of the Tchebycheff score [P].")
+    utopia: tuple[float, ...] = opt(
+        (),
+        "The utopia point z*, one number for each objective in normalised units; empty "
+        "takes it from the calibration sample.",
+    )
+    calibration: int = opt(
+        64, "Responses of the base model that fix the reward statistics and z* [R]."
+    )
     statistics: str = opt(
-        "", "another run's statistics.json, to share its statistics and z*; empty: calibrate"
+        "",
+        "Another run's statistics.json, whose statistics and z* are shared; empty calibrates anew.",
     )
 
     def __post_init__(self) -> None:
@@ -158,22 +193,32 @@ class ScoreConfig:
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    lr: float = opt(1e-6, "AdamW's learning rate; cosine over the run's updates [P]")
-    weight_decay: float = opt(0.0, "AdamW's weight decay")
-    beta: float = opt(0.1, "coefficient of the KL term to the frozen base model [P]")
-    kl: KLEstimator = opt("k3", "estimator of that KL")
-    clip_low: float = opt(0.2, "lower clip of the importance ratio")
-    clip_high: float = opt(0.2, "upper clip of the importance ratio")
-    reduce: Reduce = opt("grpo", "mean per sequence, over tokens, or by a constant")
-    max_grad_norm: float = opt(1.0, "gradient clipping; 0: none")
-    keep: int = opt(0, "GRPO: rows of a group to learn from, largest |advantage| first; 0: all [R]")
-    epochs: int = opt(1, "updates per rollout")
+    lr: float = opt(1e-6, "Learning rate of AdamW; it follows a cosine over the run's updates [P].")
+    weight_decay: float = opt(0.0, "Weight decay of AdamW.")
+    beta: float = opt(0.1, "Coefficient of the KL term to the frozen base model [P].")
+    kl: KLEstimator = opt("k3", "Estimator of that KL.")
+    clip_low: float = opt(0.2, "The importance ratio is clipped below at 1 minus this.")
+    clip_high: float = opt(0.2, "The importance ratio is clipped above at 1 plus this.")
+    reduce: Reduce = opt(
+        "grpo",
+        "How token losses are reduced: a mean of each sequence's mean (grpo), a mean "
+        "over tokens (dapo), or a sum over a constant (dr_grpo).",
+    )
+    max_grad_norm: float = opt(1.0, "Gradients are clipped to this norm; 0 does not clip.")
+    keep: int = opt(
+        0,
+        "Rows of a group that GRPO learns from, those of the largest |advantage|; 0 keeps all [R].",
+    )
+    epochs: int = opt(1, "Updates made from each rollout.")
     micro_tokens: int = opt(
         0,
-        "tokens of a forward and backward pass; smaller: less memory; 0: 1024 on a CPU, what "
-        "memory has room for on a GPU",
+        "Tokens of one forward and backward pass: fewer need less memory. 0 takes 1024 "
+        "on a CPU, and on a GPU what memory has room for.",
     )
-    recompute: bool = opt(False, "keep no activations but each layer's input: less memory still")
+    recompute: bool = opt(
+        False,
+        "Whether only each layer's input is kept for the gradient, which needs less memory still.",
+    )
 
     def __post_init__(self) -> None:
         for name in ("lr",):
@@ -189,14 +234,21 @@ class GRPOConfig:
 
 @dataclass(frozen=True)
 class MetaConfig:
-    steps: int = opt(400, "meta-steps T [P]")
-    tasks: int = opt(2, "preferences of a meta-step, B_w [P]; of several models, all")
-    n_inner: int = opt(2, "inner updates per preference [R]")
-    epsilon: float = opt(1.5, "Reptile's step; falls linearly to zero over the run [P]")
-    max_delta: float = opt(0.0, "clip of the norm of the meta-update; 0: none")
-    adam: AdamMode = opt("persist_v", "what a task inherits of Adam's state")
-    parallel: bool = opt(False, "a meta-step's tasks in one batch: LoRA, the engine, Reptile [R]")
-    tokens: int = opt(0, "ends the run after so many generated tokens; 0: meta.steps does")
+    steps: int = opt(400, "Number T of meta-steps [P].")
+    tasks: int = opt(
+        2, "Preferences of a meta-step, B_w [P]; recipes with several models train all of them."
+    )
+    n_inner: int = opt(2, "Inner updates for each preference [R].")
+    epsilon: float = opt(1.5, "Step size of Reptile; it falls linearly to zero over the run [P].")
+    max_delta: float = opt(0.0, "The meta-update is clipped to this norm; 0 does not clip.")
+    adam: AdamMode = opt("persist_v", "What a task inherits of Adam's state.")
+    parallel: bool = opt(
+        False,
+        "Whether a meta-step's tasks go in one batch; needs LoRA, the engine and Reptile [R].",
+    )
+    tokens: int = opt(
+        0, "The run ends after this many generated tokens; 0 leaves that to meta.steps."
+    )
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "meta.steps", self.steps, "must be at least 1")
@@ -215,15 +267,17 @@ class MetaConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    prompts: int = opt(16, "held-out prompts of a sweep")
-    samples: int = opt(1, "sampled responses per prompt and weight, beside the greedy one")
+    prompts: int = opt(16, "Held-out prompts of a sweep.")
+    samples: int = opt(1, "Sampled responses for each prompt and weight, beside the greedy one.")
     grid: int = opt(
         11,
-        "weights a side of the simplex lattice; 28 with K=2: BPS's Table 1; 13 with K=3: RiC's [P]",
+        "Weights a side of the simplex lattice that is swept; 28 with K=2 is BPS's "
+        "Table 1, 13 with K=3 is RiC's [P].",
     )
-    ask: str = opt("", "one more prompt, answered at four weights; empty: none")
+    ask: str = opt("", "One more prompt, which is answered at four weights; empty asks none.")
     statistics: str = opt(
-        "", "another run's statistics.json, to be measured by its statistics; empty: the run's own"
+        "",
+        "Another run's statistics.json, by which results are measured; empty takes the run's own.",
     )
 
     def __post_init__(self) -> None:
@@ -234,18 +288,21 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Config:
-    recipe: RecipeName = opt("weighted-meta-grpo", "the method")
-    seed: int = opt(0, "the one key of all randomness")
+    recipe: RecipeName = opt("weighted-meta-grpo", "The method.")
+    seed: int = opt(0, "The one seed that all randomness hangs on.")
     objectives: tuple[str, ...] = opt(
         ("helpful=packaged:complied", "harmless=packaged:harmless"),
-        "NAME=SOURCE, two or more; see meal_fast.data.objectives for the forms of SOURCE",
+        "Two objectives or more, each NAME=SOURCE; docs/objectives.md has the forms of SOURCE.",
     )
     objectives_device: str = opt(
-        "auto", "of the reward models: cpu, cuda, cuda:N, or auto (the policy's device)"
+        "auto",
+        "Where the reward models are: cpu, cuda, cuda:N, or auto, which is the policy's device.",
     )
-    checkpoint_every: int = opt(5, "meta-steps between checkpoints")
-    logger: Logger = opt("none", "beside metrics.jsonl")
-    threads: int = opt(0, "of the CPU, saved with the run; 0: as many as this machine has cores")
+    checkpoint_every: int = opt(5, "Meta-steps between checkpoints.")
+    logger: Logger = opt("none", "A logger beside metrics.jsonl.")
+    threads: int = opt(
+        0, "CPU threads, which are saved with the run; 0 takes as many as this machine has cores."
+    )
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     prompts: PromptConfig = field(default_factory=PromptConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)

@@ -18,7 +18,7 @@ from .config import (
     ScoreConfig,
 )
 
-# steering: the quickstart's longer form; its rewards follow w on three seeds, see the README.
+# steering: the quickstart's longer form, 120 updates; docs/results.md has three seeds of it.
 _STEERING = Config(
     prompts=PromptConfig(train="packaged:safety"),
     preference=PreferenceConfig(alpha=0.2, rotate=True),
@@ -31,7 +31,7 @@ _STEERING = Config(
     checkpoint_every=5,
 )
 
-# quickstart: what `make train` runs: the start of that.
+# quickstart: what `make train` runs, the start of that: 36 updates.
 _QUICKSTART = dataclasses.replace(
     _STEERING,
     score=ScoreConfig(calibration=32),
@@ -75,7 +75,7 @@ _TINY = Config(
     threads=1,  # more would only wait for each other
 )
 
-# concave-front: a known front, see meal_fast.worlds; trains in about a minute.
+# concave-front: a world whose front is known (meal_fast.data.toy); trains in about a minute.
 _CONCAVE_FRONT = Config(
     recipe="weighted-grpo",
     objectives=_EXACT,

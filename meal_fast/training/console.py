@@ -1,17 +1,20 @@
-"""What a person sees of a run while it goes, and the optional loggers beside metrics.jsonl."""
+"""What a person sees of a run while it goes, the loggers beside metrics.jsonl, what it cost."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from meal_fast.config.run_dir import flat
+from meal_fast.common import write_atomic
+from meal_fast.config.run_dir import flat, read_json
 
 
 class Display:
@@ -106,3 +109,18 @@ class Loggers:
             self._writer.close()
         elif self._kind == "wandb":
             self._writer.finish()
+
+
+def note_cost(out: Path, device: torch.device) -> None:
+    """Write cost.json: the most memory that training held, of the GPU or of the process."""
+    status = Path("/proc/self/status")
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    elif status.is_file():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        peak = int(line.split()[1]) * 1024
+    else:  # not Linux
+        return
+    old = read_json(out, "cost.json")["peak_bytes"] if (out / "cost.json").exists() else 0
+    cost = {"device": device.type, "peak_bytes": max(old, peak)}
+    write_atomic(out / "cost.json", json.dumps(cost).encode())

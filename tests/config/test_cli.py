@@ -66,7 +66,7 @@ def test_help_lists_every_option_with_the_preset_s_defaults(capsys):
         name = f"--{section}.{field.name}" if section else f"--{field.name}"
         assert f"{name} " in text
         assert field.metadata["help"].split()[0] in text
-    assert "meta-steps T [P] (default: 400)" in text
+    assert "Number T of meta-steps [P]. (default: 400)" in text
 
 
 def test_every_option_round_trips_through_flags():
@@ -225,6 +225,14 @@ def test_parse_weights_refuses(text, words):
     message = str(caught.value)
     assert repr(text) in message and words in message
     assert "helpful=...,harmless=..." in message and "\n" not in message
+
+
+def test_every_help_is_a_sentence():
+    for section, field, _ in cli.options(Config()):
+        text = field.metadata["help"].removesuffix(" [P].").removesuffix(" [R].")
+        assert text[0].isupper() and (text.endswith(".") or text != field.metadata["help"]), (
+            f"{section}.{field.name}: {text}"
+        )
 
 
 def test_every_field_has_help_and_a_type_the_command_line_knows():
