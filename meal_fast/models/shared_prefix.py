@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -78,17 +79,18 @@ class Packed:
         """Prefixes causally, then every row behind its prefix: `Pass`."""
         b, p, r, s = self.shape_BPRS
         heads, kv_heads = query.shape[1], key.shape[1]
-        flat = torch.cat([x.squeeze(0).transpose(0, 1) for x in (query, key, value)], 1)
+        flat = torch.cat([rearrange(x, "1 h n d -> n h d") for x in (query, key, value)], 1)
         laid = flat.new_zeros(b * p + r * s, *flat.shape[1:]).index_copy(0, self.place_N, flat)
         prefix, row = laid.split([b * p, r * s])
         parts = [heads, 2 * kv_heads]
-        q, prefix_kv = prefix.view(b, p, *flat.shape[1:]).split(parts, 2)
-        out = [causal(*_by_head(q, prefix_kv), scale).transpose(1, 2).flatten(0, 1)]
+        q, prefix_kv = rearrange(prefix, "(b p) h d -> b p h d", b=b).split(parts, 2)
+        prefixes = causal(*_by_head(q, prefix_kv), scale)
+        out = [rearrange(prefixes, "b h p d -> (b p) h d")]
         if r * s:
-            q, kv = row.view(r, s, *flat.shape[1:]).split(parts, 2)
+            q, kv = rearrange(row, "(r s) h d -> r s h d", r=r).split(parts, 2)
             kv = torch.cat([self.copies(prefix_kv), kv], 1)
             rows = _masked(*_by_head(q, kv), self._mask(query.dtype), scale)
-            out.append(rows.transpose(1, 2).flatten(0, 1))
+            out.append(rearrange(rows, "r h s d -> (r s) h d"))
         return torch.cat(out).index_select(0, self.place_N)[None]
 
     def copies(self, x: Tensor) -> Tensor:
@@ -113,8 +115,8 @@ class Packed:
 
 def _by_head(query: Tensor, key_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(R, T, Hq, d) and (R, S, 2 H, d), keys and values -> (R, heads, tokens, d) each."""
-    key, value = key_value.transpose(1, 2).chunk(2, 1)
-    return query.transpose(1, 2), key, value
+    key, value = rearrange(key_value, "r s (two h) d -> two r h s d", two=2)
+    return rearrange(query, "r t h d -> r h t d"), key, value
 
 
 def pack(

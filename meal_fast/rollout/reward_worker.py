@@ -155,7 +155,7 @@ class OrderedScorer:
                     f"scoring {_named(self._keys[first : first + len(scores)])}: the scorer "
                     f"returned {scores.shape[1]} columns after {self._done[0].shape[1]}"
                 )
-        except BaseException:
+        except BaseException:  # Ctrl-C while waiting too: what is pending must not go on
             for _, other in self._pending:
                 other.cancel()
             self._forget()
@@ -199,7 +199,7 @@ def _first_failing(score: Callable[..., Any], rows: Sequence[Row]) -> str:
     for row in rows:
         try:
             _called(score, [row])
-        except Exception:
+        except Exception:  # a user's function again: whatever it raises, this row is the one
             return _named([row[0]])
     return f"{_named([key for key, _, _ in rows])}, though no row of them alone"
 
