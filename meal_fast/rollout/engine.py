@@ -76,11 +76,11 @@ class Engine:
         return self.scheduler.waiting
 
     def forget(self) -> None:
-        """Forgets every prefix. Memory is given back, unless it is kept with the policy."""
+        """Forget every prefix. Memory is given back, unless it is kept with the policy."""
         self.memory.forget()
 
     def rows(self, requests: Sequence[Request], max_new_tokens: int) -> list[Row]:
-        """Gives the rows of the requests, in their order.
+        """Give the rows of the requests, in their order.
 
         Raises ValueError for no request, one of no samples, and a prompt that is empty or too long.
         """
@@ -100,7 +100,7 @@ class Engine:
         sampling: Sampling,
         ended: Callable[[int], None] | None = None,
     ) -> Rollout:
-        """Samples every request: see `Backend.generate`."""
+        """Sample every request: see `Backend.generate`."""
         started, before = time.perf_counter(), replace(self.counts)
         rows = self.rows(requests, sampling.max_new_tokens)
         done = 0
@@ -121,7 +121,7 @@ class Engine:
 
     @torch.no_grad()
     def draw(self, rows: Iterable[Row], sampling: Sampling) -> Iterator[list[Row]]:
-        """Draws one step after the other: yields the rows that ended in it, often none.
+        """Draw one step after the other: yield the rows that ended in it, often none.
 
         Until the next step is asked for, the caller may `cut` any row in `live` (one that has just
         ended goes on), `cancel` any that has not ended, and `add` rows.
@@ -133,15 +133,15 @@ class Engine:
             self.scheduler.release()
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Lets more rows wait, in a drawing that goes on: see `Scheduler.add`."""
+        """Let more rows wait, in a drawing that goes on: see `Scheduler.add`."""
         self.scheduler.add(rows)
 
     def cut(self, row: Row, keep: int) -> None:
-        """Cuts a live row back to its first `keep` tokens: see `Scheduler.cut`."""
+        """Cut a live row back to its first `keep` tokens: see `Scheduler.cut`."""
         self.scheduler.cut(row, keep)
 
     def cancel(self, row: Row) -> None:
-        """Stops a row that waits or grows: see `Scheduler.cancel`."""
+        """Stop a row that waits or grows: see `Scheduler.cancel`."""
         self.scheduler.cancel(row)
 
 
@@ -154,7 +154,7 @@ def engine(
     max_cache_bytes: int = 0,
     join: bool = False,
 ) -> Iterator[Engine]:
-    """Opens an `Engine` on the policy as it is now, or on `network`: its reference, or any other.
+    """Open an `Engine` on the policy as it is now, or on `network`: its reference, or any other.
 
     The policy's weights must not change while it is open: what is computed once is used to its end.
     `max_rows`: slots; 0: as suits the device. `max_cache_bytes`: of keys and values, in all; 0:

@@ -37,7 +37,7 @@ class ModelRunner:
         self._staging: Staging | None = None  # of rows that have just been admitted
 
     def step(self, of: Scheduler, sampling: Sampling) -> None:
-        """Draws the next token of each row that has a slot; free slots are filled on the way."""
+        """Draw the next token of each row that has a slot; free slots are filled on the way."""
         fixed: FixedStep | None = None
         hidden: list[Tensor] = []
         if of.live:
@@ -93,7 +93,7 @@ class ModelRunner:
                 row.finish = "length"
 
     def _name(self, rows: list[Row], sampling: Sampling) -> None:
-        """Gives ids to rows that have none: they are new, or were cut."""
+        """Give ids to rows that have none: they are new, or were cut."""
         for row in rows:
             if row.key < 0:
                 row.key = row_id(sampling.rng_key, row.request, row.sample, row.attempt)
@@ -157,7 +157,7 @@ class ModelRunner:
         ]
 
     def _compute(self, new: Admitted) -> None:
-        """Runs what is missing through the model; if that fails, none of it counts as cached."""
+        """Run what is missing through the model; if that fails, none of it counts as cached."""
         memory, prompts, suffixes = self.memory, new.prompts, new.suffixes
         try:
             for part in _passes(list(prompts), lambda prefix: len(prefix[1]), self.pass_tokens):

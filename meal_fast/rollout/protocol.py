@@ -33,13 +33,13 @@ class Backend(Protocol):
         sampling: Sampling,
         ended: Callable[[int], None] | None = None,  # told how many rows have ended so far
     ) -> Rollout:
-        """Samples every request; the rows in the order of the requests.
+        """Sample every request; the rows in the order of the requests.
 
         Raises ValueError for no request, one of no samples, and a prompt that is empty or too long.
         """
 
     def forget(self) -> None:
-        """Forgets what it has computed of earlier requests."""
+        """Forget what it has computed of earlier requests."""
 
 
 class Rejecting(Backend, Protocol):
@@ -53,23 +53,23 @@ class Rejecting(Backend, Protocol):
         """The row in each slot."""
 
     def rows(self, requests: Sequence[Request], max_new_tokens: int) -> list[Row]:
-        """Gives the rows of the requests, in their order, not drawn yet."""
+        """Give the rows of the requests, in their order, not drawn yet."""
 
     def draw(self, rows: Iterable[Row], sampling: Sampling) -> Iterator[list[Row]]:
-        """Draws one step after the other, and yields the rows that ended in it."""
+        """Draw one step after the other, and yield the rows that ended in it."""
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Lets more rows wait."""
+        """Let more rows wait."""
 
     def cut(self, row: Row, keep: int) -> None:
-        """Cuts a live row back to its first `keep` tokens; what follows is drawn anew."""
+        """Cut a live row back to its first `keep` tokens; what follows is drawn anew."""
 
     def cancel(self, row: Row) -> None:
-        """Stops a row that waits or grows."""
+        """Stop a row that waits or grows."""
 
 
 def check_capable(backend: Backend | type[Backend], *needs: Capability) -> None:
-    """Raises ValueError where a backend lacks one of the capabilities `needs`."""
+    """Raise ValueError where a backend lacks one of the capabilities `needs`."""
     for need in needs:
         if need not in backend.capabilities:
             raise ValueError(

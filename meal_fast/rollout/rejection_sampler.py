@@ -91,7 +91,7 @@ class _Drawing:
         self.cuts: dict[Row, int] = {}
 
     def round(self, fresh: list[Row]) -> None:
-        """Draws `fresh` to the end, or until they cannot be kept, and has them scored."""
+        """Draw `fresh` to the end, or until they cannot be kept, and have them scored."""
         self.rows += fresh
         sent: list[Row] = []
         due: deque[int] = deque()  # how many rows had been sent after each of the last steps
@@ -184,7 +184,7 @@ def rejection_sample(
     *,
     chunk: int = 8,
 ) -> Kept:
-    """Draws, scores, rejects and redraws: the rows kept of each request, in the requests' order.
+    """Draw, score, reject and redraw: the rows kept of each request, in the requests' order.
 
     Args:
         requests: each a group, with `samples` rows in the first round.

@@ -38,7 +38,7 @@ class Scheduler:
         self.waiting: deque[Row] = deque()
 
     def start(self, rows: Iterable[Row], max_new_tokens: int) -> None:
-        """Begins with these rows, all waiting, and with memory for them."""
+        """Begin with these rows, all waiting, and with memory for them."""
         self.live, self.waiting = [], deque(rows)
         if self.waiting:
             self.memory.fit(self.waiting, max_new_tokens, self.max_rows)
@@ -49,7 +49,7 @@ class Scheduler:
         return bool(self.waiting or self.live)
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Lets more rows wait behind the others.
+        """Let more rows wait behind the others.
 
         Raises ValueError for one whose prompt or suffix is longer than what there is memory for:
         than all of those that the drawing began with.
@@ -65,7 +65,7 @@ class Scheduler:
             self.waiting.append(row)
 
     def cut(self, row: Row, keep: int) -> None:
-        """Cuts a row in a slot back to its first `keep` tokens: see `Row.cut`.
+        """Cut a row in a slot back to its first `keep` tokens: see `Row.cut`.
 
         One that has ended in this step goes on. Raises ValueError for a row that has no slot.
         """
@@ -74,13 +74,13 @@ class Scheduler:
         row.cut(keep)
 
     def cancel(self, row: Row) -> None:
-        """Stops a row that waits or grows. Raises ValueError for one that has ended."""
+        """Stop a row that waits or grows. Raises ValueError for one that has ended."""
         if row.finish:
             raise ValueError(f"row of prompt {row.request.prompt.id}: has ended ({row.finish})")
         row.finish = "cancelled"
 
     def admit(self) -> Admitted:
-        """Gives free slots to rows that wait, and places in memory to their prompts and suffixes.
+        """Give free slots to rows that wait, and places in memory to their prompts and suffixes.
 
         What is missing there must be computed before anything else happens.
         """
@@ -117,7 +117,7 @@ class Scheduler:
         return new
 
     def release(self) -> None:
-        """Closes the ranks: the last rows move to the slots of those that ended."""
+        """Close the ranks: the last rows move to the slots of those that ended."""
         live = self.live
         again = [row for row in live if not row.tokens and not row.finish]  # cut to nothing
         self.waiting.extendleft(reversed(again))
