@@ -26,10 +26,10 @@ class Served(Protocol):
     the guides of PARM."""
 
     def groups(self, weights: Sequence[Preference]) -> list[list[int]]:
-        """Places in `weights`, those together that the same parameters serve."""
+        """Group the places in `weights` that the same parameters serve."""
 
     def at(self, policy: Policy, w: Preference) -> AbstractContextManager[None]:
-        """Within it the policy is what serves w; afterwards, what it was before."""
+        """Make the policy what serves w, within it; afterwards it is what it was before."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Sweep:
         return [text for text, _, _ in self.rows]
 
     def cost(self) -> dict[str, Any]:
-        """What the answers took, and how long they are."""
+        """Sum up what the answers took, and how long they are."""
         count = len(self.rows)
         return {
             "answers": count,
@@ -69,7 +69,7 @@ def answers(
     say: Progress,
     family: Served | None = None,  # what the policy becomes for a weight
 ) -> dict[str, Sweep]:
-    """The sweeps of one model by mode.
+    """Sample the sweeps of one model, by mode.
 
     One sampler answers all weights that the same parameters serve, in all modes: the engine then
     computes a prompt once. Without a family those are all weights. It is the run's
@@ -135,7 +135,7 @@ def _read_alike(policy: Policy, weights: Sequence[Preference], group: list[int])
 
 
 def in_eighths(what: str, whole: int, say: Progress) -> Callable[[int, int], None]:
-    """Says how far the answers are, eight times: told of `n` ended, and of those before them."""
+    """Say how far the answers are, eight times: told of `n` ended, and of those before them."""
     due = [1]
 
     def ended(before: int, n: int) -> None:

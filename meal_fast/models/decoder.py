@@ -74,7 +74,7 @@ class Decoder(nn.Module):
         tree: Pass | None = None,
         use_cache: bool = False,
     ) -> BaseModelOutput:
-        """As the body of transformers that it stands for; `use_cache` is ignored."""
+        """Run as the body of transformers that it stands for; `use_cache` is ignored."""
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         x = F.embedding(input_ids, self.embedding)
@@ -141,13 +141,13 @@ class _Layer:
 
 
 def base_of(layer: Any) -> nn.Linear:
-    """A linear layer without its adapters."""
+    """Give a linear layer without its adapters."""
     linear_layer: nn.Linear = getattr(layer, "base_layer", layer)
     return linear_layer
 
 
 def llama_like(body: Any) -> bool:
-    """Whether all modules have the names, and are of the kinds, that `Decoder` knows."""
+    """Tell whether all modules have the names, and are of the kinds, that `Decoder` knows."""
 
     def children(module: Any) -> set[str]:
         return {name for name, _ in module.named_children()}
@@ -183,7 +183,7 @@ def llama_like(body: Any) -> bool:
 
 @torch.no_grad()
 def agree(body: Decoder, other: Any) -> bool:
-    """Whether both give the same hidden states, up to rounding."""
+    """Tell whether both give the same hidden states, up to rounding."""
     vocabulary, device = len(body.embedding), body.embedding.device
     ids = (torch.arange(1, _TOKENS + 1, device=device) * 7919 % vocabulary)[None]
     positions = torch.arange(_TOKENS, device=device)[None]

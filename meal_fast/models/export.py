@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @quiet()
 def save_policy(policy: Policy, folder: Path) -> None:
-    """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads, safetensors, whole.
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads, safetensors, whole.
 
     LoRA: the merged weights, and the factors in `adapter/`, PEFT's own format. A guide: merged at
     equal weights, and its factors in `guide.safetensors`. The tokenizer's chat template takes

@@ -29,20 +29,20 @@ class Guides:
     beta: float
 
     def groups(self, weights: Sequence[Preference]) -> list[list[int]]:
-        """Places in `weights`, those together that one guide serves."""
+        """Group the places in `weights` that one guide serves."""
         found: dict[Preference, list[int]] = {}
         for place, w in enumerate(weights):
             found.setdefault(w, []).append(place)
         return list(found.values())
 
     def at(self, policy: Policy, w: Preference) -> AbstractContextManager[None]:
-        """Within it the policy is guided at w: `guided`."""
+        """Guide the policy at w, within it: `guided`."""
         return guided(policy, w, self.beta)
 
 
 @contextmanager
 def guided(policy: Policy, w: Sequence[float], beta: float) -> Iterator[None]:
-    """Within it the engine samples the policy from logits = base + guide(w) / beta.
+    """Guide the policy at w, within it: the engine samples from logits = base + guide(w) / beta.
 
     Raises ValueError for a policy without a guide, another number of objectives, beta <= 0.
     """

@@ -71,7 +71,7 @@ class Family:
             )
 
     def shares(self, w: Preference) -> tuple[float, ...]:
-        """The share (M,) of each model in what serves w. Raises ValueError off the simplex."""
+        """Give each model's share (M,) in what serves w. Raises ValueError off the simplex."""
         require_simplex(w, [f"entry {i}" for i in range(len(self.weights[0]))])
         if self.rule == "interpolate":
             return tuple(w[corner.index(1.0)] for corner in self.weights)
@@ -83,14 +83,14 @@ class Family:
         return tuple(float(j == nearest) for j in range(len(self.weights)))
 
     def groups(self, weights: Sequence[Preference]) -> list[list[int]]:
-        """Places in `weights`, those together that the same parameters serve."""
+        """Group the places in `weights` that the same parameters serve."""
         found: dict[tuple[float, ...], list[int]] = {}
         for place, w in enumerate(weights):
             found.setdefault(self.shares(w), []).append(place)
         return list(found.values())
 
     def theta(self, w: Preference) -> dict[str, Tensor]:
-        """The parameters that serve w, by name. LoRA's factors of m models: of m times the rank."""
+        """Give the parameters that serve w, by name. LoRA's of m models: m times the rank."""
         parts = [(s, model) for s, model in zip(self.shares(w), self.models, strict=True) if s]
         if len(parts) == 1 and parts[0][0] == 1:
             return dict(parts[0][1])
@@ -107,7 +107,7 @@ class Family:
 
     @contextmanager
     def at(self, policy: Policy, w: Preference) -> Iterator[None]:
-        """Within it the policy is what serves w; afterwards, what it was before.
+        """Make the policy what serves w, within it; afterwards it is what it was before.
 
         Raises ValueError for a policy whose trained parameters are not the models'.
         """
@@ -121,7 +121,7 @@ class Family:
             yield
 
     def to_bytes(self, names: Sequence[str]) -> bytes:
-        """A safetensors file: tensors `0.NAME`, `1.NAME`, ...; what they are of as its metadata."""
+        """Write a safetensors file: tensors `0.NAME`, `1.NAME`, …; as metadata what they are of."""
         tensors = {
             f"{j}.{name}": value.detach().cpu().contiguous()
             for j, model in enumerate(self.models)
@@ -133,7 +133,7 @@ class Family:
 
     @staticmethod
     def load(path: Path) -> Family:
-        """Raises ValueError where there is no such file, or it holds no family."""
+        """Raise ValueError where there is no such file, or it holds no family."""
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})["family"])
@@ -153,7 +153,7 @@ class Family:
 
 
 def load_served(run: Path, config: Config) -> tuple[Policy, Family | Guides | None]:
-    """What answers for a finished run: its policy, or the policy that `at` makes of it at a w.
+    """Load what answers for a finished run: its policy, or what `at` makes of it at a w.
 
     Of a family the policy is the base model until then. Raises ValueError for a run without them.
     """

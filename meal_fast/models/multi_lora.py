@@ -30,7 +30,7 @@ class Route:
         self.blocks: Blocks | None = None
 
     def follow(self, body: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Before a pass of the model: whose its tokens are."""
+        """Note, before a pass of the model, whose its tokens are."""
         ids = kwargs["input_ids"]
         self.blocks = Blocks.of(kwargs["tree"].task_id.expand_as(ids).reshape(-1), self.task_R)
 
@@ -46,7 +46,7 @@ class Factors:
         )
 
     def give_back(self) -> None:
-        """What the passes left of gradient, to the tasks' own tensors."""
+        """Give what the passes left of gradient to the tasks' own tensors."""
         for dim, (joined, parts) in enumerate(zip((self.a, self.b), self.tasks, strict=True)):
             if joined.grad is not None:
                 for own, grad in zip(parts, joined.grad.chunk(len(parts), dim), strict=True):
@@ -54,7 +54,7 @@ class Factors:
 
 
 def fuse(model: Any) -> Any:
-    """PEFT's layers on plain linear ones, computed by `lora_linear`, and made ready for `stacked`.
+    """Compute PEFT's layers on plain linear ones by `lora_linear`, and ready them for `stacked`.
 
     In place; returns the model.
     """
@@ -82,12 +82,12 @@ def fuse(model: Any) -> Any:
 
 
 def mergeable(layer: Any) -> bool:
-    """Whether its factors can be multiplied out: they are one pair, not those of several tasks."""
+    """Tell whether its factors can be multiplied out: one pair, not those of several tasks."""
     return getattr(layer, "stack", None) is None
 
 
 def layers_of(model: nn.Module, body: nn.Module, trainable: Sequence[nn.Parameter]) -> list[Any]:
-    """Those with adapters. Raises ValueError for adapters on layers that `fuse` leaves alone."""
+    """Find those with adapters. Raises ValueError for adapters on layers that `fuse` leaves."""
     layers = [m for m in model.modules() if hasattr(m, "stack")]
     if 2 * len(layers) != len(trainable):
         raise ValueError(
@@ -101,7 +101,7 @@ def layers_of(model: nn.Module, body: nn.Module, trainable: Sequence[nn.Paramete
 def stacked(
     model: nn.Module, body: nn.Module, trainable: Sequence[nn.Parameter], tasks: Tasks
 ) -> Iterator[None]:
-    """While it lasts, fused layers compute with the tasks' factors as these are when it begins.
+    """Let fused layers compute with the tasks' factors, as these are when it begins.
 
     tasks: of each the factors in the order of `trainable`. When it ends, their `grad` holds the
     gradient of the passes made in it, where there were any that go back.

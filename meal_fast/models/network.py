@@ -23,7 +23,7 @@ class Network:
     runs: int = 1  # of each of the body's layers in a pass: so many keys and values a token
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Full logits of a few hidden states (R, D) -> (R, V), float32: what a sampler needs.
+        """Compute full logits of a few hidden states, (R, D) -> (R, V) float32: a sampler's.
 
         In bfloat16 too they are float32 sums that were never rounded, as `ops.linear_logprob`'s
         are: rounded ones put a token's log-probability off by up to 0.09.
@@ -45,7 +45,7 @@ class Network:
 
 
 def cut(model: Any) -> Network:
-    """A transformers causal LM as body and head."""
+    """Cut a transformers causal LM into body and head."""
     head = model.get_output_embeddings()
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return Network(model.base_model, head.weight, getattr(head, "bias", None), softcap)

@@ -48,7 +48,7 @@ class Bilinear(nn.Module):
 
     @torch.no_grad()
     def draw(self, generator: torch.Generator) -> None:
-        """The factors' first values."""
+        """Draw the factors' first values."""
         rank, width = self.a1.shape
         for a in (self.a1, self.a2):
             a.uniform_(-1, 1, generator=generator).div_(math.sqrt(width))
@@ -68,7 +68,7 @@ class Bilinear(nn.Module):
 
     @torch.no_grad()
     def delta(self, w: Tensor) -> Tensor:
-        """s [B1 W1 A1 + B2 reshape(P w) A2] for one w (K,): (out, in), float32."""
+        """Compute s [B1 W1 A1 + B2 reshape(P w) A2] for one w (K,): (out, in), float32."""
         return self.scale * (self.b1 @ self.w1 @ self.a1 + self.b2 @ (self.p @ w) @ self.a2)
 
 
@@ -76,7 +76,7 @@ class Adapter:
     """All bilinear layers of a model, by name, and the preference that they are at."""
 
     def __init__(self, model: nn.Module, k: int, rank: int, alpha: int, seed: int) -> None:
-        """Puts them in place of every linear layer but the head, and freezes all else.
+        """Put them in place of every linear layer but the head, and freeze all else.
 
         Raises ValueError for a model without such layers.
         """
@@ -103,7 +103,7 @@ class Adapter:
 
     @contextmanager
     def at(self, w: Tensor | None) -> Iterator[None]:
-        """Within it the model is the guide at w: (K,), or (N, K) for the N places of a packed pass;
+        """Make the model the guide at w, within it: (K,), or (N, K) for N places of a packed pass;
         None: the base model. A backward pass that recomputes belongs inside."""
         before = self.w
         try:
@@ -118,7 +118,7 @@ class Adapter:
 
     @contextmanager
     def merged(self, w: Tensor) -> Iterator[None]:
-        """Within it the layers hold W(w), for passes at this w: a copy of the weights, and two of
+        """Let the layers hold W(w), within it, for passes at w: a copy of the weights, and two of
         three products less. In bfloat16 the sum would be rounded: those factors stay apart."""
         try:
             for layer in self.layers.values():
@@ -130,7 +130,7 @@ class Adapter:
                 layer.merged = None
 
     def state(self, base: dict[str, Tensor], w: Tensor) -> dict[str, Tensor]:
-        """The plain model's state at w, from `base`, the state of the model with these layers."""
+        """Give the plain model's state at w, from `base`, that of the model with these layers."""
         factors = {
             f"{n}.{p}" for n, m in self.layers.items() for p, _ in m.named_parameters(recurse=False)
         }
@@ -141,7 +141,7 @@ class Adapter:
         return state
 
     def save(self, path: Path) -> None:
-        """A safetensors file of the factors, LAYER.a1 and so on."""
+        """Write a safetensors file of the factors, LAYER.a1 and so on."""
         factors = {
             f"{name}.{part}": value.detach().cpu().contiguous()
             for name, layer in self.layers.items()
@@ -151,7 +151,7 @@ class Adapter:
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        """Raises ValueError where there is no such file, or it is of another model or shape."""
+        """Raise ValueError where there is no such file, or it is of another model or shape."""
         try:
             held = load_file(path)
         except (OSError, SafetensorError) as error:

@@ -46,7 +46,7 @@ class FrozenCopy:
         self.release()
 
     def release(self) -> None:
-        """Gives back the memory of weights that are mapped from a file."""
+        """Give back the memory of weights that are mapped from a file."""
         for start, end in self._ranges:  # found on Linux alone
             size = ctypes.c_size_t(end - start)
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), size, _MADV_DONTNEED)

@@ -59,7 +59,7 @@ class Served:
 
     @torch.no_grad()
     def write(self) -> None:
-        """Puts the policy's weights, as they are now, into the copy.
+        """Put the policy's weights, as they are now, into the copy.
 
         LoRA's factors may be of a smaller rank than when it was made.
         """

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -34,7 +35,7 @@ class Pass(Protocol):
         """int64, of the shape of the tokens or to be expanded to it: see `stacked`."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """query (R, Hq, T, d), key and value (R, H, T, d) -> (R, T, Hq, d)."""
+        """Attend: query (R, Hq, T, d), key and value (R, H, T, d) -> (R, T, Hq, d)."""
 
 
 @dataclass(frozen=True)
@@ -69,34 +70,35 @@ class Packed:
         return self.task_id_1N
 
     def predicting(self, states_ND: Tensor) -> Tensor:
-        """The states (M, D) that predict the rows' tokens, in their order."""
+        """Pick the states (M, D) that predict the rows' tokens, in their order."""
         prefix, row = states_ND.split([self.prefixes, len(states_ND) - self.prefixes])
         ends_RD = self.copies(prefix.index_select(0, self.last_B))
         return torch.cat([ends_RD, row]).index_select(0, self.before_M)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Prefixes causally, then every row behind its prefix: `Pass`."""
+        """Attend prefixes causally, then every row behind its prefix: `Pass`."""
         b, p, r, s = self.shape_BPRS
         heads, kv_heads = query.shape[1], key.shape[1]
-        flat = torch.cat([x.squeeze(0).transpose(0, 1) for x in (query, key, value)], 1)
+        flat = torch.cat([rearrange(x, "1 h n d -> n h d") for x in (query, key, value)], 1)
         laid = flat.new_zeros(b * p + r * s, *flat.shape[1:]).index_copy(0, self.place_N, flat)
         prefix, row = laid.split([b * p, r * s])
         parts = [heads, 2 * kv_heads]
-        q, prefix_kv = prefix.view(b, p, *flat.shape[1:]).split(parts, 2)
-        out = [causal(*_by_head(q, prefix_kv), scale).transpose(1, 2).flatten(0, 1)]
+        q, prefix_kv = rearrange(prefix, "(b p) h d -> b p h d", b=b).split(parts, 2)
+        prefixes = causal(*_by_head(q, prefix_kv), scale)
+        out = [rearrange(prefixes, "b h p d -> (b p) h d")]
         if r * s:
-            q, kv = row.view(r, s, *flat.shape[1:]).split(parts, 2)
+            q, kv = rearrange(row, "(r s) h d -> r s h d", r=r).split(parts, 2)
             kv = torch.cat([self.copies(prefix_kv), kv], 1)
             rows = _masked(*_by_head(q, kv), self._mask(query.dtype), scale)
-            out.append(rows.transpose(1, 2).flatten(0, 1))
+            out.append(rearrange(rows, "r h s d -> (r s) h d"))
         return torch.cat(out).index_select(0, self.place_N)[None]
 
     def copies(self, x: Tensor) -> Tensor:
-        """Of each prefix's x (B, …) a copy for each of its rows, (R, …)."""
+        """Copy each prefix's x (B, …) for each of its rows, (R, …)."""
         return _Copies.apply(x, self)
 
     def member(self, dtype: torch.dtype) -> Tensor:
-        """(B, R): 1 where the row stands behind the prefix, else 0."""
+        """Make (B, R): 1 where the row stands behind the prefix, else 0."""
         if ("member", dtype) not in self._made:
             numbers = torch.arange(self.shape_BPRS[0], device=self.group_R.device)
             self._made["member", dtype] = (numbers[:, None] == self.group_R).to(dtype)
@@ -113,8 +115,8 @@ class Packed:
 
 def _by_head(query: Tensor, key_value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(R, T, Hq, d) and (R, S, 2 H, d), keys and values -> (R, heads, tokens, d) each."""
-    key, value = key_value.transpose(1, 2).chunk(2, 1)
-    return query.transpose(1, 2), key, value
+    key, value = rearrange(key_value, "r s (two h) d -> two r h s d", two=2)
+    return rearrange(query, "r t h d -> r h t d"), key, value
 
 
 def pack(
@@ -126,7 +128,7 @@ def pack(
     rows: Sequence[int] | None = None,
     task_id: Sequence[int] = (),
 ) -> Packed:
-    """Lays B prefixes end to end and, after them, rows. A row's last token is left out: the
+    """Lay B prefixes end to end and, after them, rows. A row's last token is left out: the
     states that predict a row are its prefix's last one and those of its tokens before the last.
 
     All sizes are known on the host, where the numbers of places are made: they go to the device of
@@ -183,7 +185,7 @@ def _places(length_R: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_device(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """One-dimensional int64 tensors of the host, in one copy; a GPU is not waited for."""
+    """Send one-dimensional int64 tensors of the host in one copy; a GPU is not waited for."""
     if device.type == "cpu":
         return list(parts)
     sizes = [len(part) for part in parts]
@@ -211,7 +213,7 @@ class _Copies(torch.autograd.Function):
 
 
 def check_supported(config: Any) -> None:
-    """Raises ValueError for a model whose attention is more than causal softmax attention."""
+    """Raise ValueError for a model whose attention is more than causal softmax attention."""
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or [])
     if kinds - {"full_attention"} or (not kinds and getattr(text, "sliding_window", None)):
@@ -235,7 +237,7 @@ def check_supported(config: Any) -> None:
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Each token sees those before it and itself: (R, Hq, T, d)."""
+    """Attend to the tokens before each and to itself: (R, Hq, T, d)."""
     return _attended(query, key, value, scale, is_causal=True)
 
 
@@ -249,7 +251,7 @@ def behind(
     valid_BP: Tensor,
     scale: float,
 ) -> Tensor:
-    """Each row's tokens see its prefix, which is laid before them, and each other causally."""
+    """Attend to each row's prefix, which is laid before it, and to its own tokens causally."""
     k, v = torch.cat([prefix_key[group_R], key], 2), torch.cat([prefix_value[group_R], value], 2)
     mask = _row_mask(valid_BP[group_R], query.shape[2], query.dtype)
     return _masked(query, k, v, mask, scale)
@@ -317,7 +319,7 @@ AttentionInterface.register(ATTENTION, _attention)
 
 
 def forward(body: nn.Module, packed: Packed) -> Tensor:
-    """Runs a packed batch: hidden states (N, D)."""
+    """Run a packed batch: hidden states (N, D)."""
     return body(
         input_ids=packed.tokens_1N,
         position_ids=packed.positions_1N,
@@ -327,7 +329,7 @@ def forward(body: nn.Module, packed: Packed) -> Tensor:
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token lists as (tokens, valid): int64 and bool, padded on the right."""
+    """Lay token lists out as (tokens, valid): int64 and bool, padded on the right."""
     width = max(len(row) for row in rows)
     tokens = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
     lengths = torch.tensor([len(row) for row in rows], device=device)

@@ -25,7 +25,7 @@ _LEARNERS = 4  # the same for what a pass keeps for its gradient
 
 
 def sizes_of(network: Network) -> Sizes:
-    """The sizes for a network on its device, as much memory as is free there now."""
+    """Choose the sizes for a network on its device, by the memory that is free there now."""
     device = network.weight.device
     if device.type != "cuda":
         return ON_A_CPU
@@ -47,7 +47,7 @@ def sizes_of(network: Network) -> Sizes:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Of a GPU's memory: what nobody has, and what torch holds without using it."""
+    """Count what is free of a GPU's memory: what nobody has, and what torch holds unused."""
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + held
 

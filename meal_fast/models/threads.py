@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def automatic() -> int:
-    """The processor cores that this process may run on (their hyper-threads count once).
+    """Count the processor cores that this process may run on (their hyper-threads count once).
 
     Of the machine alone: neither its load nor OMP_NUM_THREADS changes it.
     """
@@ -26,7 +26,7 @@ def automatic() -> int:
 
 
 def use_threads(threads: int) -> int:
-    """Lets torch compute with `threads` threads, 0: `automatic()`, whatever the load; the number.
+    """Let torch compute with `threads` threads, 0: `automatic()`, whatever the load; the number.
 
     Raises ValueError under OMP_DYNAMIC, which would leave the number to the load of the machine,
     and under an OMP_THREAD_LIMIT below it: oneDNN's products would be wrong, not slow.
@@ -51,7 +51,7 @@ def use_threads(threads: int) -> int:
 
 
 def same_sums(on: bool) -> None:
-    """Lets torch take the CPU algorithms whose sums do not depend on which thread is first, or not.
+    """Let torch take the CPU algorithms whose sums do not depend on which thread is first, or not.
 
     One that did: the gradient of `x[places]` where places repeat, which two threads and more add up
     in whatever order they come. In order it is quicker as well. On a GPU it would be slower, and

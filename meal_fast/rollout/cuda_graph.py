@@ -148,7 +148,7 @@ class Steps(dict[int, FixedStep]):
     _side: torch.cuda.Stream | None = None
 
     def fitting(self, network: Network, prompts: Pool, tails: Tails, rows: int) -> FixedStep:
-        """The step for so many rows; it is the same memory in every call."""
+        """Give the step for so many rows; it is the same memory in every call."""
         size = bucket(rows, tails.places)
         if size not in self:
             if self._pool is None and prompts.shape.device.type == "cuda":
@@ -159,5 +159,5 @@ class Steps(dict[int, FixedStep]):
 
 
 def bucket(rows: int, slots: int) -> int:
-    """The fixed number of rows that a step of so many runs at."""
+    """Give the fixed number of rows that a step of so many runs at."""
     return min(max(FEWEST, 1 << (rows - 1).bit_length()), slots)

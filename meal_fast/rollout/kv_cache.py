@@ -61,7 +61,7 @@ class Shape:
         return 2 * self.layers * self.heads * self.width * self.dtype.itemsize
 
     def memory(self, places: int, room: int) -> tuple[list[Tensor], list[Any]]:
-        """Keys and values of every layer, (places, H, room, d) each, zero: as blocks that are
+        """Make keys and values of every layer, (places, H, room, d) each, zero: as blocks that are
         copied at once, (…, places, H, room, d), and as each layer's pair.
 
         Zero, since what lies behind a prefix's end meets a probability of 0 in a product, and
@@ -97,7 +97,7 @@ class Pool:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets all prefixes."""
+        """Forget all prefixes."""
         self._place.clear()
         self._free = list(range(self.places))[::-1]
 
@@ -112,14 +112,14 @@ class Pool:
         return self._place.keys()
 
     def find(self, key: object) -> int | None:
-        """The place of `key`, from now on the last in use."""
+        """Find the place of `key`, from now on the last in use."""
         place = self._place.pop(key, None)
         if place is not None:
             self._place[key] = place
         return place
 
     def take(self, key: object, pinned: Collection[int]) -> int | None:
-        """A place for `key`, to be filled; None if all are pinned."""
+        """Take a place for `key`, to be filled; None if all are pinned."""
         if self._free:
             place = self._free.pop()
         else:
@@ -138,7 +138,7 @@ class Pool:
         valid_BT: Tensor,
         hidden: Tensor,
     ) -> None:
-        """What is known of prefixes after their pass: lengths, and last hidden states."""
+        """Note what is known of prefixes after their pass: lengths, and last hidden states."""
         length_B = valid_BT.sum(1)
         self.length_B[place_B] = length_B
         for place, text in zip(places, texts, strict=True):
@@ -147,11 +147,11 @@ class Pool:
         self.hidden_BD[place_B] = hidden[at, length_B - 1]
 
     def drop(self, key: object) -> None:
-        """Forgets `key`: its place was taken, and could not be filled."""
+        """Forget `key`: its place was taken, and could not be filled."""
         self._free.append(self._place.pop(key))
 
     def resized(self, places: int, room: int) -> Pool:
-        """A pool that is no smaller, and holds what this one holds."""
+        """Make a pool that is no smaller, and holds what this one holds."""
         if (places, room) == (self.places, self.room):
             return self
         new = Pool(self.shape, places, room)
@@ -175,14 +175,14 @@ class Tails:
         self._device = shape.device
 
     def begin(self, slots: Sequence[int], suffixes: Pool, places: Sequence[int]) -> None:
-        """Copies suffixes to the slots of the rows that start behind them."""
+        """Copy suffixes to the slots of the rows that start behind them."""
         length = max(suffixes.length[place] for place in places)
         slot_R, place_R = self._at(slots), self._at(places)
         for tail, suffix in zip(self.blocks, suffixes.blocks, strict=True):
             tail[..., slot_R, :, :length, :] = suffix[..., place_R, :, :length, :]
 
     def move(self, source: Sequence[int], target: Sequence[int], length: int) -> None:
-        """Copies slots, `length` tokens of each."""
+        """Copy slots, `length` tokens of each."""
         source_M, target_M = self._at(source), self._at(target)
         for tail in self.blocks:
             tail[..., target_M, :, :length, :] = tail[..., source_M, :, :length, :]
@@ -273,7 +273,7 @@ class TokenPass:
 def fill_prompts(
     network: Network, pool: Pool, prompts: Sequence[Prefix], places: Sequence[int]
 ) -> int:
-    """Runs prompts through the model into their places; the number of their tokens."""
+    """Run prompts through the model into their places; the number of their tokens."""
     device = pool.shape.device
     adapters, texts = zip(*prompts, strict=True)
     tokens_BP, valid_BP = pad(texts, device)
@@ -294,7 +294,7 @@ def fill_suffixes(
     suffixes: Sequence[Tokens],
     places: Sequence[int],
 ) -> int:
-    """Runs suffixes behind the prompts in places `of`, into theirs; the number of their tokens."""
+    """Run suffixes behind the prompts in places `of`, into theirs; the number of their tokens."""
     device = pool.shape.device
     tokens_BS, valid_BS = pad(suffixes, device)
     prompt_B, place_B = torch.tensor(of, device=device), torch.tensor(places, device=device)

@@ -29,13 +29,13 @@ class Memory:
         self.release()
 
     def release(self) -> None:
-        """Gives back all memory: no prefix is known any more."""
+        """Give back all memory: no prefix is known any more."""
         self._drop_tails()
         self.prompts, self.suffixes = Pool(self.shape, 0, 0), Pool(self.shape, 0, 0)
         self._limited = False  # there is less than was wanted: all that the budget allows
 
     def forget(self) -> None:
-        """No prefix is known any more. Memory is given back, unless it is kept."""
+        """Forget every prefix. Memory is given back, unless it is kept."""
         if self.kept:
             self.prompts.clear()
             self.suffixes.clear()
@@ -47,7 +47,7 @@ class Memory:
         self.tails, self.steps = Tails(self.shape, 0, 0), Steps()
 
     def fit(self, rows: Sequence[Row], new: int, max_rows: int) -> None:
-        """Memory for these rows, each of at most `new` tokens, `max_rows` of them at a time.
+        """Make memory for these rows, of at most `new` tokens each, `max_rows` at a time.
 
         What there is stays as it is where it suffices, and what grows keeps what it holds where old
         and new fit the budget side by side.
@@ -91,7 +91,7 @@ class Memory:
 
 
 def memory_of(policy: Policy, network: Network, max_bytes: int) -> Memory:
-    """The memory to sample `network` with: kept with the policy where the network stays.
+    """Give the memory to sample `network` with: kept with the policy where the network stays.
 
     There no prefix is known, since weights may have changed since it was last used.
     """
@@ -120,7 +120,7 @@ def _tokens(counts: Sequence[int], rooms: Sequence[int]) -> int:
 
 
 def shares(budget: int, wanted: tuple[int, ...], each: tuple[int, ...]) -> tuple[int, ...]:
-    """Slots, prompts' places and suffixes' places for a budget of bytes: all that are wanted, or
+    """Share a budget of bytes among slots, prompts' and suffixes' places: all that are wanted, or
     half of it to the slots and a quarter of the rest to the suffixes."""
     if sum(n * size for n, size in zip(wanted, each, strict=True)) <= budget:
         return wanted
@@ -139,5 +139,5 @@ def shares(budget: int, wanted: tuple[int, ...], each: tuple[int, ...]) -> tuple
 
 
 def default_budget(device: torch.device) -> int:
-    """Half of a GPU's free memory (a copy of the weights is there already), 2 GiB on a CPU."""
+    """Give half of a GPU's free memory (a copy of the weights is there already), 2 GiB on a CPU."""
     return free_bytes(device) // 2 if device.type == "cuda" else 2 << 30

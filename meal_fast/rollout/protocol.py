@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import ClassVar, Literal, Protocol
 
 from meal_fast.data_types import Rollout
@@ -34,30 +33,43 @@ class Backend(Protocol):
         sampling: Sampling,
         ended: Callable[[int], None] | None = None,  # told how many rows have ended so far
     ) -> Rollout:
-        """Samples every request; the rows in the order of the requests.
+        """Sample every request; the rows in the order of the requests.
 
         Raises ValueError for no request, one of no samples, and a prompt that is empty or too long.
         """
 
     def forget(self) -> None:
-        """Forgets what it has computed of earlier requests."""
+        """Forget what it has computed of earlier requests."""
 
 
 class Rejecting(Backend, Protocol):
     """A sampler with the capability `rejection`."""
 
-    counts: Counts
-    live: list[Row]  # the row in each slot
+    @property
+    def counts(self) -> Counts: ...
+
+    @property
+    def live(self) -> list[Row]:
+        """The row in each slot."""
 
     def rows(self, requests: Sequence[Request], max_new_tokens: int) -> list[Row]:
-        """Gives the rows of the requests, in their order, not drawn yet."""
+        """Give the rows of the requests, in their order, not drawn yet."""
 
-    def draw(self, waiting: deque[Row], sampling: Sampling) -> Iterator[list[Row]]:
-        """Draws one step after the other, and yields the rows that ended in it."""
+    def draw(self, rows: Iterable[Row], sampling: Sampling) -> Iterator[list[Row]]:
+        """Draw one step after the other, and yield the rows that ended in it."""
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Let more rows wait."""
+
+    def cut(self, row: Row, keep: int) -> None:
+        """Cut a live row back to its first `keep` tokens; what follows is drawn anew."""
+
+    def cancel(self, row: Row) -> None:
+        """Stop a row that waits or grows."""
 
 
 def check_capable(backend: Backend | type[Backend], *needs: Capability) -> None:
-    """Raises ValueError where a backend lacks one of the capabilities `needs`."""
+    """Raise ValueError where a backend lacks one of the capabilities `needs`."""
     for need in needs:
         if need not in backend.capabilities:
             raise ValueError(

@@ -33,13 +33,13 @@ _QUALITY = {"combined": "top-fraction"}
 
 
 def floored(w_RK: Tensor) -> Tensor:
-    """Preferences (…, K) clamped to at least 1e-4 and renormalised to a sum of 1 [R]."""
+    """Clamp preferences (…, K) to at least 1e-4 and renormalise them to a sum of 1 [R]."""
     clamped = w_RK.clamp(min=FLOOR)
     return clamped / clamped.sum(-1, keepdim=True)
 
 
 def realized_preference(standardized_RK: Tensor, tau: float) -> Tensor:
-    """ŵ_i = softmax(standardised r_i / τ), floored: the preference that a response realises [R].
+    """Compute ŵ_i = softmax(standardised r_i / τ), floored: what a response realises [R].
 
     It knows nothing of the score: what is best under w realises, read so, a sharper preference.
 
@@ -68,7 +68,7 @@ def realized_preference(standardized_RK: Tensor, tau: float) -> Tensor:
 
 
 def ray_preference(normalized_RK: Tensor, utopia_K: Tensor, tau: float = 1.0) -> Tensor:
-    """ŵ_k ∝ (z*_k − r̃_k)^(−1/τ), floored: the preference on whose ray a response lies [R].
+    """Compute ŵ_k ∝ (z*_k − r̃_k)^(−1/τ), floored: on whose ray a response lies [R].
 
     With τ = 1 it is the preference under which the response scores best: it maximises the
     Tchebycheff score −max_k w_k (z*_k − r̃_k) over the simplex, where all terms are equal. So where
@@ -101,13 +101,13 @@ def ray_preference(normalized_RK: Tensor, utopia_K: Tensor, tau: float = 1.0) ->
 
 
 def total_variation(w_hat_RK: Tensor, w_RK: Tensor) -> Tensor:
-    """TV(ŵ, w) = ½ Σ_k |ŵ_k − w_k|, (R,) in [0, 1]: 0 where equal, 1 where nothing is shared."""
+    """Compute TV(ŵ, w) = ½ Σ_k |ŵ_k − w_k|, (R,): 0 where equal, 1 where nothing is shared."""
     checks.shape("w_hat_RK", w_hat_RK, tuple(w_RK.shape))
     return (w_hat_RK - w_RK).abs().sum(-1) / 2
 
 
 def acceptance_uniform(seed: int, row_R: Tensor) -> Tensor:
-    """The uniforms (R,) float64 in [0, 1) of the `statistical` rule.
+    """Draw the uniforms (R,) float64 in [0, 1) of the `statistical` rule.
 
     A function of seed and row id (int64, the sampler's own), apart from those that drew the tokens.
     """
@@ -124,7 +124,7 @@ def accept(
     uniform_R: Tensor | None = None,
     last: bool = True,
 ) -> tuple[Tensor, dict[str, int]]:
-    """Which rows are kept, and how many each gate has turned away.
+    """Decide which rows are kept, and how many each gate has turned away.
 
     The rules, for a row with score S in a group of n:
 
@@ -195,7 +195,7 @@ def accept(
 
 
 def redraws(config: RejectionConfig, kept_B: Tensor, drawn_B: Tensor, first: int) -> Tensor:
-    """How many rows each group draws in the next round, (B,) int64.
+    """Decide how many rows each group draws in the next round, (B,) int64.
 
     As many as its acceptance rate so far asks for to keep `config.keep`, ceil(missing · drawn /
     max(kept, 1)), at most the `first` rows of the first round, and at most what `config.draws`
@@ -211,7 +211,7 @@ def redraws(config: RejectionConfig, kept_B: Tensor, drawn_B: Tensor, first: int
 def surplus(
     config: RejectionConfig, accepted_R: Tensor, finished_R: Tensor, group_R: Tensor
 ) -> Tensor:
-    """Rows still decoding that can no longer be kept, (R,) bool; stopping them changes no result.
+    """Find rows (R,) bool still decoding that can no longer be kept: stopping them alters nothing.
 
     Those before which, in the order of rows, `config.keep` finished rows of their group have been
     accepted. Only where a row's acceptance stands whatever the others score: threshold, trade-off.
@@ -231,7 +231,7 @@ def surplus(
 
 
 def hopeless_below(config: RejectionConfig, finished: Sequence[float]) -> float:
-    """The score below which an unfinished row of a group is given up, from its finished rows' [R].
+    """Give the score below which an unfinished row is given up, from its group's finished ones [R].
 
     The lowest score that the quality gate would let pass now, less `config.slack`, since the scores
     of unfinished text are only a guess: the threshold; the ceil(q n)-th highest finished score;
@@ -249,7 +249,7 @@ def hopeless_below(config: RejectionConfig, finished: Sequence[float]) -> float:
 
 
 def cut_back(segment_scores: Sequence[float], bar: float) -> int | None:
-    """Whether a row is hopeless, and how much of it to keep [R].
+    """Decide whether a row is hopeless, and how much of it to keep [R].
 
     `segment_scores[j]` is the score of the response up to the end of its segment j. None while the
     latest is at least `bar` (`hopeless_below`): the row goes on. Otherwise the number of leading

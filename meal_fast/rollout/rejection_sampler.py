@@ -91,12 +91,12 @@ class _Drawing:
         self.cuts: dict[Row, int] = {}
 
     def round(self, fresh: list[Row]) -> None:
-        """Draws `fresh` to the end, or until they cannot be kept, and has them scored."""
+        """Draw `fresh` to the end, or until they cannot be kept, and have them scored."""
         self.rows += fresh
         sent: list[Row] = []
         due: deque[int] = deque()  # how many rows had been sent after each of the last steps
         early = bool(self.config.keep) and self.config.rule in ("threshold", "trade-off")
-        for _ in self.sampler.draw(deque(fresh), self.sampling):
+        for _ in self.sampler.draw(fresh, self.sampling):
             if self.config.segment:
                 self._cut_hopeless()
             for row in self.sampler.live:
@@ -140,7 +140,7 @@ class _Drawing:
         )
         for row, over in zip(rows, over_R.tolist(), strict=True):
             if over and not row.finish:
-                row.finish = "cancelled"
+                self.sampler.cancel(row)
 
     def _cut_hopeless(self) -> None:
         """Scores the rows at the end of a segment, and cuts back those that are hopeless."""
@@ -169,7 +169,7 @@ class _Drawing:
             if whole is not None:
                 del scores[whole:]
                 self.cuts[row] = self.cuts.get(row, 0) + 1
-                row.cut(whole * size)
+                self.sampler.cut(row, whole * size)
             elif row.finish:
                 self._learn([row], reward[None])
 
@@ -184,7 +184,7 @@ def rejection_sample(
     *,
     chunk: int = 8,
 ) -> Kept:
-    """Draws, scores, rejects and redraws: the rows kept of each request, in the requests' order.
+    """Draw, score, reject and redraw: the rows kept of each request, in the requests' order.
 
     Args:
         requests: each a group, with `samples` rows in the first round.

@@ -73,7 +73,7 @@ class OrderedScorer:
         return done + sum(n for n, future in self._pending if _finished(future))
 
     def submit(self, row_key: Hashable, prompt: str, response: str) -> None:
-        """Hands over a finished row. Waits while `waiting` chunks are still unscored."""
+        """Hand over a finished row. Waits while `waiting` chunks are still unscored."""
         self._collect()
         self._keys.append(row_key)
         self._open.append((row_key, prompt, response))
@@ -81,7 +81,7 @@ class OrderedScorer:
             self._send()
 
     def wait_until(self, n: int) -> Tensor:
-        """Waits for the first n rows: their scores (n, K), float32 on the CPU, as submitted.
+        """Wait for the first n rows: their scores (n, K), float32 on the CPU, as submitted.
 
         An unfilled chunk that holds one of the n goes as it is. Raises ValueError for n beyond the
         rows submitted: they would never come.
@@ -98,14 +98,14 @@ class OrderedScorer:
         return torch.cat(self._done)[:n]
 
     def results(self) -> tuple[tuple[Hashable, ...], Tensor]:
-        """Waits for all rows: their keys and scores (R, K), as submitted; and starts anew."""
+        """Wait for all rows: their keys and scores (R, K), as submitted; and start anew."""
         scores = self.wait_until(len(self._keys))
         keys = tuple(self._keys)
         self._forget()
         return keys, scores
 
     def now(self, rows: Sequence[Row]) -> Tensor:
-        """The scores (R, K) of texts that are no part of the results, after what was submitted.
+        """Score texts (R, K) that are no part of the results, after what was submitted.
 
         In the same thread, so that `score` never runs twice at once; a failure is raised here.
         """
@@ -114,7 +114,7 @@ class OrderedScorer:
         return self._thread.submit(_scores, self._score, rows).result()
 
     def close(self) -> None:
-        """Ends the thread: at once, or after the call of `score` it is in. Unscored rows are lost.
+        """End the thread: at once, or after the call of `score` it is in. Unscored rows are lost.
 
         Closing again does nothing; using a closed scorer is a ValueError.
         """
@@ -155,7 +155,7 @@ class OrderedScorer:
                     f"scoring {_named(self._keys[first : first + len(scores)])}: the scorer "
                     f"returned {scores.shape[1]} columns after {self._done[0].shape[1]}"
                 )
-        except BaseException:
+        except BaseException:  # Ctrl-C while waiting too: what is pending must not go on
             for _, other in self._pending:
                 other.cancel()
             self._forget()
@@ -199,7 +199,7 @@ def _first_failing(score: Callable[..., Any], rows: Sequence[Row]) -> str:
     for row in rows:
         try:
             _called(score, [row])
-        except Exception:
+        except Exception:  # a user's function again: whatever it raises, this row is the one
             return _named([row[0]])
     return f"{_named([key for key, _, _ in rows])}, though no row of them alone"
 

@@ -58,7 +58,7 @@ class Sampling:
         return bool(self.top_k or self.top_p < 1 or self.min_p > 0)
 
     def said_stop(self, policy: Policy, tokens: Sequence[int]) -> bool:
-        """Whether the text of these tokens holds one of the strings that end a response."""
+        """Tell whether the text of these tokens holds one of the strings that end a response."""
         return bool(self.stop) and any(s in policy.decode(tokens) for s in self.stop)
 
     @property
@@ -79,7 +79,7 @@ class Drawn:
 def encode(
     policy: Policy, requests: Sequence[Request], max_new_tokens: int
 ) -> list[tuple[Tokens, Tokens]]:
-    """Prompt and suffix of each request. Raises ValueError for what cannot be sampled."""
+    """Encode prompt and suffix of each request. Raises ValueError for what cannot be sampled."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
     if not requests:
@@ -105,7 +105,7 @@ def encode(
 def plain_rows(
     policy: Policy, requests: Sequence[Request], sampling: Sampling
 ) -> tuple[list[Tokens], list[tuple[int, int]]]:
-    """The requests' prefixes, and of every row its request and its id; all checked."""
+    """Give the requests' prefixes, and of every row its request and its id; all checked."""
     parts = encode(policy, requests, sampling.max_new_tokens)
     rows = [
         (b, row_id(sampling.rng_key, q, s))
@@ -116,7 +116,7 @@ def plain_rows(
 
 
 def ended_at(policy: Policy, tokens: list[int], logp: list[float], sampling: Sampling) -> Drawn:
-    """What was drawn up to the first stop token or string: the rest of the row is padding."""
+    """Keep what was drawn up to the first stop token or string: the rest is padding."""
     stop = policy.stop_ids
     for t, token in enumerate(tokens):
         if token in stop or sampling.said_stop(policy, tokens[: t + 1]):
@@ -125,7 +125,7 @@ def ended_at(policy: Policy, tokens: list[int], logp: list[float], sampling: Sam
 
 
 def row_id(rng_key: Sequence[int | str], request: Request, sample: int, attempt: int = 0) -> int:
-    """What keys the randomness of one response."""
+    """Make the key of one response's randomness."""
     again = (attempt,) if attempt else ()
     return rng_seed(
         *rng_key, *request.rng_key, request.prompt.id, str(request.w or ()), sample, *again
@@ -197,11 +197,11 @@ class Row:
         return self.request.task_id, self.prompt
 
     def another(self, sample: int, attempt: int) -> Row:
-        """A new row of the same request, behind the same prefix."""
+        """Make a new row of the same request, behind the same prefix."""
         return Row(self.request, self.index, sample, self.prompt, self.suffix, attempt)
 
     def cut(self, keep: int) -> None:
-        """Drops all but the first `keep` tokens; what follows them is drawn anew.
+        """Drop all but the first `keep` tokens; what follows them is drawn anew.
 
         Its attempt counts up: under the same id the same text would be drawn for ever.
         """

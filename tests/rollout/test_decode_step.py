@@ -1,7 +1,7 @@
 """What a decode step costs on a pretended CUDA device, and the graphs that outlive a rollout."""
 
 import sys
-from collections import Counter, deque
+from collections import Counter
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_launches_and_waits_of_a_step(tmp_path, dtype):
             policy.tokenizer.eos_token_id = policy.causal_lm.generation_config.eos_token_id = None
             with engine(policy) as sampler:
                 rows = sampler.rows(REQUESTS, 8)
-                for step, _ in enumerate(sampler.draw(deque(rows), ASKED)):
+                for step, _ in enumerate(sampler.draw(rows, ASKED)):
                     if USES < step < 7:
                         assert sum(cuda.syncs.values()) == 1, cuda.syncs
                         assert sum(cuda.launches.values()) <= OUTSIDE, cuda.launches
@@ -71,7 +71,7 @@ def scale(policy, factor):
 def drawn(sampler, cuda):
     """The tokens of every row, and how many graphs there were after each step."""
     rows, graphs = sampler.rows(REQUESTS, 8), []
-    for _ in sampler.draw(deque(rows), ASKED):
+    for _ in sampler.draw(rows, ASKED):
         graphs.append(len(cuda.graphs))
     return [row.tokens for row in rows], graphs
 
@@ -126,7 +126,7 @@ def test_an_engine_takes_up_what_is_kept_with_fewer_slots_and_less_memory():
         with engine(policy, max_rows=3) as sampler:
             most = 0
             rows = sampler.rows(REQUESTS, 8)
-            for _ in sampler.draw(deque(rows), ASKED):
+            for _ in sampler.draw(rows, ASKED):
                 most = max(most, len(sampler.live))
             assert sampler.memory is memory and most == 3
         assert tuple(map(policy.decode, (row.tokens for row in rows))) == wanted.texts
@@ -148,7 +148,7 @@ def test_the_copy_leaves_less_memory_for_keys_and_values(monkeypatch):
 
 
 def test_a_row_is_hashed_once_and_again_when_it_was_cut(monkeypatch):
-    module, hashed = sys.modules["meal_fast.rollout.engine"], Counter()
+    module, hashed = sys.modules["meal_fast.rollout.model_runner"], Counter()
     real = module.row_id
 
     def counted(rng_key, request, sample, attempt=0):
@@ -158,10 +158,10 @@ def test_a_row_is_hashed_once_and_again_when_it_was_cut(monkeypatch):
     monkeypatch.setattr(module, "row_id", counted)
     sampler = plain_engine(LLAMA, max_rows=7)
     rows = sampler.rows(requests_of([3, 8, 5], [(0.0, 1.0), (0.7, 0.3)], samples=3), 6)
-    for step, _ in enumerate(sampler.draw(deque(rows), Sampling(6, 0.9, 1))):
+    for step, _ in enumerate(sampler.draw(rows, Sampling(6, 0.9, 1))):
         if step == 2:
             cut = sampler.live[0]
-            cut.cut(1)
+            sampler.cut(cut, 1)
     assert set(hashed.values()) == {1} and len(hashed) == len(rows) + 1
     assert (cut.request.prompt.id, cut.request.w, cut.sample, 1) in hashed
 

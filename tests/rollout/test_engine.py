@@ -1,7 +1,6 @@
 """The engine against plain forwards of the same models, whatever happened to a row's slot."""
 
 import weakref
-from collections import deque
 
 import pytest
 import torch
@@ -63,7 +62,7 @@ def test_log_probabilities_are_those_of_a_full_forward(name):
     requests = requests_of([1, 9, 4], weights) + requests_of([2, 6], weights[:1])
     sampler = engine(policy, max_rows=3)
     rows = sampler.rows(requests, 6)
-    list(sampler.draw(deque(rows), sampling()))
+    list(sampler.draw(rows, sampling()))
     assert {bool(row.suffix) for row in rows} == {True, False}
     for row in rows:
         check(policy, row)
@@ -91,14 +90,14 @@ def test_every_history_of_a_slot_gives_the_model_s_own_log_probabilities(history
     rows = sampler.rows(requests, 6)
     again = {i: (which, keep) for i, which, keep in cuts}
     steps = 0
-    for step, _ in enumerate(sampler.draw(deque(rows), sampling())):
+    for step, _ in enumerate(sampler.draw(rows, sampling())):
         steps = step + 1
         grown = [row for row in rows if row.tokens]
         if step in again and grown:
             which, keep = again[step]
             row = grown[which % len(grown)]
             if row in sampler.live:
-                row.cut(min(keep, len(row.tokens) - 1))
+                sampler.cut(row, min(keep, len(row.tokens) - 1))
     assert steps >= 1
     for row in rows:
         check(policy, row)
@@ -115,7 +114,7 @@ def test_a_row_s_text_depends_on_nothing_but_itself():
     for options in ({}, {"max_rows": 1}, {"max_rows": 5}, {"max_cache_bytes": 60_000}):
         sampler = engine(LLAMA, **options)
         rows = sampler.rows(requests, 6)
-        list(sampler.draw(deque(rows), sampling()))
+        list(sampler.draw(rows, sampling()))
         for row in rows:
             texts.setdefault((row.index, row.sample), set()).add(tuple(row.tokens))
     assert all(len(found) == 1 for found in texts.values())
@@ -129,7 +128,7 @@ def test_fixed_shapes_give_the_same_tokens():
     """What a GPU captures as a graph: padded rows, tails and prompts to their full room."""
     requests = requests_of([3, 8, 5, 12], [(0.0, 1.0), (0.7, 0.3)], samples=3)
     plain, fixed = engine(LLAMA, max_rows=19), engine(LLAMA, max_rows=19)
-    fixed.fixed_shapes = True
+    fixed.runner.fixed_shapes = True
     want, got = (e.generate(requests, sampling(max_new_tokens=9)) for e in (plain, fixed))
     assert got.texts == want.texts and got.finish == want.finish
     torch.testing.assert_close(got.logp_RT, want.logp_RT, atol=1e-5, rtol=0)
@@ -172,11 +171,10 @@ def test_slots_stay_full():
     """A slot whose row has ended goes to the next one in the same step."""
     sampler = engine(LLAMA, max_rows=4)
     rows = sampler.rows(requests_of([3, 4, 5, 6], [(0.5, 0.5)], samples=8), 8)
-    waiting = deque(rows)
     full = []
-    for _ in sampler.draw(waiting, sampling(max_new_tokens=8)):
+    for _ in sampler.draw(rows, sampling(max_new_tokens=8)):
         full.append(len(sampler.live))
-        if waiting:
+        if sampler.waiting:
             assert len(sampler.live) == 4
     assert len({row.finish for row in rows}) == 2, "rows of different lengths"
     assert sum(full) == sum(len(row.tokens) for row in rows)
@@ -187,10 +185,10 @@ def test_a_cut_row_draws_something_else_and_keeps_what_it_kept(monkeypatch):
     (row,) = sampler.rows([Request(prompt([11, 12, 13]), None)], 12)
     monkeypatch.setattr(LLAMA, "stop_ids", frozenset())
     drawn = []
-    for finished in engine(LLAMA).draw(deque([row]), sampling(max_new_tokens=12)):
+    for finished in sampler.draw([row], sampling(max_new_tokens=12)):
         if finished and len(drawn) < 6:
             drawn.append(list(row.tokens))
-            row.cut(4)
+            sampler.cut(row, 4)
     assert row.attempt == 6 and row.finish == "length"
     assert all(tokens[:4] == drawn[0][:4] for tokens in drawn)
     assert len({tuple(tokens) for tokens in drawn}) == 6
@@ -199,9 +197,10 @@ def test_a_cut_row_draws_something_else_and_keeps_what_it_kept(monkeypatch):
 def test_a_cancelled_row_leaves_its_slot():
     sampler = engine(LLAMA, max_rows=2)
     rows = sampler.rows(requests_of([3, 5], [(0.5, 0.5)], samples=3), 6)
-    for step, _ in enumerate(sampler.draw(deque(rows), sampling())):
+    for step, _ in enumerate(sampler.draw(rows, sampling())):
         if step == 0:
-            rows[0].finish = rows[5].finish = "cancelled"
+            sampler.cancel(rows[0])
+            sampler.cancel(rows[5])
     assert len(rows[0].tokens) == 1 and rows[5].tokens == []
     for row in rows[1:5]:
         check(LLAMA, row)
@@ -210,7 +209,7 @@ def test_a_cancelled_row_leaves_its_slot():
 def test_an_abandoned_drawing_leaves_the_engine_usable():
     sampler = engine(LLAMA, max_rows=2)
     requests = requests_of([3, 5, 4], [(0.5, 0.5)], samples=3)
-    for _ in sampler.draw(deque(sampler.rows(requests, 6)), sampling()):
+    for _ in sampler.draw(sampler.rows(requests, 6), sampling()):
         break
     again, new = (
         sampler.generate(requests, sampling()),
@@ -232,7 +231,7 @@ def test_a_failing_pass_is_not_taken_for_cached():
         sampler.generate(requests, sampling())
     hook.remove()
     rows = sampler.rows(requests, 6)
-    list(sampler.draw(deque(rows), sampling()))
+    list(sampler.draw(rows, sampling()))
     for row in rows:
         check(LLAMA, row)
 
@@ -252,7 +251,7 @@ def test_a_prompt_at_the_context_s_limit_fits_and_one_token_more_does_not():
     fits = [Request(prompt(range(11, 11 + 57)), None)]  # with suffix and 6 new tokens: 64
     rows = engine(LLAMA).rows(fits, 6)
     assert len(rows[0].prompt) == 58
-    list(engine(LLAMA).draw(deque(rows), sampling()))
+    list(engine(LLAMA).draw(rows, sampling()))
     check(LLAMA, rows[0])
     with pytest.raises(ValueError, match="59 tokens and 6 new ones exceed"):
         engine(LLAMA).generate([Request(prompt(range(11, 11 + 58)), None)], sampling())
@@ -266,7 +265,7 @@ def test_caches_outlast_draws_of_any_size_and_an_abandoned_one():
     before = sampler.counts.prompt
     for part in (requests[:1], requests, requests[4:7], requests[::-1]):
         sampler.generate(part, sampling())
-        for _ in sampler.draw(deque(sampler.rows(part, 6)), sampling()):
+        for _ in sampler.draw(sampler.rows(part, 6), sampling()):
             break
     assert sampler.counts.prompt == before == 9 + 5 + 12 + 7
 
@@ -303,7 +302,7 @@ def test_the_budget_holds_while_caches_are_made_anew(monkeypatch):
     for lengths, new in (([3] * 9, 4), ([20], 30), ([3, 4], 2), ([17] * 8, 20), ([30] * 5, 9)):
         requests = requests_of(lengths, weights)
         rows = sampler.rows(requests, new)
-        list(sampler.draw(deque(rows), sampling(max_new_tokens=new)))
+        list(sampler.draw(rows, sampling(max_new_tokens=new)))
         assert all(row.finish for row in rows)
         assert most[0] <= budget
 

@@ -10,7 +10,7 @@ import inspect
 import json
 import statistics
 import sys
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -302,8 +302,8 @@ def decode_costs(path: str, dtype: str) -> tuple[int, int, int]:
         requests = [Request(Prompt(x, f"Write {x}."), (0.5, 0.5), 2) for x in ("a", "b")]
         launches, syncs = [], []
         with engine(policy) as sampler:
-            waiting = deque(sampler.rows(requests, 24))
-            for _ in sampler.draw(waiting, Sampling(24, 1.0, 0, ())):
+            rows = sampler.rows(requests, 24)
+            for _ in sampler.draw(rows, Sampling(24, 1.0, 0, ())):
                 launches.append(cuda.launches.total())
                 syncs.append(cuda.syncs.total())
                 cuda.reset()

@@ -71,7 +71,7 @@ def test_steps_at_fixed_shapes_draw_the_tokens_of_others_and_of_the_cpu(device):
     drawn = []
     for where, fixed in ((device, True), (device, False), ("cpu", False)):
         with engine(policy_on(where), max_rows=16) as sampler:
-            sampler.fixed_shapes = fixed
+            sampler.runner.fixed_shapes = fixed
             for _ in range(2):  # the second time from graphs that are there
                 out = sampler.generate(some_requests(), Sampling(12, 1.0, seed=3))
         drawn.append(out)

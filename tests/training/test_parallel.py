@@ -1,7 +1,6 @@
 """The tasks of a meta-step in one batch: the same bits of mathematics as one after the other."""
 
 import dataclasses
-from collections import deque
 
 import pytest
 import torch
@@ -188,9 +187,9 @@ def test_rows_of_several_adapters_are_those_of_plain_forwards(policy, tasks, opt
     ]
     with policy.stacked(tasks):
         sampler = Engine(policy, policy.network, **options)
-        sampler.fixed_shapes = fixed
+        sampler.runner.fixed_shapes = fixed
         rows = sampler.rows(requests, 6)
-        list(sampler.draw(deque(rows), Sampling(6, 1.0, seed=1)))
+        list(sampler.draw(rows, Sampling(6, 1.0, seed=1)))
     found = {}
     for row in rows:
         prefix = row.prompt + row.suffix

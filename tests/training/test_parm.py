@@ -311,7 +311,7 @@ def test_guided_log_probabilities_are_those_of_two_models(beta, fixed, join):
     requests = [Request(p, w, 3) for p in PROMPTS]
     sampling = Sampling(max_new_tokens=6, temperature=0.9, seed=1)
     with guided(policy, w, beta), engine(policy, max_rows=4, join=join) as sampler:
-        sampler.fixed_shapes = fixed
+        sampler.runner.fixed_shapes = fixed
         out = sampler.generate(requests, sampling)
         assert sampler.shape.layers == 2 * policy.causal_lm.config.num_hidden_layers
     differs = 0.0

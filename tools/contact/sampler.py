@@ -70,7 +70,7 @@ def three(here: Here, name: str, dtype: str) -> None:
     for way, fixed in (("graphs", True), ("eager", False)):
         with engine(policy) as sampler:
             # On a CPU the steps at fixed shapes run as they are: there is nothing to capture.
-            sampler.fixed_shapes = fixed
+            sampler.runner.fixed_shapes = fixed
             draw = functools.partial(sampler.sample, given, Sampling(new, 1.0, seed=0))
             made[way] = draw()
             speed(here, way, made[way], here.median_s(draw))

@@ -109,7 +109,7 @@ class Policy(PromptFormat, ABC):
                 p.data = data
 
     def check_stackable(self) -> None:
-        """Raises ValueError where `stacked` would."""
+        """Raise ValueError where `stacked` would."""
         multi_lora.layers_of(self.model, self.network.body, self.trainable)
 
     def stacked(self, tasks: multi_lora.Tasks) -> AbstractContextManager[None]:

@@ -42,7 +42,7 @@ def open_backend(
     join: bool = False,
     needs: Iterable[Capability] = (),
 ) -> Iterator[Backend]:
-    """Opens the sampler called `name` on the policy as it is now, or on `network`.
+    """Open the sampler called `name` on the policy as it is now, or on `network`.
 
     `network`: the policy's reference, to sample the base model; any other where the backend has the
     capability `any-network`, which a guided policy needs too. `needs`: what else it will be asked
@@ -63,7 +63,7 @@ def open_backend(
 
 
 def capable(name: str, needs: Iterable[Capability], say: Callable[[str], None]) -> str:
-    """Gives `name` where that backend has all of `needs`; else says what it lacks, and "engine".
+    """Give `name` where that backend has all of `needs`; else say what it lacks, and "engine".
 
     For whoever answers from a finished run, which another backend than its own can serve as well.
     """
@@ -88,7 +88,7 @@ def rollout(
     max_cache_bytes: int = 0,
     backend: str = "engine",
 ) -> Rollout:
-    """Samples every request and returns the rows in the order of the requests.
+    """Sample every request and return the rows in the order of the requests.
 
     A row's id is rng_seed(*rng_key, prompt id, w, sample). Raises ValueError as `open_backend` and
     `Backend.generate` do, and for a budget of memory that holds no row.
@@ -106,7 +106,7 @@ def rollout(
 
 
 def backend(name: str) -> Callable[..., Rollout]:
-    """Gives the sampler called `name`, with the signature of `rollout`.
+    """Give the sampler called `name`, with the signature of `rollout`.
 
     Raises ValueError for an unknown name, and for vllm where it is not installed.
     """

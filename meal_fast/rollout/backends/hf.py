@@ -39,7 +39,7 @@ class Generate:
         self.policy, self.model, self.max_rows = policy, model, max_rows
 
     def forget(self) -> None:
-        """Does nothing: nothing is kept."""
+        """Do nothing: nothing is kept."""
 
     @torch.no_grad()
     def generate(
@@ -48,7 +48,7 @@ class Generate:
         sampling: Sampling,
         ended: Callable[[int], None] | None = None,
     ) -> Rollout:
-        """Samples every request: see `Backend.generate`."""
+        """Sample every request: see `Backend.generate`."""
         started, policy = time.perf_counter(), self.policy
         if any(q.task_id for q in requests):
             check_capable(self, "adapters")
@@ -97,7 +97,7 @@ def open_generate(
     max_cache_bytes: int = 0,  # no effect: nothing is kept
     join: bool = False,  # likewise
 ) -> Iterator[Generate]:
-    """Opens transformers' `generate` on the policy's model, or on its reference's."""
+    """Open transformers' `generate` on the policy's model, or on its reference's."""
     require(max_rows >= 0, "max_rows", max_rows, "0 (as suits the device) or positive")
     own = network is None or policy.causal_lm.base_model is network.body
     model = policy.causal_lm if own else policy.reference_lm
@@ -129,7 +129,7 @@ class _Draw(LogitsProcessor):
 
 @contextmanager
 def _plain(model: Any) -> Iterator[None]:
-    """Gives it transformers' attention, none of the sampling options that the model came with, and
+    """Give it transformers' attention, none of the sampling options that the model came with, and
     logits that are not rounded to half precision."""
     attention, options = model.config._attn_implementation, model.generation_config
     model.generation_config = GenerationConfig()

@@ -39,7 +39,7 @@ class VLLM:
         self.policy, self.llm, self.adapter = policy, llm, adapter
 
     def forget(self) -> None:
-        """Does nothing: what is kept is vLLM's, and the base model's weights stay."""
+        """Do nothing: what is kept is vLLM's, and the base model's weights stay."""
 
     @torch.no_grad()
     def generate(
@@ -48,7 +48,7 @@ class VLLM:
         sampling: Sampling,
         ended: Callable[[int], None] | None = None,
     ) -> Rollout:
-        """Samples every request: see `Backend.generate`."""
+        """Sample every request: see `Backend.generate`."""
         started, policy = time.perf_counter(), self.policy
         if any(q.task_id for q in requests):
             check_capable(self, "adapters")
@@ -83,7 +83,7 @@ def open_vllm(
     max_cache_bytes: int = 0,  # likewise
     join: bool = False,  # likewise
 ) -> Iterator[VLLM]:
-    """Opens vLLM on the policy; the adapter is written to a folder, for a `LoRARequest`.
+    """Open vLLM on the policy; the adapter is written to a folder, for a `LoRARequest`.
 
     A `network` is taken for the reference: the base model without an adapter. Raises ValueError
     where vLLM is missing, and for a policy that is neither the base model nor LoRA: its weights lie
@@ -112,7 +112,7 @@ def vllm_requests(
     stop_ids: frozenset[int],
     sampling: Sampling,
 ) -> tuple[list[Any], list[Any]]:
-    """Gives rows as vLLM's `TokensPrompt`s and `SamplingParams`: token ids in, token ids out."""
+    """Give rows as vLLM's `TokensPrompt`s and `SamplingParams`: token ids in, token ids out."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
@@ -140,7 +140,7 @@ _adapters = itertools.count(1)
 
 
 def vllm_adapter(folder: str) -> Any:
-    """Gives a `LoRARequest` for the adapter in `folder`, under a number that no earlier one had."""
+    """Give a `LoRARequest` for the adapter in `folder`, under a number that no earlier one had."""
     from vllm.lora.request import LoRARequest
 
     number = next(_adapters)
@@ -148,7 +148,7 @@ def vllm_adapter(folder: str) -> Any:
 
 
 def from_vllm(output: Any) -> Drawn:
-    """Reads a `RequestOutput` with one completion. Raises ValueError for one that broke off."""
+    """Read a `RequestOutput` with one completion. Raises ValueError for one that broke off."""
     (completion,) = output.outputs
     if completion.finish_reason not in ("stop", "length"):
         raise ValueError(
@@ -161,7 +161,7 @@ def from_vllm(output: Any) -> Drawn:
 
 
 def vllm_options(path: str, dtype: str, rank: int) -> dict[str, Any]:
-    """Gives what vLLM's engine is made with. `rank`: of the adapters, 0 for none."""
+    """Give what vLLM's engine is made with. `rank`: of the adapters, 0 for none."""
     options = {
         "model": path,
         "dtype": dtype,
@@ -183,7 +183,7 @@ def _llm(path: str, dtype: str, rank: int) -> Any:
 
 
 def require_vllm() -> None:
-    """Raises ValueError where vLLM is not installed."""
+    """Raise ValueError where vLLM is not installed."""
     if find_spec("vllm") is None:
         raise ValueError(
             "rollout.backend='vllm': vLLM is not installed; install meal-fast[vllm], or use "
