@@ -12,7 +12,7 @@ STEPS ?= 3
     bench-trl docs docs-options clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 env: $(VENV)/installed  ## the virtual environment in .venv
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -18,8 +18,12 @@ def listed() -> dict[str, list[str]]:
     }
 
 
-def test_the_page_has_the_rooms_that_others_import():
-    assert {"meal_fast.ops", "meal_fast.config", "meal_fast.rollout"} <= set(listed())
+def test_every_room_that_exports_names_is_on_the_page():
+    rooms = [path.parent.name for path in (PAGE.parents[1] / "meal_fast").glob("*/__init__.py")]
+    modules = [importlib.import_module(f"meal_fast.{room}") for room in rooms]
+    exporting = {module.__name__ for module in modules if hasattr(module, "__all__")}
+    assert {"meal_fast.ops", "meal_fast.config", "meal_fast.rollout"} <= exporting
+    assert exporting <= set(listed())
 
 
 @pytest.mark.parametrize("module", listed())
