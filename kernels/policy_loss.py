@@ -265,6 +265,7 @@ def total_kernel(
 class Plan:
     """The constant arguments; tensors are flat, contiguous and on logp's device."""
 
+    options: reference.LossOptions  # whose reduce has become coefficient and normalizer
     advantage: Tensor  # (N / per_advantage,)
     per_advantage: int  # tokens that share an advantage
     old_logp: Tensor | None  # (N,), like those that follow
@@ -274,9 +275,6 @@ class Plan:
     mask: Tensor | None
     coefficient: Tensor | None  # float32; None is 1
     normalizer: Tensor | float | None  # None: the number of live tokens, at least 1
-    beta: float
-    kl: str
-    clip: tuple[float, float]
     differentiate: bool  # whether gradients will be asked for
     all_active: bool = False  # also those without an advantage where there is no KL term
 
@@ -310,6 +308,7 @@ class Loss:
         grad_ratio: Tensor | None = None,
     ) -> None:
         n, total = logp.shape[0], None if self.undivided else plan.normalizer
+        options, beta = plan.options, float(plan.options.beta)
         if n == 0:
             return
         blocks = triton.cdiv(n, BLOCK)
@@ -334,12 +333,12 @@ class Loss:
                 n,
                 self.columns,
                 plan.per_advantage,
-                plan.beta,
-                1 - plan.clip[0],
-                1 + plan.clip[1],
-                KL=plan.kl,
-                WITH_KL=plan.beta != 0,
-                ALL_ACTIVE=plan.all_active or plan.beta != 0,
+                beta,
+                1.0 - options.clip[0],
+                1.0 + options.clip[1],
+                KL=options.kl,
+                WITH_KL=beta != 0,
+                ALL_ACTIVE=plan.all_active or beta != 0,
                 BLOCK=BLOCK,
             )
         self.filled += blocks

@@ -48,7 +48,7 @@ def faults_of(file: str, tests: str, *table: tuple[str, str, str]) -> list[Fault
 
 FAULTS = faults_of(
     "kernels/linear_logprob.py",
-    "tests/kernels/test_kernels_linear.py",
+    "tests/kernels/test_linear_logprob.py",
     ("mask of the last columns dropped", "if V % BLOCK_V != 0:", "if V % BLOCK_V < 0:"),
     (
         "a part walks past the vocabulary",
@@ -116,7 +116,7 @@ FAULTS = faults_of(
 
 FAULTS += faults_of(
     "kernels/vocabulary.py",
-    "tests/kernels/test_kernels_vocabulary.py",
+    "tests/kernels/test_vocabulary.py",
     (
         "mask of the last columns dropped",
         "inside = (columns >= 0) & (columns < V)",
@@ -193,7 +193,7 @@ FAULTS += faults_of(
 
 FAULTS += faults_of(
     "kernels/group_advantages.py",
-    "tests/kernels/test_kernels_advantages.py",
+    "tests/kernels/test_group_advantages.py",
     ("sign of the score", "score = -top\n", "score = top\n"),
     ("sign of the weights' gradient", "by_weight = -gap * share", "by_weight = gap * share"),
     ("dropped rows counted", "count += kept.to(tl.int32)", "count += inside.to(tl.int32)"),
@@ -222,7 +222,7 @@ FAULTS += faults_of(
 
 FAULTS += faults_of(
     "kernels/policy_loss.py",
-    "tests/kernels/test_kernels_policy_loss.py",
+    "tests/kernels/test_policy_loss.py",
     (
         "mask of the caller dropped",
         "live = live & (tl.load(mask_ptr + i, mask=live, other=0) != 0)",
@@ -256,7 +256,7 @@ FAULTS += faults_of(
 
 FAULTS += faults_of(
     "kernels/policy_loss.py",
-    "tests/ops/test_ops_fused.py",
+    "tests/ops/test_fused.py",
     ("the terms not divided", "coefficient /= total\n", "coefficient = coefficient\n"),
     ("a chunk writes over the last one's sums", "self.filled += blocks", "self.filled += 0"),
     ("its ratio's gradient twice", "d_term = tl.zeros_like(d_policy)", "d_term = d_policy"),
@@ -266,7 +266,7 @@ FAULTS += faults_of(
 
 FAULTS += faults_of(
     "kernels/sample.py",
-    "tests/kernels/test_kernels_sample.py",
+    "tests/kernels/test_sample.py",
     ("mask of the last columns dropped", "mask=column < V, other", "mask=column < V + 1, other"),
     ("-0 is below 0", "return tl.where(x == 0, 0.0, x), column", "return x, column"),
     ("order of negative floats", "bits ^ 0xFFFFFFFF, bits | 0x80000000", "bits, bits | 0x80000000"),
@@ -309,7 +309,7 @@ FAULTS += faults_of(
 
 FAULTS += faults_of(
     "kernels/prefix_attention.py",
-    "tests/kernels/test_kernels_prefix_attention.py",
+    "tests/kernels/test_prefix_attention.py",
     ("mask of what is not seen dropped", 'tl.where(seen[None, :], z, -float("inf"))', "z"),
     (
         "mask of the prefix's tokens dropped",

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from meal_fast.ops import linear_logprob
 from meal_fast.ops.checks import floating, positive, same_device, shape, targets_in_range
 from meal_fast.ops.reference import compute_dtype
-from meal_fast.ops.sweep import LogitsSource, Readout, sweep
+from meal_fast.ops.vocab_sweep import LogitsSource, Readout, sweep
 
 from . import framework, preference_score
 

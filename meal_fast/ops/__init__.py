@@ -9,12 +9,9 @@ float32, or float64 when a floating point input is float64. Where values (not sh
 CPU raises; on a GPU, where looking would stall the queue, the row gives NaN and never a bad access.
 """
 
-from . import registered_heads as registered_heads
-from . import registration as registration
 from .advantages import group_advantages
-from .from_logp import policy_loss_from_logp
 from .logprob import linear_logprob, linear_logprob_kl
-from .loss import linear_policy_loss, policy_loss
+from .policy_loss import linear_policy_loss, policy_loss, policy_loss_from_logp
 from .prefix_attention import Groups, prefix_attention
 from .sampling import sample
 

@@ -10,8 +10,27 @@ from torch import Tensor
 from meal_fast.common import require
 
 from . import checks, dispatch, reference
+from .registration import Given, registered
 
 
+def _with_tensors(given: Given) -> Given:
+    """A schema has no `Tensor | Sequence[float]`."""
+    rewards, weights = given["rewards"], given["weights"]
+    to = {"dtype": reference.compute_dtype(rewards, weights), "device": rewards.device}
+    for name in ("utopia", "offset", "divisor"):
+        if given[name] is not None:
+            given[name] = torch.as_tensor(given[name], **to)
+    return given
+
+
+def _fake(given: Given) -> tuple[Tensor, Tensor]:
+    rewards, weights = given["rewards"], given["weights"]
+    dtype = reference.compute_dtype(rewards, weights)
+    score = rewards.new_empty(rewards.shape[0], dtype=dtype)
+    return score, torch.empty_like(score)
+
+
+@registered("rewards", "weights", fake=_fake, prepare=_with_tensors)
 def group_advantages(
     rewards: Tensor,
     weights: Tensor,
@@ -29,7 +48,7 @@ def group_advantages(
     check: bool | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Vector rewards and per-row preferences → scalar score and group-relative advantage.
+    """Turn vector rewards and per-row preferences into scores and group-relative advantages.
 
     With r̃ = (rewards - offset) / divisor, `scalarization` is one of
 
@@ -64,16 +83,6 @@ def group_advantages(
     Raises:
         ValueError: a shape, option or (see `check`) value is bad; a value is named with its row.
     """
-    if torch.compiler.is_compiling():  # the body of the registered op is this function
-        dtype, device = reference.compute_dtype(rewards, weights), rewards.device
-        vectors = (
-            None if v is None else torch.as_tensor(v, dtype=dtype, device=device)
-            for v in (utopia, offset, divisor)
-        )
-        return torch.ops.meal_fast.group_advantages(
-            rewards, weights, group, offsets, keep, *vectors, mu, scalarization, scale, eps, check,
-            impl,
-        )  # fmt: skip
     checks.choice("scalarization", scalarization, ("linear", "tchebycheff", "smooth-tchebycheff"))
     checks.choice("scale", scale, ("std", "none"))
     checks.positive("mu", mu)

@@ -1,4 +1,4 @@
-"""The ops with a head in them, as autograd functions over `sweep`."""
+"""The ops with a head in them, as autograd functions over `vocab_sweep`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import fused, tiles
+from . import fused
+from . import vocab_sweep_triton as in_triton
 from .fused import Given
 from .reference import LossOptions, Tokens, loss_and_metrics, loss_terms, weighted_loss
-from .sweep import Derivatives, LinearSource, LogitsSource, Readout, Source, Stats, chosen, sweep
+from .vocab_sweep import (
+    Derivatives,
+    LinearSource,
+    LogitsSource,
+    Readout,
+    Source,
+    Stats,
+    chosen,
+    sweep,
+)
 
 Metrics = dict[str, Tensor]
 Pass = TypeVar("Pass", bound=Callable[..., Any])
@@ -60,7 +70,7 @@ class LinearLogprob(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         source = LinearSource(hidden, weight, bias, plan.readout, plan.dtype)
         exact = plan.reference is not None
-        run: Callable[..., Stats] = sweep if plan.impl == "torch" else tiles.sweep
+        run: Callable[..., Stats] = sweep if plan.impl == "torch" else in_triton.sweep
         if plan.fused:
             s = _fused(hidden, weight, bias, plan)
         else:
@@ -94,8 +104,8 @@ class LinearLogprob(torch.autograd.Function):
         if plan.impl == "torch":
             sweep(source, plan.target, reference, exact_kl=exact, **options)
         else:
-            known = None if kept is None else tiles.restore(kept, exact, exact)
-            tiles.sweep(source, plan.target, reference, exact_kl=exact, known=known, **options)
+            known = None if kept is None else in_triton.restore(kept, exact, exact)
+            in_triton.sweep(source, plan.target, reference, exact_kl=exact, known=known, **options)
         return *_as_inputs(source, hidden, weight, bias), None
 
 
@@ -284,7 +294,7 @@ class LogitsPolicyLossLater(torch.autograd.Function):
         source, reference = _logits_sources(logits, plan.ref_logits, plan, False)
         exact = options.kl == "exact" and reference is not None
         needs = ctx.needs_input_grad[0] and plan.differentiate
-        stats = tiles.sweep(source, plan.target, reference, exact_kl=exact, active=given.active)
+        stats = in_triton.sweep(source, plan.target, reference, exact_kl=exact, active=given.active)
         pieces = fused.Pieces(given, options, source.rows, needs)
         g_logp, _, g_kl = pieces.derivatives(slice(0, source.rows), stats)
         loss, made = pieces.loss(reference is not None or given.ref_logp is not None)
@@ -303,14 +313,14 @@ class LogitsPolicyLossLater(torch.autograd.Function):
         source, reference = _logits_sources(logits, ref_logits, plan, True)
         exact = reference is not None
         g_logp, g_kl = (None if g is None else g * upstream for g in coefficients)
-        tiles.sweep(
+        in_triton.sweep(
             source,
             plan.target,
             reference,
             exact_kl=exact,
             gradient=chosen((g_logp, None, g_kl)),
             active=plan.tokens.active,
-            known=tiles.restore(kept, exact, exact),
+            known=in_triton.restore(kept, exact, exact),
         )
         return source.grad_logits, None, None
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference, tiles
+from . import reference
+from . import vocab_sweep_triton as in_triton
 from .reference import LossOptions
-from .sweep import Derivatives, Source, Stats, chosen
+from .vocab_sweep import Derivatives, Source, Stats, chosen
 
 Metrics = dict[str, Tensor]
 LOWEST = torch.finfo(torch.float32).min / 4  # as in `reference.loss_terms`
@@ -44,14 +45,13 @@ class Given:
         advantage: Tensor,
         sequence: Tensor | None,
         options: LossOptions,
-        reduce: str,
-        normalizer: float | Tensor | None,
         old_logp: Tensor | None,
         ref_logp: Tensor | None,
         importance_weight: Tensor | None,
     ) -> Given:
+        normalizer = options.normalizer
         coefficient, total = None, normalizer
-        if reduce == "grpo":
+        if options.reduce == "grpo":
             assert sequence is not None
             coefficient, sequences = by_length(live, sequence)
             total = sequences if normalizer is None else normalizer
@@ -78,7 +78,7 @@ class Given:
             advantage.detach().contiguous(),
             active,
             coefficient,
-            total if isinstance(total, Tensor) else float(total),
+            total.detach() if isinstance(total, Tensor) else float(total),
             constant(old_logp),
             constant(ref_logp),
             constant(importance_weight),
@@ -94,6 +94,7 @@ class Given:
         from meal_fast.kernels import policy_loss as kernels
 
         return kernels.Plan(
+            options,
             self.advantage,
             1,
             self.old_logp,
@@ -103,9 +104,6 @@ class Given:
             self.active,
             self.coefficient,
             self.total,
-            options.beta,
-            options.kl,
-            options.clip,
             differentiate=True,
             all_active=True,  # of those that are
         )
@@ -134,11 +132,11 @@ def loss(
     """
     exact = options.kl == "exact" and ref_source is not None
     run: Callable[..., Stats] = functools.partial(
-        tiles.sweep, exact_kl=exact, max_bytes=max_bytes, active=given.active
+        in_triton.sweep, exact_kl=exact, max_bytes=max_bytes, active=given.active
     )
     has_kl = ref_source is not None or given.ref_logp is not None
     if backward and options.level == "token":
-        chunk = tiles.chunk_of(source, exact, True, max_bytes)
+        chunk = in_triton.chunk_of(source, exact, True, max_bytes)
         pieces = Pieces(given, options, chunk, True)
         run(source, target, ref_source, gradient=pieces.derivatives)
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,22 @@ from meal_fast.common import require
 
 from . import autograd, checks, reference
 from .dispatch import choose
-from .sweep import LinearSource, Readout
+from .registration import Given, registered
+from .vocab_sweep import LinearSource, Readout
 
 
+def _like_target(results: int) -> Callable[[Given], tuple[Tensor, ...]]:
+    """A fake: so many results in the shape of the target."""
+
+    def fake(given: Given) -> tuple[Tensor, ...]:
+        dtype = reference.compute_dtype(given["hidden"], given["weight"])
+        shape, device = given["target"].shape, given["hidden"].device
+        return tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(results))
+
+    return fake
+
+
+@registered("hidden", "weight", "bias", fake=_like_target(2))
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -23,7 +38,7 @@ def linear_logprob(
     max_bytes: int | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target, and entropy, from hidden states; logits are never whole.
+    """Give each target's log-probability, and the entropy, from hidden states, in tiles of logits.
 
     z = c·tanh((hidden @ weightᵀ + bias) / c) / temperature (without `softcap` c: no tanh),
     logp = z_target - log Σ exp z, entropy = -Σ p log p with p = softmax(z).
@@ -45,16 +60,13 @@ def linear_logprob(
     Raises:
         ValueError: bad shapes or options; on the CPU also a target outside [0, V).
     """
-    if torch.compiler.is_compiling():  # the body of the registered op is this function
-        return torch.ops.meal_fast.linear_logprob(
-            hidden, weight, bias, target, temperature, softcap, max_bytes, impl
-        )
     logp, entropy, _, _ = _linear_logprob(
         hidden, weight, target, temperature, bias, softcap, max_bytes, None, None, None, impl
     )
     return logp, entropy
 
 
+@registered("hidden", "weight", "bias", fake=_like_target(4))
 def linear_logprob_kl(
     hidden: Tensor,
     ref_hidden: Tensor,
@@ -69,7 +81,7 @@ def linear_logprob_kl(
     max_bytes: int | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`linear_logprob`, the reference's log-probability, and the exact KL to it, token by token.
+    """Give `linear_logprob`, the reference's log-probability, and the exact KL, token by token.
 
     kl = Σ_v p_v (log p_v - log q_v), q the reference's distribution at the same temperature and
     softcap; finished as log1p Σ p·expm1(-d), which keeps in float32 the small values that the
@@ -81,11 +93,6 @@ def linear_logprob_kl(
     Returns:
         logp, entropy, ref_logp, kl, shaped as `target`; all but ref_logp are differentiable.
     """
-    if torch.compiler.is_compiling():  # the body of the registered op is this function
-        return torch.ops.meal_fast.linear_logprob_kl(
-            hidden, weight, bias, ref_hidden, ref_weight, ref_bias, target, temperature, softcap,
-            max_bytes, impl,
-        )  # fmt: skip
     return _linear_logprob(
         hidden,
         weight,

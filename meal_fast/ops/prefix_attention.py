@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from meal_fast.common import require
 
 from . import checks, dispatch, reference
+from .registration import Given, registered
 
 _WIDEST = 256  # a head in Triton: what a GPU's shared memory and registers have room for
 
@@ -35,6 +36,15 @@ class Groups:
     group_R: Tensor  # int64, the prefix of each row, in any order
     order_R: Tensor  # int64, the rows in order of their prefixes
     offset: Tensor  # (B + 1,) int64, where each prefix's rows begin in `order_R`
+
+    TENSORS: ClassVar[int] = 3  # by which a registered op takes it
+
+    def to_tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.group_R, self.order_R, self.offset
+
+    @staticmethod
+    def from_tensors(group_R: Tensor, order_R: Tensor, offset: Tensor) -> Groups:
+        return Groups(len(offset) - 1, group_R, order_R, offset)
 
     @staticmethod
     def of(group_R: Tensor, b: int) -> Groups:
@@ -69,6 +79,23 @@ class Groups:
         return _Layout(starts, even, self.order_R, back)
 
 
+def _without_gradients(given: Given) -> Given:
+    """For decoding: no gradient, and so no backward pass."""
+    if torch.is_grad_enabled():
+        for name in ("query", "prefix_key", "prefix_value", "tail_key", "tail_value"):
+            if given[name].requires_grad:
+                raise ValueError(
+                    f"{name}: requires a gradient, and prefix_attention has none; "
+                    "use torch.no_grad() or detach it"
+                )
+    return given
+
+
+def _fake(given: Given) -> Tensor:
+    return given["query"].new_empty(given["query"].shape)
+
+
+@registered(fake=_fake, prepare=_without_gradients)
 def prefix_attention(
     query: Tensor,
     prefix_key: Tensor,
@@ -82,7 +109,7 @@ def prefix_attention(
     scale: float | None = None,
     impl: str | None = None,
 ) -> Tensor:
-    """Attention of one new token a row over its group's prefix and its own tail.
+    """Attend from one new token a row to its group's prefix and its own tail.
 
         out_r = Σ_j p_j v_j,  p = softmax(scale · q_r · k_j),  j over prefix group[r], then tail r
 
@@ -107,23 +134,10 @@ def prefix_attention(
         ValueError: bad shapes, dtypes or devices; an input that requires a gradient while gradients
             are recorded; on the CPU also values out of range, and a row with nothing to look at.
     """
-    if torch.is_grad_enabled():
-        named = {"query": query, "prefix_key": prefix_key, "prefix_value": prefix_value}
-        for name, x in (named | {"tail_key": tail_key, "tail_value": tail_value}).items():
-            if x.requires_grad:
-                raise ValueError(
-                    f"{name}: requires a gradient, and prefix_attention has none; "
-                    "use torch.no_grad() or detach it"
-                )
-    if torch.compiler.is_compiling():  # the body of the registered op is this function
-        plan = group if isinstance(group, Groups) else None
-        return torch.ops.meal_fast.prefix_attention(
-            query, prefix_key, prefix_value, prefix_length,
-            group if plan is None else plan.group_R,
-            None if plan is None else plan.order_R,
-            None if plan is None else plan.offset,
-            tail_key, tail_value, tail_length, scale, impl,
-        )  # fmt: skip
+    _without_gradients(
+        {"query": query, "prefix_key": prefix_key, "prefix_value": prefix_value}
+        | {"tail_key": tail_key, "tail_value": tail_value}
+    )
     _check(query, prefix_key, prefix_value, prefix_length, tail_key, tail_value, tail_length)
     r, b = query.shape[0], prefix_key.shape[0]
     groups = group if isinstance(group, Groups) else Groups.of(group, b)

@@ -8,10 +8,15 @@ count, it is selected out (`torch.where`), never multiplied by zero: 0 * NaN is 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+
+from meal_fast.common import require
+
+from . import checks
 
 # exp(20) = 4.9e8: far outside any clip range, and its square is still a finite float32.
 LOG_RATIO_LIMIT = 20.0
@@ -115,12 +120,33 @@ FIGURES = ("policy_loss", "ratio", "clip_fraction", "kl", "entropy")
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What the loss is; see `meal_fast.ops.policy_loss_from_logp`."""
+    """What the loss is; see `meal_fast.ops.policy_loss_from_logp`.
+
+    Raises:
+        ValueError: an option is bad.
+    """
 
     beta: float
     kl: str
     clip: tuple[float, float]
     level: str
+    reduce: str
+    normalizer: float | Tensor | None
+
+    def __post_init__(self) -> None:
+        checks.choice("kl", self.kl, ("k1", "k2", "k3", "exact"))
+        checks.choice("level", self.level, ("token", "sequence"))
+        checks.choice("reduce", self.reduce, ("grpo", "dapo", "dr_grpo"))
+        finite = math.isfinite(self.beta) and self.beta >= 0
+        require(finite, "beta", self.beta, "must not be negative")
+        low, high = self.clip
+        inside = 0 <= low <= 1 and high >= 0
+        require(inside, "clip", self.clip, "(low, high), low in [0, 1], high ≥ 0")
+        if isinstance(self.normalizer, Tensor):
+            shape = tuple(self.normalizer.shape)
+            require(shape == (), "normalizer.shape", shape, "one number")
+        elif self.normalizer is not None:
+            checks.positive("normalizer", self.normalizer)
 
 
 @dataclass(frozen=True)
@@ -148,17 +174,16 @@ def make_tokens(
     advantage: Tensor,
     sequence: Tensor | None,
     options: LossOptions,
-    reduce: str,
-    normalizer: float | Tensor | None,
     old_logp: Tensor | None,
     ref_logp: Tensor | None,
     importance_weight: Tensor | None,
     dtype: torch.dtype,
 ) -> Tokens:
-    """The tokens' constants, with `reduce` turned into one coefficient per token."""
+    """The tokens' constants, with `options.reduce` turned into one coefficient per token."""
     one = live.to(dtype)
     index = None if sequence is None else dense_ids(sequence)
-    if reduce == "grpo":
+    normalizer = options.normalizer
+    if options.reduce == "grpo":
         assert index is not None
         length = segment_sum(one, index)
         total = (length > 0).sum() if normalizer is None else normalizer
@@ -166,7 +191,7 @@ def make_tokens(
     else:
         total = live.sum() if normalizer is None else normalizer
         coefficient = one
-    total = torch.as_tensor(total, dtype=dtype, device=live.device)
+    total = torch.as_tensor(total, dtype=dtype, device=live.device).detach()
     if normalizer is None:
         total = total.clamp(min=1)
 

@@ -11,6 +11,7 @@ from meal_fast.common import require
 
 from . import checks, dispatch, reference, sample_cuda
 from .philox import uniform
+from .registration import Given, registered
 
 _BLOCK = 256  # columns that are summed in float32; sums over blocks are float64
 _GROUP = 64  # columns of which the largest is looked at first, for top-k
@@ -18,6 +19,22 @@ _SHORT_LIST = 1 / 256  # the tokens likelier than this are top-p's first guess
 _CHUNK = 1 << 20  # numbers that are worked on at a time, on the CPU
 
 
+def _for_schema(given: Given) -> Given:
+    """A schema has no `Tensor | int`, and its integers are signed."""
+    if isinstance(given["position"], int):
+        given["position"] = torch.full_like(given["row"], given["position"])
+    given["seed"] = (given["seed"] + 2**63) % 2**64 - 2**63
+    return given
+
+
+def _fake(given: Given) -> tuple[Tensor, Tensor, Tensor]:
+    logits, r = given["logits"], given["row"].shape[0]
+    dtype = reference.compute_dtype(logits)
+    token = logits.new_empty(r, dtype=torch.int64)
+    return token, logits.new_empty(r, dtype=dtype), logits.new_empty(r, dtype=dtype)
+
+
+@registered(fake=_fake, prepare=_for_schema)
 def sample(
     logits: Tensor,
     *,
@@ -30,7 +47,7 @@ def sample(
     min_p: float = 0.0,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One token of each row, by inverse CDF with one uniform per (seed, row id, position).
+    """Draw one token of each row, by inverse CDF with one uniform per (seed, row id, position).
 
     The uniform comes from Philox4x32-10 (key: seed; counter: position, row id), so a row's token
     depends on its own logits and ids, not on what else is in the batch. The token always has p > 0.
@@ -55,13 +72,6 @@ def sample(
             or that holds a NaN (elsewhere: log-probabilities are NaN, the token any that exists).
         RuntimeError: csrc/sample.cu does not compile; the message holds what nvcc said.
     """
-    if torch.compiler.is_compiling():  # the body of the registered op is this function
-        if isinstance(position, int):
-            position = torch.full_like(row, position)
-        return torch.ops.meal_fast.sample(
-            logits, row, position, (seed + 2**63) % 2**64 - 2**63, temperature, top_k, top_p, min_p,
-            impl,
-        )  # fmt: skip
     checks.floating("logits", logits)
     require(logits.dim() == 2, "logits.shape", tuple(logits.shape), "must be (R, V)")
     r, v = logits.shape

@@ -43,14 +43,16 @@ def policy_loss(logp, token_kl, impl=None):
 
 def group_arguments(r, w, impl):
     z = torch.full((2,), 2.0)
-    return (r, w, GROUP, None, KEEP, z, None, None, 0.1, "linear", "std", 0.1, None, impl)
+    return registration.OPS["group_advantages"].arguments(
+        r, w, GROUP, keep=KEEP, utopia=z, scalarization="linear", eps=0.1, impl=impl
+    )
 
 
 def loss_arguments(logp, token_kl, impl, kl="exact"):
-    needs = [x is not None and x.requires_grad for x in (logp, token_kl)]
-    return (
-        logp, token_kl, ADVANTAGE, OLD, None if kl == "exact" else OLD - 0.1, None, None, None,
-        None, 0.3, kl, 0.2, 0.2, "token", "dapo", None, None, impl, needs,
+    ref_logp = None if kl == "exact" else OLD - 0.1
+    return registration.OPS["policy_loss_from_logp"].arguments(
+        logp, ADVANTAGE, token_kl=token_kl, old_logp=OLD, ref_logp=ref_logp, beta=0.3, kl=kl,
+        impl=impl,
     )  # fmt: skip
 
 
@@ -140,15 +142,19 @@ def test_autograd_is_switched_back_off_behind_a_body():
     torch.testing.assert_close(torch.autograd.grad(second[0], logp)[0], first[3])
 
 
-SAMPLED = (torch.arange(3), torch.arange(3) + 2**40, 7, 0.8, 4, 0.9, 0.01)
+def sample_arguments(logits, impl):
+    return registration.OPS["sample"].arguments(
+        logits, seed=7, row=torch.arange(3), position=torch.arange(3) + 2**40, temperature=0.8,
+        top_k=4, top_p=0.9, min_p=0.01, impl=impl,
+    )  # fmt: skip
 
 
 def test_opcheck_sample(impl):
     torch.manual_seed(2)
     op = torch.ops.meal_fast.sample.default
-    torch.library.opcheck(op, (torch.randn(3, 20), *SAMPLED, impl))
+    torch.library.opcheck(op, sample_arguments(torch.randn(3, 20), impl))
     if impl == "torch":
-        torch.library.opcheck(op, (torch.randn(3, 20).double(), *SAMPLED, None))
+        torch.library.opcheck(op, sample_arguments(torch.randn(3, 20).double(), None))
 
 
 def test_compiled_sampling_is_the_eager_one(impl):

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from meal_fast import ops
+from meal_fast.ops import registration
 
 # What a select leaves out is computed all the same, and numpy says so.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 TARGET = torch.tensor([1, 0, 6, 3])
 ADVANTAGE = torch.tensor([1.0, -2.0, 0.5, 0.0])
-READOUT = (0.9, None, None)
 
 
 def leaves(seed=0):
@@ -22,21 +22,18 @@ def leaves(seed=0):
 
 def arguments(name, impl):
     hidden, weight, bias = leaves()
-    ref = leaves(1)[0].detach()
-    options = (0.3, "k3", 0.2, 0.2, "token", "dapo", None, None, -100, *READOUT, impl)
-    old = -torch.ones(4)
-    return {
-        "linear_logprob": (hidden, weight, bias, TARGET, *READOUT, impl),
-        "linear_logprob_kl": (hidden, weight, None, ref, None, None, TARGET, *READOUT, impl),
-        "linear_policy_loss": (
-            hidden, weight, bias, TARGET, ADVANTAGE, old, None, ref, None, None, None, None, None,
-            *options, [True] * 3,
-        ),
-        "policy_loss": (
-            torch.randn(4, 7, requires_grad=True), TARGET, ADVANTAGE, old, old, None, None, None,
-            None, *options, [True],
-        ),
-    }[name]  # fmt: skip
+    ref, old = leaves(1)[0].detach(), -torch.ones(4)
+    read = {"temperature": 0.9, "impl": impl}
+    flat = registration.OPS[name].arguments
+    if name == "linear_logprob":
+        return flat(hidden, weight, TARGET, bias=bias, **read)
+    if name == "linear_logprob_kl":
+        return flat(hidden, ref, weight, TARGET, **read)
+    if name == "linear_policy_loss":
+        given = {"bias": bias, "old_logp": old, "ref_hidden": ref, "beta": 0.3}
+        return flat(hidden, weight, TARGET, ADVANTAGE, **given, **read)
+    logits = torch.randn(4, 7, requires_grad=True)
+    return flat(logits, TARGET, ADVANTAGE, old_logp=old, ref_logp=old, beta=0.3, **read)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from meal_fast.kernels import vocabulary
 from meal_fast.kernels.vocabulary import ENTROPY, KEPT, KL, LOGP, REF_LOGP
 
 from meal_fast import ops
-from meal_fast.ops.tiles import chunk_rows
+from meal_fast.ops.vocab_sweep_triton import chunk_rows
 
 # What a select leaves out is computed all the same, and numpy says so.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -388,7 +388,7 @@ def test_what_is_kept_for_the_gradient_is_not_what_is_returned(device):
 
 
 def test_a_chunk_stays_within_its_budget(device):
-    from meal_fast.ops.sweep import LinearSource, Readout
+    from meal_fast.ops.vocab_sweep import LinearSource, Readout
 
     head = Head(device, dtype=torch.bfloat16)
     source = LinearSource(*head.low[:2], None, Readout(1.0, None), torch.float32)

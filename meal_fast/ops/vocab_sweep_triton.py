@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .sweep import Gradient, LinearSource, Source, Stats, default_max_bytes
+from .vocab_sweep import Gradient, LinearSource, Source, Stats, default_max_bytes
 
 
 def chunk_rows(source: LinearSource, tiles: int, gradient: bool, max_bytes: int | None) -> int:
@@ -49,7 +49,7 @@ def sweep(
     active: Tensor | None = None,  # (N,) bool: rows to leave out: stats 0, gradient 0
     known: Stats | None = None,  # of the same source and reference, from an earlier sweep
 ) -> Stats:
-    """As `meal_fast.ops.sweep.sweep`; with `known` only the gradient is made."""
+    """As `meal_fast.ops.vocab_sweep.sweep`; with `known` only the gradient is made."""
     from meal_fast.kernels import vocabulary as kernels
 
     n = source.rows
