@@ -48,6 +48,8 @@ _CHOICES = CHOICES | {
 
 @dataclass(frozen=True)
 class PolicyConfig:
+    """The model that is trained, and how it reads a preference."""
+
     path: str = opt(
         "packaged:smollm2-135m",
         "The model to train: packaged:NAME, world:NAME, a local folder or a hub name.",
@@ -91,6 +93,8 @@ class PolicyConfig:
 
 @dataclass(frozen=True)
 class PromptConfig:
+    """The prompts, of training and held out."""
+
     train: str = opt(
         "packaged:mixed",
         "The training prompts: packaged:NAME, a .jsonl or .txt file, or a hub data set.",
@@ -107,6 +111,8 @@ class PromptConfig:
 
 @dataclass(frozen=True)
 class PreferenceConfig:
+    """Which preferences w are trained."""
+
     alpha: float = opt(
         1.0, "Concentration of the Dir(alpha) that training preferences are drawn from [P]."
     )
@@ -135,6 +141,8 @@ class PreferenceConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
+    """How responses are sampled."""
+
     prompts: int = opt(4, "Prompts of an inner update.")
     samples: int = opt(8, "Responses to each prompt: the group size G of GRPO.")
     max_new_tokens: int = opt(48, "The most tokens that a response may have.")
@@ -166,6 +174,8 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class ScoreConfig:
+    """How K rewards and w become one score."""
+
     normalization: Normalization = opt(
         "max", "How rewards are normalised before they are made one score [P]."
     )
@@ -193,6 +203,8 @@ class ScoreConfig:
 
 @dataclass(frozen=True)
 class GRPOConfig:
+    """An inner update: its optimiser, its loss, and the memory that it takes."""
+
     lr: float = opt(1e-6, "Learning rate of AdamW; it follows a cosine over the run's updates [P].")
     weight_decay: float = opt(0.0, "Weight decay of AdamW.")
     beta: float = opt(0.1, "Coefficient of the KL term to the frozen base model [P].")
@@ -234,6 +246,8 @@ class GRPOConfig:
 
 @dataclass(frozen=True)
 class MetaConfig:
+    """The outer loop: how many meta-steps, of what, and when the run ends."""
+
     steps: int = opt(400, "Number T of meta-steps [P].")
     tasks: int = opt(
         2, "Preferences of a meta-step, B_w [P]; recipes with several models train all of them."
@@ -259,7 +273,7 @@ class MetaConfig:
         require(self.tokens >= 0, "meta.tokens", self.tokens, "must be 0 (meta.steps) or positive")
 
     def progress(self, updates: int, tokens: int) -> float:
-        """The share of the run that is done after so many inner updates and generated tokens."""
+        """Give the share of the run that is done after so many updates and generated tokens."""
         if self.tokens:
             return min(tokens / self.tokens, 1.0)
         return updates / (self.steps * self.tasks * self.n_inner)
@@ -267,6 +281,8 @@ class MetaConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
+    """The sweep over preferences when training has ended."""
+
     prompts: int = opt(16, "Held-out prompts of a sweep.")
     samples: int = opt(1, "Sampled responses for each prompt and weight, beside the greedy one.")
     grid: int = opt(
@@ -288,6 +304,8 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Config:
+    """One run: its recipe, objectives and seed, and a section for each part."""
+
     recipe: RecipeName = opt("weighted-meta-grpo", "The method.")
     seed: int = opt(0, "The one seed that all randomness hangs on.")
     objectives: tuple[str, ...] = opt(
@@ -325,27 +343,31 @@ class Config:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The objectives' names, in order: the K columns of every reward."""
+        """Give the objectives' names, in order: the K columns of every reward."""
         return tuple(o.partition("=")[0] for o in self.objectives)
 
     @property
     def model_points(self) -> int:
-        """Points a side of the lattice of preferences with a model each; 0: one model reads w."""
+        """Count the points a side of the lattice of w that have models; 0: one model reads w."""
         return spec_of(self).points(self)
 
     @property
     def settled(self) -> dict[tuple[str, str], Any]:
-        """Options that the recipe leaves no choice of, so that config.json says them."""
+        """Give the options that the recipe leaves no choice of, so that config.json says them."""
         return spec_of(self).forced(self)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as nested plain values, ready for JSON."""
+    """Turn the configuration into nested plain values, ready for JSON."""
     return dataclasses.asdict(config)
 
 
 def from_dict(values: dict[str, Any], base: Config | None = None) -> Config:
-    """`base` (default: all defaults) with the nested `values` put in; unknown keys are refused."""
+    """Put the nested `values` into `base` (default: all defaults).
+
+    Raises ValueError for an unknown key, a wrong value, and one that the recipe leaves no choice
+    of.
+    """
     config: Config = replaced(base or Config(), values, choices_of)
     for (section, option), held in config.settled.items():
         asked = values.get(section, {}).get(option, held)
@@ -355,12 +377,12 @@ def from_dict(values: dict[str, Any], base: Config | None = None) -> Config:
 
 
 def choices_of(annotation: str) -> tuple[str, ...]:
-    """The values that a field of this annotation allows; empty where it is no choice."""
+    """Give the values that a field of this annotation allows; empty where it is no choice."""
     return tuple(RECIPES) if annotation == "RecipeName" else get_args(_CHOICES.get(annotation))
 
 
 def load_toml(path: str | Path, base: Config) -> Config:
-    """`base` with the options of a TOML file put in. Raises ValueError for a broken file."""
+    """Put the options of a TOML file into `base`. Raises ValueError for a broken file."""
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .cli import as_flags, options
 from .config import Config, choices_of
+from .options import as_flags, options
 from .presets import PRESETS
 from .recipes import RECIPES
 

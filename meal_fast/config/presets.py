@@ -142,7 +142,7 @@ PRESETS: dict[str, Config] = {
 
 
 def preset(name: str) -> Config:
-    """The preset called `name`: see `PRESETS`. Raises ValueError for another name."""
+    """Give the preset called `name`: see `PRESETS`. Raises ValueError for another name."""
     if name not in PRESETS:
         raise ValueError(f"preset={name!r}: unknown; choose from {', '.join(PRESETS)}")
     return PRESETS[name]

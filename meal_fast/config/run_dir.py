@@ -1,4 +1,4 @@
-"""Reading a run folder: what meal_fast.train wrote; files that are whole or not there. No torch."""
+"""What a run folder holds, read and checked: written by training, whole or not there. No torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ AUTOMATIC = {"threads": 0, "policy.dtype": "auto", "grpo.micro_tokens": 0}
 
 
 def read_config(run: Path) -> Config:
-    """The configuration of a run folder. Raises ValueError where `run` is not one."""
+    """Read the configuration of a run folder. Raises ValueError where `run` is not one."""
     return from_dict(read_json(run, "config.json"))
 
 
 def as_saved(config: Config, saved: Config) -> Config:
-    """`config` with what it leaves to the machine as a run that is there has it."""
+    """Give `config` with what it leaves to the machine as the run that is there has it."""
     asked, held = flat(to_dict(config)), flat(to_dict(saved))
     values: dict[str, Any] = {}
     for name, automatic in AUTOMATIC.items():
@@ -29,7 +29,7 @@ def as_saved(config: Config, saved: Config) -> Config:
 
 
 def flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
-    """Nested tables as one, with dotted names."""
+    """Flatten nested tables into one, with dotted names."""
     out: dict[str, Any] = {}
     for name, value in values.items():
         out |= flat(value, f"{where}{name}.") if isinstance(value, dict) else {where + name: value}
@@ -37,7 +37,7 @@ def flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
 
 
 def read_json(run: Path, name: str) -> dict[str, Any]:
-    """One JSON file of a run folder. Raises ValueError where it is missing or broken."""
+    """Read one JSON file of a run folder. Raises ValueError where it is missing or broken."""
     try:
         values = json.loads((run / name).read_text(encoding="utf-8"))
     except OSError as error:
@@ -56,7 +56,7 @@ def read_json(run: Path, name: str) -> dict[str, Any]:
 
 
 def read_statistics(path: Path) -> dict[str, Any]:
-    """A run's statistics.json. Raises ValueError where `path` is none."""
+    """Read a run's statistics.json. Raises ValueError where `path` is none."""
     if not path.is_file():
         raise ValueError(f"statistics={str(path)!r}: no such file; name a run's statistics.json")
     values = read_json(path.parent, path.name)
@@ -67,7 +67,7 @@ def read_statistics(path: Path) -> dict[str, Any]:
 
 
 def shared_statistics(config: Config) -> bytes | None:
-    """What `score.statistics` names, as it will stand in the run's folder; None where it is empty.
+    """Read what `score.statistics` names, as it will stand in the run's folder; empty: None.
 
     Raises ValueError where those statistics are of other objectives, another normalisation or
     another z* than the config asks for.
@@ -90,7 +90,7 @@ def shared_statistics(config: Config) -> bytes | None:
 
 
 def policy_folder(run: Path) -> Path:
-    """The trained policy of a finished run. Raises ValueError where there is none yet."""
+    """Find the trained policy of a finished run. Raises ValueError where there is none yet."""
     folder = run / "policy"
     if not (folder / "config.json").is_file():
         raise ValueError(
@@ -101,7 +101,10 @@ def policy_folder(run: Path) -> Path:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The updates of metrics.jsonl. A last line cut short by a kill is left out; no file: none."""
+    """Read the updates of metrics.jsonl; no file: none.
+
+    A last line cut short by a kill is left out. Raises ValueError for any other that is not JSON.
+    """
     path = run / "metrics.jsonl"
     if not path.is_file():
         return []

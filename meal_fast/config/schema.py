@@ -16,18 +16,18 @@ Choices = Callable[[str], tuple[str, ...]]
 
 
 def opt(default: Any, help: str) -> Any:
-    """A dataclass field with its help text."""
+    """Make a dataclass field with its help text."""
     return field(default=default, metadata={"help": help})
 
 
 def check_device(option: str, name: str) -> None:
-    """Raises ValueError for what is no device's name; whether it is there is seen later."""
+    """Raise ValueError for what is no device's name; whether it is there is seen later."""
     known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", name)
     require(bool(known), option, name, "no device; use cpu, cuda, cuda:N or auto")
 
 
 def replaced(base: Any, values: dict[str, Any], choices: Choices, where: str = "") -> Any:
-    """The dataclass `base` with the nested `values` put in; `where` names its section.
+    """Give the dataclass `base` with the nested `values` put in; `where` names its section.
 
     Raises ValueError for an unknown option and a value of the wrong type.
     """
@@ -45,7 +45,7 @@ def replaced(base: Any, values: dict[str, Any], choices: Choices, where: str = "
 
 
 def coerced(value: Any, annotation: Any, choices: Choices, option: str) -> Any:
-    """`value` as the type that the field's annotation (a string) names; a wrong type is refused."""
+    """Give `value` as the type that the annotation (a string) names; a wrong type is refused."""
     kind = str(annotation)
     if kind.startswith("tuple"):
         require(isinstance(value, list | tuple), option, value, "must be a list")

@@ -10,6 +10,7 @@ import pytest
 
 from meal_fast.config import cli
 from meal_fast.config.config import Config, choices_of, from_dict, to_dict
+from meal_fast.config.options import unit
 from meal_fast.config.presets import PRESETS, preset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -239,6 +240,4 @@ def test_every_field_has_help_and_a_type_the_command_line_knows():
     for section, field, _ in cli.options(Config()):
         where = f"{section}.{field.name}"
         assert field.metadata["help"], where
-        assert choices_of(str(field.type)) or cli._unit(field) in ("str", "int", "float", "bool"), (
-            where
-        )
+        assert choices_of(str(field.type)) or unit(field) in ("str", "int", "float", "bool"), where

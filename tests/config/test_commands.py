@@ -78,3 +78,36 @@ def test_the_page_of_options_names_every_option_recipe_and_preset():
         assert f"`{name}`" in page
     tables = [line for line in page.splitlines() if line.startswith("|")]
     assert {line.replace("\\|", "").count("|") for line in tables} <= {5, 7}
+
+
+@pytest.mark.parametrize(
+    ("started", "said"),
+    [("/usr/bin/meal-fast", "meal-fast train"), ("/x/train.py", "python -m meal_fast.train")],
+)
+def test_usage_names_the_program_as_it_was_started(monkeypatch, capsys, started, said):
+    monkeypatch.setattr(sys, "argv", [started])
+    with pytest.raises(SystemExit):
+        commands.main(["train", "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: {said} [PRESET]")
+
+
+def test_the_command_line_s_parts_answer_without_a_parser():
+    code = (
+        "import sys\n"
+        "from meal_fast.config import errors, options, options_page, weights\n"
+        "print('meal_fast.config.cli' in sys.modules, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False False\n"
+
+
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_an_unknown_option_is_one_line_with_every_command(name, capsys):
+    needs = {"evaluate": ["RUN"], "report": ["RUN"], "chat": ["RUN"], "compare": ["tiny"]}
+    budget = ["--tokens", "1"] if name == "compare" else []
+    with pytest.raises(SystemExit) as stop:
+        commands.main([name, *needs.get(name, []), *budget, "--surplus-option", "3"])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("meal-fast: error: ") and err.count("\n") == 1
+    assert "--surplus-option" in err

@@ -6,7 +6,6 @@ the code and of the files that it was made from, and the libraries' versions.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import sys
@@ -89,9 +88,11 @@ def _say(start: float, text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    from meal_fast.config.cli import OneLineParser
+
     from . import cache_dir
 
-    parser = argparse.ArgumentParser(prog="python -m meal_fast.assets", description=__doc__)
+    parser = OneLineParser(prog="python -m meal_fast.assets", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of the reward models' training")
     args = parser.parse_args(argv)
     try:
