@@ -11,7 +11,7 @@ from meal_fast.config.config import Config, PolicyConfig, from_dict
 from meal_fast.config.presets import preset
 from meal_fast.config.run_dir import read_config
 from meal_fast.data_types import Prompt
-from meal_fast.models.policy import Policy, load_policy
+from meal_fast.models.policy import LoRAPolicy, load_policy
 from meal_fast.rollout import Engine, Request, Sampling
 from meal_fast.training.trainer import Trainer
 from tests.helpers.processes import SMALL, one_thread, refused, train_here, updates  # noqa: F401
@@ -20,7 +20,7 @@ from tests.helpers.run_folder import NAMES, tiny_config
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Stopping(Policy):
+class Stopping(LoRAPolicy):
     """A policy that a quarter of all tokens stop, so that rows differ in length."""
 
     stop_ids = frozenset(range(0, 5000, 4))
