@@ -90,7 +90,7 @@ class Given:
         return replace(self, **{k: v[rows] for k, v in values.items() if v is not None})
 
     def plan(self, options: LossOptions, stats: Stats) -> Any:
-        """The loss kernel's constants for these tokens, whose stats are known."""
+        """Give the loss kernel's constants for these tokens, whose stats are known."""
         from meal_fast.kernels import policy_loss as kernels
 
         return kernels.Plan(
@@ -110,7 +110,7 @@ class Given:
 
 
 def by_length(live: Tensor, sequence: Tensor) -> tuple[Tensor, Tensor]:
-    """Per token 1 / the live length of its sequence (N,), and how many sequences have one."""
+    """Give 1 / the live length of each token's sequence (N,), and how many sequences have one."""
     index = reference.dense_ids(sequence)
     length = reference.segment_sum(live.float(), index)
     return (1 / length.clamp(min=1))[index], (length > 0).sum()
@@ -125,7 +125,7 @@ def loss(
     max_bytes: int | None,
     backward: bool,
 ) -> tuple[Tensor, Metrics]:
-    """The loss of a source, which collects its gradients when `backward`.
+    """Give the loss of a source, which collects its gradients when `backward`.
 
     A token's derivative needs its own log-probability alone, so it is taken in the sweep; the ratio
     of a sequence needs all of its tokens, so `level="sequence"` sweeps twice.
@@ -149,7 +149,7 @@ def loss(
 
 
 class Pieces:
-    """The loss's terms, a chunk of tokens at a time."""
+    """Sum the loss's terms, a chunk of tokens at a time."""
 
     def __init__(self, given: Given, options: LossOptions, chunk: int, differentiate: bool) -> None:
         from meal_fast.kernels import policy_loss as kernels
@@ -158,7 +158,7 @@ class Pieces:
         self._sums = kernels.Loss(given.advantage, len(given.advantage), chunk)
 
     def derivatives(self, rows: slice, stats: Stats) -> Derivatives:
-        """A `Gradient`: adds these tokens' terms to the sums; their derivatives, if asked for."""
+        """Add these tokens' terms to the sums, and give their derivatives: a `Gradient`."""
         g_logp = g_kl = mean = g_mean = None
         if self.differentiate:
             g_logp = torch.empty_like(stats.logp)
@@ -190,7 +190,7 @@ class Pieces:
         return torch.where(given.active, mean, 0)
 
     def loss(self, has_kl: bool) -> tuple[Tensor, Metrics]:
-        """Once all tokens' terms are there."""
+        """Give loss and metrics, once all tokens' terms are there."""
         value, tokens, figures = self._sums.total(1.0)  # what the terms were divided by
         metrics = {"tokens": tokens}
         metrics |= zip(reference.FIGURES, figures[1:].unbind(), strict=True)

@@ -253,7 +253,7 @@ def policy_loss(
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a loss is given of its tokens, as the public functions name it; all are constants."""
+    """Hold what a loss is given of its tokens, as the public functions name it: constants."""
 
     advantage: Tensor
     old_logp: Tensor | None
