@@ -3,7 +3,7 @@
 Of each chunk the product with the head makes a tile of logits; one kernel takes the statistics of
 its rows, one the loss's terms with their derivatives by logp and KL, one turns the tile into its
 gradient. `reference` is the same loss in torch, some sixty small operations a chunk; nothing here
-waits for the device.
+waits for the device. `PolicyLossFromLogp` is one kernel and that at the end.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import reference
 from . import vocab_sweep_triton as in_triton
@@ -109,6 +110,17 @@ class Given:
         )
 
 
+def of_sequences(
+    logp: Tensor, sequence: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Give `by_length` of (N,), or of (B, T), where a row is a sequence."""
+    live = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask.bool()
+    if sequence is None:
+        length = live.sum(1, keepdim=True)
+        return (1 / length.clamp(min=1)).expand(logp.shape).reshape(-1), (length > 0).sum()
+    return by_length(live.reshape(-1), sequence.reshape(-1))
+
+
 def by_length(live: Tensor, sequence: Tensor) -> tuple[Tensor, Tensor]:
     """Give 1 / the live length of each token's sequence (N,), and how many sequences have one."""
     index = reference.dense_ids(sequence)
@@ -197,3 +209,51 @@ class Pieces:
         if not has_kl:
             del metrics["kl"]
         return value, metrics
+
+
+class PolicyLossFromLogp(torch.autograd.Function):
+    """Turn (logp (N,), token_kl (N,)) into loss, active tokens, figures, and what backward needs.
+
+    figures: 1 / total, then reference.FIGURES. The stored gradients are those of the undivided sum.
+    """
+
+    @staticmethod
+    def forward(logp: Tensor, token_kl: Tensor | None, plan: Any) -> tuple[Tensor, ...]:
+        from meal_fast.kernels import policy_loss as kernels
+
+        n = logp.shape[0]
+        g_logp = logp.new_empty(n if plan.differentiate else 0, dtype=torch.float32)
+        g_kl = logp.new_empty(
+            n if plan.differentiate and token_kl is not None else 0, dtype=torch.float32
+        )
+        loss = kernels.Loss(logp, n, n, undivided=True, entropy=plan.entropy is not None)
+        filled = (g if g.numel() else None for g in (g_logp, g_kl))
+        loss.piece(plan, logp, token_kl, *filled)
+        return *loss.total(plan.normalizer), g_logp, g_kl
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor | None, Any], output: tuple[Tensor, ...]
+    ) -> None:
+        logp, token_kl, _ = inputs
+        _, tokens, figures, g_logp, g_kl = output
+        ctx.mark_non_differentiable(tokens, figures, g_logp, g_kl)
+        ctx.save_for_backward(figures, g_logp, g_kl)
+        ctx.dtypes = logp.dtype, None if token_kl is None else token_kl.dtype
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        figures, g_logp, g_kl = ctx.saved_tensors
+        scale = upstream * figures[0]
+
+        def scaled(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+            return (gradient * scale).to(dtype)
+
+        logp_dtype, kl_dtype = ctx.dtypes
+        needs_logp, needs_kl, _ = ctx.needs_input_grad
+        return (
+            scaled(g_logp, logp_dtype) if needs_logp else None,
+            scaled(g_kl, kl_dtype) if needs_kl else None,
+            None,
+        )
