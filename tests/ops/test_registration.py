@@ -229,3 +229,14 @@ def test_annotations_without_a_counterpart_are_refused():
 def test_every_public_op_is_registered():
     functions = {name for name in ops.__all__ if name != "Groups"}
     assert set(registration.OPS) == functions
+
+
+def test_a_seed_that_changes_is_no_compilation_each():
+    def call(logits, seed):
+        return ops.sample(2 * logits, seed=seed, row=torch.arange(3), position=3)
+
+    logits, compiled = torch.randn(3, 20), torch.compile(call, backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(recompile_limit=3):
+        for seed in (1, 7, 9, 11, 2**63 + 5, 2**62, 12):
+            for a, b in zip(call(logits, seed), compiled(logits, seed), strict=True):
+                assert torch.equal(a, b)
