@@ -7,7 +7,7 @@ what the loss is, `Inputs` what it is given of each token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -272,11 +272,10 @@ class Inputs:
             checks.shape("advantage", self.advantage, (shape[0],))
         else:
             checks.shape("advantage", self.advantage, shape)
-        given = {f.name: getattr(self, f.name) for f in fields(self)[1:]}
-        for name, tensor in given.items():
-            if tensor is not None:
+        for name, tensor in vars(self).items():
+            if tensor is not None and name != "advantage":
                 checks.shape(name, tensor, shape)
-        checks.same_device("logp or target", like, advantage=self.advantage, **given)
+        checks.same_device("logp or target", like, **vars(self))
         if self.sequence is not None:
             checks.integer("sequence", self.sequence)
         elif not padded and (options.level == "sequence" or options.reduce == "grpo"):
