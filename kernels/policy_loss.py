@@ -9,10 +9,9 @@ derivatives by hand. One program takes a block of tokens and leaves its sums in 
 a last launch adds the columns in their order (two runs give the same bits). Every value is loaded
 under the mask of active tokens: what stands elsewhere may be NaN.
 
-`PolicyLoss` is `meal_fast.ops.policy_loss_from_logp`: one block of tokens after the other in one
-launch; its total may be the count of live tokens, known at the end, so the stored gradients are
-those of the undivided sum and the backward pass scales them. `Loss` is the same in pieces, for the
-losses with a head in them (`meal_fast.ops.fused`): a launch for each chunk of tokens, while its
+`Loss` runs it in pieces, for `meal_fast.ops.fused`. `policy_loss_from_logp` is one piece, one
+launch; its total may be the count of live tokens, known at the end, so the gradients are those of
+the undivided sum. The losses with a head in them are a launch for each chunk of tokens, while its
 logits are there, with the total known beforehand. The ratio of a sequence needs all of its tokens:
 there the mean log-ratios are handed in, and the derivative by them is handed out.
 
@@ -23,13 +22,11 @@ it has never run on a GPU.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from meal_fast.ops import reference
 
@@ -365,52 +362,6 @@ class Loss:
                 WIDTH=1024,
             )
         return loss, tokens, figures
-
-
-class PolicyLoss(torch.autograd.Function):
-    """(logp (N,), token_kl (N,)) → loss, active tokens, figures, and what backward needs.
-
-    figures: 1 / total, then reference.FIGURES.
-    """
-
-    @staticmethod
-    def forward(logp: Tensor, token_kl: Tensor | None, plan: Plan) -> tuple[Tensor, ...]:
-        n = logp.shape[0]
-        g_logp = logp.new_empty(n if plan.differentiate else 0, dtype=torch.float32)
-        g_kl = logp.new_empty(
-            n if plan.differentiate and token_kl is not None else 0, dtype=torch.float32
-        )
-        loss = Loss(logp, n, n, undivided=True, entropy=plan.entropy is not None)
-        filled = (g if g.numel() else None for g in (g_logp, g_kl))
-        loss.piece(plan, logp, token_kl, *filled)
-        return *loss.total(plan.normalizer), g_logp, g_kl
-
-    @staticmethod
-    def setup_context(
-        ctx: Any, inputs: tuple[Tensor, Tensor | None, Plan], output: tuple[Tensor, ...]
-    ) -> None:
-        logp, token_kl, _ = inputs
-        _, tokens, figures, g_logp, g_kl = output
-        ctx.mark_non_differentiable(tokens, figures, g_logp, g_kl)
-        ctx.save_for_backward(figures, g_logp, g_kl)
-        ctx.dtypes = logp.dtype, None if token_kl is None else token_kl.dtype
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        figures, g_logp, g_kl = ctx.saved_tensors
-        scale = upstream * figures[0]
-
-        def scaled(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-            return (gradient * scale).to(dtype)
-
-        logp_dtype, kl_dtype = ctx.dtypes
-        needs_logp, needs_kl, _ = ctx.needs_input_grad
-        return (
-            scaled(g_logp, logp_dtype) if needs_logp else None,
-            scaled(g_kl, kl_dtype) if needs_kl else None,
-            None,
-        )
 
 
 def compile_cases(capability: int = 90) -> list[Case]:

@@ -9,8 +9,7 @@ tensor of any strides. A program takes one row and reads it in blocks of columns
     stats_kl   two reads of x and q: the second knows the row's totals, so that a small KL survives
     gradient   one read of x (and of q for a KL), one write
 
-No row is split over programs: few rows leave multiprocessors idle, but then the product that
-makes the tile reads more bytes than the tile has.
+No row is split over programs: with few rows the product that makes the tile is what takes time.
 
 Shown to be right by Triton's interpreter, and compiled for sm_90; never run on a GPU.
 """

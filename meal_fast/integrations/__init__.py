@@ -54,7 +54,7 @@ def preference_score(
 
 
 def framework(module: str, requirement: str) -> Any:
-    """Imports a framework's module when an entry needs it; ValueError where that is impossible."""
+    """Import a framework's module when an entry needs it; raise ValueError where it cannot be."""
     try:
         return import_module(module)
     except ImportError as error:

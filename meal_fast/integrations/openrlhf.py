@@ -39,14 +39,14 @@ __all__ = ["install", "log_probs_from_hidden", "log_probs_from_logits", "prefere
 
 
 def install() -> None:
-    """Puts `log_probs_from_logits` into OpenRLHF's actor; ValueError where OpenRLHF is missing."""
+    """Put `log_probs_from_logits` into OpenRLHF's actor; ValueError where OpenRLHF is missing."""
     framework(
         "openrlhf.models.actor", "openrlhf>=0.11"
     ).log_probs_from_logits = log_probs_from_logits
 
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature) at the labels: (…, V), (…) → (…), float32.
+    """Give log softmax(logits / temperature) at the labels: (…, V), (…) → (…), float32.
 
     Made in tiles, so that nothing of the logits' size is allocated but their gradient; the logits
     stay as they are, where OpenRLHF's function divides them by the temperature in place.

@@ -40,7 +40,7 @@ _LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logi
 
 
 def use_linear_logprob(trainer: Any, *, impl: str | None = None) -> Any:
-    """Puts `ops.linear_logprob` in place of the fused head of a TRL GRPOTrainer; returns `trainer`.
+    """Put `ops.linear_logprob` in place of the fused head of a TRL GRPOTrainer; give `trainer`.
 
     TRL calls ``model(..., labels=labels, fused_lm_head=True)`` and reads ``log_probs`` and
     ``entropy``. That call, of the policy and of the reference model, is answered here: the hidden

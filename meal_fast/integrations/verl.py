@@ -63,7 +63,7 @@ Estimator = Callable[..., tuple[Tensor, Tensor]]
 
 
 def register(estimator: Estimator | None = None, *, name: str = "meal_fast") -> None:
-    """Makes verl's names mean these functions: loss "meal_fast", estimator `name`, triton's head.
+    """Make verl's names mean these functions: loss "meal_fast", estimator `name`, triton's head.
 
     Args:
         estimator: by default `advantage_estimator()`, of scalar scores.
@@ -166,7 +166,7 @@ def policy_loss(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """verl's "vanilla" policy loss by `ops.policy_loss_from_logp`; all tensors (B, T).
+    """Give verl's "vanilla" policy loss by `ops.policy_loss_from_logp`; all tensors (B, T).
 
     Per token -min(ρ A, clip(ρ) A), where A < 0 at most clip_ratio_c |A| (dual clip), times
     `rollout_is_weights`. `config` is verl's actor config: clip_ratio, clip_ratio_low,
@@ -215,7 +215,7 @@ def policy_loss(
 
 
 def _aggregation(mode: str, live: Tensor, batch: dict[str, Any]) -> tuple[str, Any]:
-    """(reduce, normalizer) of `ops.policy_loss_from_logp` for one of verl's modes.
+    """Give (reduce, normalizer) of `ops.policy_loss_from_logp` for one of verl's modes.
 
     The normalizer is the whole batch's, over the number of processes: their gradients are averaged.
     """

@@ -31,7 +31,7 @@ Pass = TypeVar("Pass", bound=Callable[..., Any])
 
 
 def in_own_dtype(forward: Pass) -> Pass:
-    """A pass outside autocast: the dtypes of the inputs decide, as documented."""
+    """Run a pass outside autocast: the dtypes of the inputs decide, as documented."""
 
     @functools.wraps(forward)
     def run(ctx: Any, *arguments: Any) -> Any:
@@ -46,7 +46,7 @@ def in_own_dtype(forward: Pass) -> Pass:
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """The constant arguments of a linear op."""
+    """Hold the constant arguments of a linear op."""
 
     target: Tensor
     readout: Readout
@@ -58,7 +58,7 @@ class LinearPlan:
 
 
 class LinearLogprob(torch.autograd.Function):
-    """(hidden, weight, bias) → (logp, entropy, ref_logp, kl); the logits are made again to go back.
+    """Turn (hidden, weight, bias) into (logp, entropy, ref_logp, kl); back, logits again.
 
     Without a reference the last two are empty.
     """
@@ -139,7 +139,7 @@ def _as_inputs(
 
 
 def derivatives(stats: Stats, tokens: Tokens, options: LossOptions) -> Derivatives:
-    """Of the loss, with respect to each token's logp, entropy and KL."""
+    """Differentiate the loss with respect to each token's logp, entropy and KL."""
     with torch.enable_grad():
         logp = stats.logp.detach().requires_grad_()
         kl = None if stats.kl is None else stats.kl.detach().requires_grad_()
@@ -176,7 +176,7 @@ def swept_loss(
 
 @dataclass(frozen=True)
 class LossPlan:
-    """The constant arguments of a fused loss."""
+    """Hold the constant arguments of a fused loss."""
 
     target: Tensor
     tokens: Tokens | Given  # Given: it runs in Triton
@@ -197,7 +197,7 @@ def loss_of(
     plan: LossPlan,
     backward: bool,
 ) -> tuple[Tensor, Metrics]:
-    """The loss of a source, which collects its gradients when `backward`."""
+    """Give the loss of a source, which collects its gradients when `backward`."""
     run: Callable[..., tuple[Tensor, Metrics]] = swept_loss
     if isinstance(tokens, Given):
         run = fused.loss
@@ -205,7 +205,7 @@ def loss_of(
 
 
 class LinearPolicyLoss(torch.autograd.Function):
-    """(hidden, weight, bias) → loss, with the gradients made on the way: three products, not four.
+    """Turn (hidden, weight, bias) into a loss and make the gradients too: three products, not four.
 
     `metrics` is filled in place: an autograd function returns tensors only.
     """
@@ -251,7 +251,7 @@ class LinearPolicyLoss(torch.autograd.Function):
 
 
 class LogitsPolicyLoss(torch.autograd.Function):
-    """logits → loss, with their gradient made on the way, in a tensor of its own."""
+    """Turn logits into a loss and make their gradient on the way, in a tensor of its own."""
 
     @staticmethod
     @in_own_dtype
@@ -280,7 +280,7 @@ class LogitsPolicyLoss(torch.autograd.Function):
 
 
 class LogitsPolicyLossLater(torch.autograd.Function):
-    """logits → loss, in Triton: one read; the gradient, on the way back, is one read and one write.
+    """Turn logits into a loss in Triton: one read; going back is one read and one write.
 
     So the upstream gradient scales N numbers, not (N, V); finding out on a GPU whether it is 1
     would wait for the device.
@@ -335,7 +335,7 @@ def _logits_sources(
 
 
 def active_rows(tokens: Tokens) -> Tensor | None:
-    """The rows that can move the loss, where leaving out the others needs no synchronisation."""
+    """Find rows that can move the loss, where leaving out the others needs no synchronisation."""
     if tokens.active.device.type != "cpu" or bool(tokens.active.all()):
         return None
     return tokens.active.nonzero().squeeze(1)
@@ -346,7 +346,7 @@ def take(tensor: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def select(tensor: Tensor, tokens: Tokens | Given, rows: Tensor | None) -> Tensor:
-    """The rows; where all stay, zeros in place of inactive ones, which may hold NaN."""
+    """Take the rows; where all stay, put zeros in place of inactive ones, which may hold NaN."""
     if rows is not None:
         return tensor.detach()[rows]
     if tensor.device.type == "cpu":
@@ -355,7 +355,7 @@ def select(tensor: Tensor, tokens: Tokens | Given, rows: Tensor | None) -> Tenso
 
 
 def scaled(gradients: tuple[Tensor | None, ...], upstream: Tensor) -> list[Tensor | None]:
-    """The gradients times the upstream one; not in place, for they may be asked for again."""
+    """Multiply the gradients by the upstream one; not in place, for they may be asked for again."""
     if upstream.device.type == "cpu" and float(upstream) == 1.0:
         return list(gradients)
     return [None if g is None else g * upstream.to(g.dtype) for g in gradients]

@@ -19,7 +19,7 @@ def choice(argument: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def shape(argument: str, tensor: Tensor, *allowed: tuple[int, ...]) -> None:
-    """`tensor` must have one of the shapes `allowed`."""
+    """Require that `tensor` has one of the shapes `allowed`."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{argument}: must be a tensor, got {type(tensor).__name__}")
     if tuple(tensor.shape) not in allowed:
@@ -50,12 +50,12 @@ def positive(argument: str, value: float) -> None:
 
 
 def values_are_checked(tensor: Tensor, check: bool | None = None) -> bool:
-    """Always on the CPU; elsewhere only when asked, because the check waits for the device."""
+    """Say whether values are looked at: on the CPU always, elsewhere, where it waits, if asked."""
     return bool(check) or tensor.device.type == "cpu"
 
 
 def targets_in_range(target: Tensor, live: Tensor, vocabulary: int) -> None:
-    """Every live target must be a column of the head (CPU only: reads the values)."""
+    """Require that every live target is a column of the head (CPU only: reads the values)."""
     bad = live & ((target < 0) | (target >= vocabulary))
     if bool(bad.any()):
         row = int(bad.nonzero()[0, 0])
@@ -69,7 +69,7 @@ IMPLEMENTATIONS = ("torch", "triton", "cuda")
 
 
 def implementation(op: str, impl: str | None, available: tuple[str, ...] = ("torch",)) -> str:
-    """The implementation to call; `available` is what `op` has here, best for its device first."""
+    """Give the implementation to call; `available` is what `op` has here, best first."""
     if impl is None:
         return available[0]
     choice("impl", impl, IMPLEMENTATIONS)

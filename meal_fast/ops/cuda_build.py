@@ -30,14 +30,14 @@ LINKED = (f"-L{Path(torch.__path__[0], 'lib')}", "-ltorch_cpu")  # where the sta
 
 
 def csrc() -> Path:
-    """The folder of the sources: beside the package in a checkout, inside it in a wheel."""
+    """Find the folder of the sources: beside the package in a checkout, inside it in a wheel."""
     inside = Path(meal_fast.__path__[0], "csrc")
     return inside if inside.is_dir() else Path(meal_fast.__path__[0]).parent / "csrc"
 
 
 @functools.cache
 def nvcc() -> str | None:
-    """The compiler: $CUDA_HOME's, the one on PATH, or that of /usr/local/cuda."""
+    """Find the compiler: $CUDA_HOME's, the one on PATH, or that of /usr/local/cuda."""
     if home := os.environ.get("CUDA_HOME"):
         found = shutil.which(str(Path(home, "bin", "nvcc")))
     else:
@@ -48,7 +48,7 @@ def nvcc() -> str | None:
 
 
 def architecture(capability: tuple[int, int]) -> str:
-    """nvcc's name for a compute capability; Hopper's has its own instructions with an `a`."""
+    """Give nvcc's name for a compute capability; Hopper's has its own instructions with an `a`."""
     major, minor = capability
     return f"{major}{minor}a" if capability == (9, 0) else f"{major}{minor}"
 
@@ -63,7 +63,7 @@ def command(compiler: str, source: Path, arch: str, *options: str) -> list[str]:
 
 
 def run(compile: list[str]) -> str:
-    """What the compiler printed; a RuntimeError with it when the compile fails."""
+    """Run the compiler and give what it printed; raise RuntimeError with that when it fails."""
     done = subprocess.run(compile, capture_output=True, text=True)
     said = done.stdout + done.stderr
     if done.returncode:
@@ -72,7 +72,7 @@ def run(compile: list[str]) -> str:
 
 
 def build(name: str, arch: str, compiler: str) -> Path:
-    """The library made of csrc/NAME.cu, from the cache or compiled now.
+    """Give the library made of csrc/NAME.cu, from the cache or compiled now.
 
     Raises:
         RuntimeError: the compile failed; the message holds what the compiler said.

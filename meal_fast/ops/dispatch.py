@@ -29,12 +29,12 @@ def triton_installed() -> bool:
 
 
 def interpreted() -> bool:
-    """Whether Triton interprets its kernels, on the CPU, instead of compiling them."""
+    """Say whether Triton interprets its kernels, on the CPU, instead of compiling them."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def triton_obstacle(tensor: Tensor, *others: Tensor | None) -> str | None:
-    """Why Triton cannot take these tensors, with the remedy; None when it can."""
+    """Say why Triton cannot take these tensors, with the remedy; None when it can."""
     if any(t is not None and t.dtype == torch.float64 for t in (tensor, *others)):
         return "computes in float32; pass no float64, or use impl='torch'"
     if not triton_installed():
@@ -47,7 +47,7 @@ def triton_obstacle(tensor: Tensor, *others: Tensor | None) -> str | None:
 
 
 def choose(op: str, impl: str | None, tensor: Tensor, *others: Tensor | None) -> str:
-    """The name, "torch" or "triton", of what `op` runs on these tensors, which share a device.
+    """Give the name, "torch" or "triton", of what `op` runs on these tensors, which share a device.
 
     Raises:
         ValueError: `impl` is no name, or cannot be met for these tensors.
@@ -62,7 +62,7 @@ def choose(op: str, impl: str | None, tensor: Tensor, *others: Tensor | None) ->
 
 
 def cuda_obstacle(tensor: Tensor) -> str | None:
-    """Why what csrc/ has cannot take this tensor, with the remedy; None when it can."""
+    """Say why what csrc/ has cannot take this tensor, with the remedy; None when it can."""
     if tensor.device.type != "cuda":
         return "needs a CUDA tensor"
     if torch.version.cuda is None:
@@ -75,7 +75,7 @@ def cuda_obstacle(tensor: Tensor) -> str | None:
 
 
 def choose_with_cuda(op: str, impl: str | None, tensor: Tensor) -> str:
-    """As `choose`, for an op that csrc/ has too: "cuda" is the default where it can be built."""
+    """Choose for an op that csrc/ has too: "cuda" is the default where it can be built."""
     if impl not in (None, "cuda"):
         return choose(op, impl, tensor)
     obstacle = cuda_obstacle(tensor)

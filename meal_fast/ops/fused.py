@@ -3,7 +3,7 @@
 Of each chunk the product with the head makes a tile of logits; one kernel takes the statistics of
 its rows, one the loss's terms with their derivatives by logp and KL, one turns the tile into its
 gradient. `reference` is the same loss in torch, some sixty small operations a chunk; nothing here
-waits for the device.
+waits for the device. `PolicyLossFromLogp` is one kernel and that at the end.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import reference
 from . import vocab_sweep_triton as in_triton
@@ -90,7 +91,7 @@ class Given:
         return replace(self, **{k: v[rows] for k, v in values.items() if v is not None})
 
     def plan(self, options: LossOptions, stats: Stats) -> Any:
-        """The loss kernel's constants for these tokens, whose stats are known."""
+        """Give the loss kernel's constants for these tokens, whose stats are known."""
         from meal_fast.kernels import policy_loss as kernels
 
         return kernels.Plan(
@@ -109,8 +110,19 @@ class Given:
         )
 
 
+def of_sequences(
+    logp: Tensor, sequence: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Give `by_length` of (N,), or of (B, T), where a row is a sequence."""
+    live = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask.bool()
+    if sequence is None:
+        length = live.sum(1, keepdim=True)
+        return (1 / length.clamp(min=1)).expand(logp.shape).reshape(-1), (length > 0).sum()
+    return by_length(live.reshape(-1), sequence.reshape(-1))
+
+
 def by_length(live: Tensor, sequence: Tensor) -> tuple[Tensor, Tensor]:
-    """Per token 1 / the live length of its sequence (N,), and how many sequences have one."""
+    """Give 1 / the live length of each token's sequence (N,), and how many sequences have one."""
     index = reference.dense_ids(sequence)
     length = reference.segment_sum(live.float(), index)
     return (1 / length.clamp(min=1))[index], (length > 0).sum()
@@ -125,7 +137,7 @@ def loss(
     max_bytes: int | None,
     backward: bool,
 ) -> tuple[Tensor, Metrics]:
-    """The loss of a source, which collects its gradients when `backward`.
+    """Give the loss of a source, which collects its gradients when `backward`.
 
     A token's derivative needs its own log-probability alone, so it is taken in the sweep; the ratio
     of a sequence needs all of its tokens, so `level="sequence"` sweeps twice.
@@ -149,7 +161,7 @@ def loss(
 
 
 class Pieces:
-    """The loss's terms, a chunk of tokens at a time."""
+    """Sum the loss's terms, a chunk of tokens at a time."""
 
     def __init__(self, given: Given, options: LossOptions, chunk: int, differentiate: bool) -> None:
         from meal_fast.kernels import policy_loss as kernels
@@ -158,7 +170,7 @@ class Pieces:
         self._sums = kernels.Loss(given.advantage, len(given.advantage), chunk)
 
     def derivatives(self, rows: slice, stats: Stats) -> Derivatives:
-        """A `Gradient`: adds these tokens' terms to the sums; their derivatives, if asked for."""
+        """Add these tokens' terms to the sums, and give their derivatives: a `Gradient`."""
         g_logp = g_kl = mean = g_mean = None
         if self.differentiate:
             g_logp = torch.empty_like(stats.logp)
@@ -190,10 +202,58 @@ class Pieces:
         return torch.where(given.active, mean, 0)
 
     def loss(self, has_kl: bool) -> tuple[Tensor, Metrics]:
-        """Once all tokens' terms are there."""
+        """Give loss and metrics, once all tokens' terms are there."""
         value, tokens, figures = self._sums.total(1.0)  # what the terms were divided by
         metrics = {"tokens": tokens}
         metrics |= zip(reference.FIGURES, figures[1:].unbind(), strict=True)
         if not has_kl:
             del metrics["kl"]
         return value, metrics
+
+
+class PolicyLossFromLogp(torch.autograd.Function):
+    """Turn (logp (N,), token_kl (N,)) into loss, active tokens, figures, and what backward needs.
+
+    figures: 1 / total, then reference.FIGURES. The stored gradients are those of the undivided sum.
+    """
+
+    @staticmethod
+    def forward(logp: Tensor, token_kl: Tensor | None, plan: Any) -> tuple[Tensor, ...]:
+        from meal_fast.kernels import policy_loss as kernels
+
+        n = logp.shape[0]
+        g_logp = logp.new_empty(n if plan.differentiate else 0, dtype=torch.float32)
+        g_kl = logp.new_empty(
+            n if plan.differentiate and token_kl is not None else 0, dtype=torch.float32
+        )
+        loss = kernels.Loss(logp, n, n, undivided=True, entropy=plan.entropy is not None)
+        filled = (g if g.numel() else None for g in (g_logp, g_kl))
+        loss.piece(plan, logp, token_kl, *filled)
+        return *loss.total(plan.normalizer), g_logp, g_kl
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor | None, Any], output: tuple[Tensor, ...]
+    ) -> None:
+        logp, token_kl, _ = inputs
+        _, tokens, figures, g_logp, g_kl = output
+        ctx.mark_non_differentiable(tokens, figures, g_logp, g_kl)
+        ctx.save_for_backward(figures, g_logp, g_kl)
+        ctx.dtypes = logp.dtype, None if token_kl is None else token_kl.dtype
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        figures, g_logp, g_kl = ctx.saved_tensors
+        scale = upstream * figures[0]
+
+        def scaled(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+            return (gradient * scale).to(dtype)
+
+        logp_dtype, kl_dtype = ctx.dtypes
+        needs_logp, needs_kl, _ = ctx.needs_input_grad
+        return (
+            scaled(g_logp, logp_dtype) if needs_logp else None,
+            scaled(g_kl, kl_dtype) if needs_kl else None,
+            None,
+        )

@@ -37,7 +37,7 @@ def _suits(x: Tensor, columns: int) -> bool:
 
 
 def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a (M, K) @ b (K, N) + bias (N,) -> (M, N) of their dtype; no gradient. Any strides."""
+    """Give a (M, K) @ b (K, N) + bias (N,) -> (M, N) of their dtype; no gradient. Any strides."""
     if _suits(a, b.shape[1]):
         return _onednn(a, b.t(), bias, "none", [], "")
     product = a @ b
@@ -45,7 +45,7 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (…, K) @ weight (N, K)ᵀ + bias (N,): `torch.nn.functional.linear`, gradients too."""
+    """Give x (…, K) @ weight (N, K)ᵀ + bias (N,), gradients too, as torch's own `linear`."""
     if x.dtype != weight.dtype or not _suits(x, len(weight)):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias)
@@ -77,14 +77,14 @@ class _Linear(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Blocks:
-    """Several low-rank terms side by side in A and B, and which of them is each row's own."""
+    """Say which of several low-rank terms, side by side in A and B, is each row's own."""
 
     others_NR: Tensor  # bool, true in the columns that are not the row's
     runs: tuple[tuple[slice, slice], ...] = ()  # rows and their columns, all of one width; or none
 
     @staticmethod
     def of(block_N: Tensor, block_R: Tensor) -> Blocks:
-        """From the block of each row, and of each column.
+        """Make them from the block of each row, and of each column.
 
         On a CPU, where rows of a block lie together, as in training, its products are made for them
         alone; where they are few, as in decoding, one product with zeros is faster.
@@ -111,7 +111,7 @@ def lora_linear(
     scale: float,
     blocks: Blocks | None = None,
 ) -> Tensor:
-    """x Wᵀ + bias + scale · (x Aᵀ) Bᵀ with W (N, K) frozen, A (r, K), B (N, r): (…, N).
+    """Give x Wᵀ + bias + scale · (x Aᵀ) Bᵀ with W (N, K) frozen, A (r, K), B (N, r): (…, N).
 
     With `blocks` each row of x sees its own share of the r columns of x Aᵀ.
 
@@ -134,7 +134,7 @@ def lora_linear(
 
 
 def _add_product(a: Tensor, b: Tensor, to: Tensor) -> Tensor:
-    """to + a @ b."""
+    """Give to + a @ b."""
     return _onednn.binary(a, to, b.t(), None, "add")
 
 
@@ -177,7 +177,7 @@ class _LoRA(torch.autograd.Function):
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with float32 sums and result, or float64 ones of float64 factors."""
+    """Give a @ b with float32 sums and result, or float64 ones of float64 factors."""
     if a.dtype in (torch.float32, torch.float64):
         return matmul(a, b)
     if a.device.type == "cpu":  # which has no such product of low precision
@@ -281,7 +281,7 @@ class _Module(nn.Linear):
 
 
 def accelerate(model: nn.Module) -> nn.Module:
-    """Makes every plain `nn.Linear` of `model` use `linear`, in place; parameters stay as they are.
+    """Make every plain `nn.Linear` of `model` use `linear`, in place; parameters stay as they are.
 
     For models that run in float32 on a CPU; for anything else the product is torch's, as before.
     """

@@ -152,7 +152,7 @@ def readout(temperature: float, softcap: float | None, max_bytes: int | None) ->
 
 
 def check_rows_and_target(name: str, rows: Tensor, target: Tensor) -> int:
-    """`rows` (N, X) or (B, T, X) with `target` (N,) or (B, T); returns X."""
+    """Check `rows` (N, X) or (B, T, X) beside `target` (N,) or (B, T); give X."""
     shape = tuple(rows.shape)
     require(len(shape) in (2, 3), f"{name}.shape", shape, "must have 2 or 3 dimensions")
     checks.shape("target", target, shape[:-1])
@@ -188,7 +188,7 @@ def reference_head(
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """(hidden (N, D_ref), weight, bias) of the reference, checked; None when there is none."""
+    """Check the reference's (hidden (N, D_ref), weight, bias); None when there is none."""
     if ref_hidden is None:
         for name, tensor in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
             if tensor is not None:

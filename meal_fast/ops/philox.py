@@ -16,7 +16,7 @@ _ROUNDS = 10
 
 
 def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
-    """(R, 4) counter words and a key of two words → (R, 4) random words."""
+    """Turn (R, 4) counter words and a key of two words into (R, 4) random words."""
     multiplier = torch.tensor(_MULTIPLIER, dtype=torch.int64, device=counter.device)
     even, odd = counter[:, 0::2], counter[:, 1::2]
     keys = [[(k + i * w) & _WORD for k, w in zip(key, _WEYL, strict=True)] for i in range(_ROUNDS)]
@@ -28,7 +28,7 @@ def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
 
 
 def uniform(seed: int, row: Tensor, position: Tensor) -> Tensor:
-    """(R,) float64 in [0, 1), 53 bits, a function of (seed, row, position) alone.
+    """Draw (R,) float64 in [0, 1), 53 bits, a function of (seed, row, position) alone.
 
     Key: the seed's low and high word. Counter: position's low and high word, then the row's.
     """

@@ -7,7 +7,7 @@ what the loss is, `Inputs` what it is given of each token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -253,7 +253,7 @@ def policy_loss(
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a loss is given of its tokens, as the public functions name it; all are constants."""
+    """Hold what a loss is given of its tokens, as the public functions name it: constants."""
 
     advantage: Tensor
     old_logp: Tensor | None
@@ -272,11 +272,10 @@ class Inputs:
             checks.shape("advantage", self.advantage, (shape[0],))
         else:
             checks.shape("advantage", self.advantage, shape)
-        given = {f.name: getattr(self, f.name) for f in fields(self)[1:]}
-        for name, tensor in given.items():
-            if tensor is not None:
+        for name, tensor in vars(self).items():
+            if tensor is not None and name != "advantage":
                 checks.shape(name, tensor, shape)
-        checks.same_device("logp or target", like, advantage=self.advantage, **given)
+        checks.same_device("logp or target", like, **vars(self))
         if self.sequence is not None:
             checks.integer("sequence", self.sequence)
         elif not padded and (options.level == "sequence" or options.reduce == "grpo"):
@@ -361,7 +360,7 @@ def _in_triton(
 
     coefficient, total = None, options.normalizer
     if options.reduce == "grpo":
-        coefficient, sequences = _of_sequences(logp, inputs.sequence, inputs.mask)
+        coefficient, sequences = fused.of_sequences(logp, inputs.sequence, inputs.mask)
         total = sequences.clamp(min=1) if total is None else total
     shared = inputs.advantage.dim() < logp.dim()
     plan = kernels.Plan(
@@ -377,21 +376,10 @@ def _in_triton(
         total if total is None or isinstance(total, Tensor) else float(total),
         any(needs_gradient(logp, token_kl)),
     )
-    loss, tokens, figures, _, _ = kernels.PolicyLoss.apply(
+    loss, tokens, figures, _, _ = fused.PolicyLossFromLogp.apply(
         logp.reshape(-1).contiguous(),
         None if token_kl is None else token_kl.reshape(-1).contiguous(),
         plan,
     )
     given = {"ref_logp": inputs.ref_logp, "token_kl": token_kl, "entropy": entropy}
     return loss, _report(given, tokens, figures[1:])
-
-
-def _of_sequences(
-    logp: Tensor, sequence: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """reduce="grpo": per token 1 / length of its sequence (N,), and how many have a length."""
-    live = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask.bool()
-    if sequence is None:
-        length = live.sum(1, keepdim=True)
-        return (1 / length.clamp(min=1)).expand(logp.shape).reshape(-1), (length > 0).sum()
-    return fused.by_length(live.reshape(-1), sequence.reshape(-1))

@@ -30,7 +30,7 @@ class _Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class Groups:
-    """Which rows are behind which of B prefixes: made once a step, used in every layer."""
+    """Say which rows are behind which of B prefixes: made once a step, used in every layer."""
 
     b: int
     group_R: Tensor  # int64, the prefix of each row, in any order
@@ -48,7 +48,7 @@ class Groups:
 
     @staticmethod
     def of(group_R: Tensor, b: int) -> Groups:
-        """The plan of rows `group_R` (R,) behind `b` prefixes; some may have no row.
+        """Make the plan of rows `group_R` (R,) behind `b` prefixes; some may have no row.
 
         Does not wait for a GPU. There a row outside [0, b) belongs nowhere; on the CPU it raises
         ValueError.
@@ -66,7 +66,7 @@ class Groups:
 
     @cached_property
     def layout(self) -> _Layout:
-        """For work in torch. Reading it the first time waits for a GPU."""
+        """Give the layout for work in torch. Reading it the first time waits for a GPU."""
         starts = self.offset.tolist()
         inside = starts[0] == 0 and starts[-1] == len(self.group_R)
         require(inside, "group", "(R,)", f"some are outside [0, {self.b}); number them anew")

@@ -24,13 +24,13 @@ SIMPLEX_TOLERANCE = 1e-3  # of the sum of a row of weights: they may have been t
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 when any input is float64, else float32."""
+    """Give float64 when any input is float64, else float32."""
     wide = any(t is not None and t.dtype == torch.float64 for t in tensors)
     return torch.float64 if wide else torch.float32
 
 
 def dense_ids(ids: Tensor) -> Tensor:
-    """(N,) ids of any value and order → (N,) ids counted from 0, in order of value.
+    """Turn (N,) ids of any value and order into (N,) ids counted from 0, in order of value.
 
     Through a sort rather than `torch.unique`, whose output size would have to be read back from a
     GPU. Fewer than N ids are in use; buffers over them are given N entries.
@@ -42,12 +42,12 @@ def dense_ids(ids: Tensor) -> Tensor:
 
 
 def segment_sum(values: Tensor, index: Tensor) -> Tensor:
-    """Sum of `values` (N,) over equal `index` (N,), with one entry for each of N possible ids."""
+    """Sum `values` (N,) over equal `index` (N,), with one entry for each of N possible ids."""
     return values.new_zeros(values.shape[0]).index_add(0, index, values)
 
 
 def on_simplex(weights: Tensor) -> Tensor:
-    """(R, K) → (R,) bool; a NaN is not on it."""
+    """Say of each row of (R, K) whether it is on the simplex: (R,) bool; a NaN is not."""
     return (weights >= 0).all(1) & ((weights.sum(1) - 1).abs() <= SIMPLEX_TOLERANCE)
 
 
@@ -55,7 +55,7 @@ def on_simplex(weights: Tensor) -> Tensor:
 
 
 def scalarize(normalized: Tensor, weights: Tensor, utopia: Tensor, mu: float, how: str) -> Tensor:
-    """(R, K) rewards and weights → (R,) score, higher is better. Formulas: `group_advantages`."""
+    """Score (R, K) rewards and weights: (R,), higher is better. Formulas: `group_advantages`."""
     if how == "linear":
         return (weights * normalized).sum(1)
     shortfall = weights * (utopia - normalized)
@@ -80,7 +80,7 @@ def group_advantages(
     scale: str,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """(score, advantage), both (R,)."""
+    """Give (score, advantage), both (R,)."""
     # A row may hold anything: what cannot be scored is replaced before the arithmetic, so that its
     # derivative is zero rather than NaN, and its score is NaN.
     scorable = (rewards.isfinite().all(1) & on_simplex(weights))[:, None]
@@ -120,7 +120,7 @@ FIGURES = ("policy_loss", "ratio", "clip_fraction", "kl", "entropy")
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What the loss is; see `meal_fast.ops.policy_loss_from_logp`.
+    """Say what the loss is; see `meal_fast.ops.policy_loss_from_logp`.
 
     Raises:
         ValueError: an option is bad.
@@ -151,7 +151,7 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the loss knows of each of N tokens besides its log-probability; all are constants."""
+    """Hold what the loss knows of each of N tokens besides its log-probability: constants."""
 
     advantage: Tensor
     coefficient: Tensor  # of the token's term in the loss
@@ -179,7 +179,7 @@ def make_tokens(
     importance_weight: Tensor | None,
     dtype: torch.dtype,
 ) -> Tokens:
-    """The tokens' constants, with `options.reduce` turned into one coefficient per token."""
+    """Make the tokens' constants, with `options.reduce` turned into one coefficient per token."""
     one = live.to(dtype)
     index = None if sequence is None else dense_ids(sequence)
     normalizer = options.normalizer
@@ -219,7 +219,7 @@ def make_tokens(
 
 @dataclass(frozen=True)
 class Terms:
-    """Per token: the parts of the loss, before coefficients. Only active tokens mean anything."""
+    """Hold, per token, the parts of the loss before coefficients. Only active tokens count."""
 
     policy: Tensor
     kl: Tensor | None
@@ -228,7 +228,7 @@ class Terms:
 
 
 def loss_terms(logp: Tensor, token_kl: Tensor | None, t: Tokens, options: LossOptions) -> Terms:
-    """The one definition of the loss; formulas in `meal_fast.ops.policy_loss_from_logp`."""
+    """Define the loss; formulas in `meal_fast.ops.policy_loss_from_logp`."""
     lowest = torch.finfo(logp.dtype).min / 4  # keeps -inf minus -inf from becoming NaN
 
     def finite(values: Tensor) -> Tensor:
@@ -264,7 +264,7 @@ def loss_terms(logp: Tensor, token_kl: Tensor | None, t: Tokens, options: LossOp
 
 
 def weighted_loss(terms: Terms, t: Tokens, options: LossOptions) -> Tensor:
-    """Σ coefficient · (policy + beta · kl) over the active tokens."""
+    """Sum coefficient · (policy + beta · kl) over the active tokens."""
     term = terms.policy
     if options.beta != 0 and terms.kl is not None:
         term = term + options.beta * terms.kl
@@ -278,7 +278,7 @@ def loss_and_metrics(
     t: Tokens,
     options: LossOptions,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and its metrics: detached, on the device, means over the active tokens."""
+    """Give the loss and its metrics: detached, on the device, means over the active tokens."""
     terms = loss_terms(logp, token_kl, t, options)
     count = t.active.sum()
 

@@ -81,7 +81,7 @@ def registered(
 
 @dataclass(frozen=True)
 class Parameter:
-    """An argument of a function, and the one, two or three of the schema that carry it."""
+    """Map an argument of a function to the one, two or three of the schema that carry it."""
 
     name: str
     default: Any
@@ -132,7 +132,7 @@ class Parameter:
 
 
 class Op:
-    """A function, its schema, and the way from the one's arguments to the other's and back."""
+    """Hold a function, its schema, and the way between their arguments."""
 
     registered: Any  # torch.ops.meal_fast.NAME
 
@@ -147,10 +147,9 @@ class Op:
         self.is_loss = is_loss
         self.name = function.__name__
         hints = typing.get_type_hints(function)
-        self.parameters = [
-            Parameter.of(p.name, hints[p.name], p.default)
-            for p in inspect.signature(function).parameters.values()
-        ]
+        signature = inspect.signature(function).parameters.values()
+        self.parameters = [Parameter.of(p.name, hints[p.name], p.default) for p in signature]
+        self.positional = sum(p.kind is not p.KEYWORD_ONLY for p in signature)
         self.returned = hints["return"]
         entries = [entry for p in self.parameters for entry in p.schema]
         self.schema = ", ".join(entries)
@@ -162,10 +161,16 @@ class Op:
     def bind(self, arguments: tuple[Any, ...], options: Given) -> Given:
         """Name the arguments of a call, and fill in the defaults."""
         given = {p.name: p.default for p in self.parameters}
-        given.update(zip(given, arguments, strict=False))
+        if len(arguments) > self.positional:
+            takes = f"takes {self.positional} positional arguments, got {len(arguments)}"
+            raise TypeError(f"{self.name}() {takes}")
+        by_place = dict(zip(given, arguments, strict=False))
+        given.update(by_place)
         for name, value in options.items():
             if name not in given:
                 raise TypeError(f"{self.name}() got an unexpected keyword argument {name!r}")
+            if name in by_place:
+                raise TypeError(f"{self.name}() got multiple values for argument {name!r}")
             given[name] = value
         for name, value in given.items():
             if value is REQUIRED:
@@ -191,7 +196,7 @@ class Op:
         return needs_gradient(*(given[name] for name in self.differentiable))
 
     def leaves(self, flat: Sequence[Any], needs: list[bool]) -> tuple[Given, list[Tensor]]:
-        """The arguments, those that need a gradient detached and ready for one; and these alone."""
+        """Give the arguments, those that need a gradient made leaves; and these alone."""
         values, wanted = list(flat), []
         for place, n in zip(self.places, needs, strict=True):
             if n:
@@ -200,7 +205,7 @@ class Op:
         return self.given(values), wanted
 
     def gradients(self, made: Sequence[Tensor | None], arguments: int) -> tuple[Any, ...]:
-        """What a backward pass returns: a gradient in its argument's place, None elsewhere."""
+        """Put each gradient in its argument's place, as a backward pass returns them."""
         out: list[Any] = [None] * arguments
         for place, gradient in zip(self.places, made, strict=True):
             out[place] = gradient
@@ -264,7 +269,7 @@ class Op:
         op.register_autograd(backward, setup_context=setup_context)
 
     def register_loss(self) -> None:
-        """NAME takes one argument more, `needs`: which of the differentiable get a gradient.
+        """Register NAME, which takes one argument more: which of the differentiable get a gradient.
 
         It gives the loss, how many tokens, the other metrics in the order of reference.FIGURES (0
         where there is none), and a gradient for each of those: empty where it is not needed.
@@ -320,7 +325,7 @@ def needs_gradient(*tensors: Tensor | None) -> list[bool]:
 
 @contextmanager
 def autograd_inside() -> Iterator[None]:
-    """Autograd in the body of an op: the dispatcher has left it behind on the way there."""
+    """Switch autograd on in the body of an op: the dispatcher left it behind on the way there."""
     key = torch._C.DispatchKey.AutogradFunctionality
     before = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
     torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)

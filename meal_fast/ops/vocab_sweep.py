@@ -23,24 +23,24 @@ _BLOCK_BYTES = 2 << 20  # of a block of the tile: about a core's share of a last
 
 
 def default_max_bytes(device: torch.device) -> int:
-    """Of the tiles of a chunk. A GPU needs about a thousand rows to be worth a read of the head."""
+    """Give the budget of a chunk's tiles. A thousand rows are worth a read of the head."""
     return (32 if device.type == "cpu" else 1024) << 20
 
 
 @dataclass(frozen=True)
 class Readout:
-    """Raw logits a → logits z = softcap · tanh(a / softcap) / temperature."""
+    """Turn raw logits a into logits z = softcap · tanh(a / softcap) / temperature."""
 
     temperature: float
     softcap: float | None
 
     @property
     def raw_scale(self) -> float:
-        """What a source multiplies its raw logits by when it makes a tile."""
+        """Give what a source multiplies its raw logits by when it makes a tile."""
         return 1 / (self.temperature if self.softcap is None else self.softcap)
 
     def finish(self, tile: Tensor, slope: bool) -> Tensor | None:
-        """Scaled raw logits → logits, in place. Returns 1 - tanh² when `slope` and softcap."""
+        """Turn scaled raw logits into logits, in place; give 1 - tanh² when `slope` and softcap."""
         if self.softcap is None:
             return None
         tile.tanh_()
@@ -50,7 +50,7 @@ class Readout:
 
 
 class LinearSource:
-    """Raw logits `hidden @ weight.T + bias`, and what their gradients become."""
+    """Make raw logits `hidden @ weight.T + bias`, and take their gradients."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class LinearSource:
         self.grad_bias = zeros(weight.shape[0]) if needs[2] else None
 
     def tile(self, rows: slice) -> Tensor:
-        """Scaled raw logits of these rows, the caller's to overwrite."""
+        """Give scaled raw logits of these rows, the caller's to overwrite."""
         hidden = self.hidden[rows].to(self.factor_dtype)
         if self.factor_dtype == self.dtype:  # scaling the narrow factor is free
             return matmul(hidden * self.readout.raw_scale, self.weight.t(), self.bias)
@@ -89,16 +89,16 @@ class LinearSource:
         return tile if self.bias is None else tile.add_(self.bias)
 
     def raw(self, rows: slice) -> Tensor:
-        """Raw logits without scale and bias, the caller's to overwrite."""
+        """Give raw logits without scale and bias, the caller's to overwrite."""
         return wide_product(self.hidden[rows].to(self.factor_dtype), self.weight.t())
 
     def gradient_of(self, tile: Tensor) -> Tensor:
-        """Where to write a raw tile's gradient: in its place, if the products have its dtype."""
+        """Say where to write a raw tile's gradient: in place, if the products have its dtype."""
         same = self.factor_dtype == tile.dtype
         return tile if same else torch.empty_like(tile, dtype=self.factor_dtype)
 
     def backward(self, rows: slice, grad: Tensor) -> None:
-        """`grad` (C, V): of the logits before their division by the temperature."""
+        """Take `grad` (C, V), of the logits before their division by the temperature."""
         per_logit = 1 / self.readout.temperature
         grad = grad.to(self.factor_dtype)
         if self.grad_hidden is not None:
@@ -121,7 +121,7 @@ class LinearSource:
 
 
 class LogitsSource:
-    """Raw logits that already exist: (N, V), any strides; for Triton (B, T, V) with B·T = N too."""
+    """Read raw logits that exist: (N, V), any strides; for Triton (B, T, V) with B·T = N too."""
 
     bias = None
 
@@ -134,7 +134,7 @@ class LogitsSource:
         self.grad_logits = empty if needs else None
 
     def tile(self, rows: slice) -> Tensor:
-        """As `LinearSource.tile`."""
+        """Do as `LinearSource.tile`."""
         return self.logits[rows].to(self.dtype, copy=True).mul_(self.readout.raw_scale)
 
     def backward(self, rows: slice, grad: Tensor) -> None:
@@ -144,7 +144,7 @@ class LogitsSource:
 
 @dataclass(frozen=True)
 class Stats:
-    """Per token, (N,). `ref_logp` where there is a reference, `kl` where it was asked for.
+    """Hold what a sweep finds, (N,) each: `ref_logp` with a reference, `kl` where asked for.
 
     `kept` (…, N) is what the Triton kernels need to make the gradient later.
     """
@@ -167,7 +167,7 @@ Source = LinearSource | LogitsSource
 
 
 def chosen(all_rows: Derivatives) -> Gradient:
-    """A `Gradient` that hands out derivatives known beforehand."""
+    """Make a `Gradient` that hands out derivatives known beforehand."""
 
     def gradient(rows: slice, _: Stats) -> Derivatives:
         a, b, c = (None if g is None else g[rows] for g in all_rows)

@@ -13,7 +13,7 @@ from .vocab_sweep import Gradient, LinearSource, Source, Stats, default_max_byte
 
 
 def chunk_rows(source: LinearSource, tiles: int, gradient: bool, max_bytes: int | None) -> int:
-    """How many rows' tiles, float32, with their gradient if that has another dtype, fit.
+    """Count how many rows' tiles, float32, with their gradient if that has another dtype, fit.
 
     Above 128 a multiple of it, the height of a block of the library's product.
     """
@@ -27,14 +27,14 @@ def chunk_rows(source: LinearSource, tiles: int, gradient: bool, max_bytes: int 
 
 
 def chunk_of(source: Source, exact_kl: bool, gradient: bool, max_bytes: int | None) -> int:
-    """How many rows `sweep` takes at a time: logits that exist need no tile."""
+    """Count how many rows `sweep` takes at a time: logits that exist need no tile."""
     if isinstance(source, LinearSource):
         return chunk_rows(source, 1 + exact_kl, gradient, max_bytes)
     return max(1, source.rows)
 
 
 def logits_of(source: Source, rows: slice) -> Tensor:
-    """What the kernels read: a tile of these rows, or all of the logits that exist."""
+    """Give what the kernels read: a tile of these rows, or all of the logits that exist."""
     return source.raw(rows) if isinstance(source, LinearSource) else source.logits
 
 
@@ -49,7 +49,7 @@ def sweep(
     active: Tensor | None = None,  # (N,) bool: rows to leave out: stats 0, gradient 0
     known: Stats | None = None,  # of the same source and reference, from an earlier sweep
 ) -> Stats:
-    """As `meal_fast.ops.vocab_sweep.sweep`; with `known` only the gradient is made."""
+    """Sweep as `meal_fast.ops.vocab_sweep.sweep`; with `known` only the gradient is made."""
     from meal_fast.kernels import vocabulary as kernels
 
     n = source.rows
@@ -104,7 +104,7 @@ def sweep(
 
 
 def restore(kept: Tensor, with_reference: bool, exact_kl: bool) -> Stats:
-    """The stats of which `kept` is what the kernels keep."""
+    """Restore the stats of which `kept` is what the kernels keep."""
     from meal_fast.kernels import vocabulary as kernels
 
     return Stats(

@@ -1,7 +1,7 @@
 """The entries for other trainers, as far as they go without those: their mathematics and errors.
 
 Inside TRL: test_integrations_trl.py. Against the functions that they replace in verl and OpenRLHF:
-test_integrations_peers.py.
+test_peers.py.
 """
 
 import math

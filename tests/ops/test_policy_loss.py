@@ -1,11 +1,14 @@
 """The one definition of the policy loss, by hand; what the gradients of its KL terms estimate."""
 
+import dataclasses
+import inspect
 import math
 
 import pytest
 import torch
 
 from meal_fast import ops
+from meal_fast.ops.reference import LossOptions
 
 F64 = torch.float64
 loss_of = ops.policy_loss_from_logp
@@ -258,3 +261,10 @@ def test_float32_out_and_constants_stay_constants():
 def test_bad_input_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         loss_of(torch.zeros(4), torch.zeros(4), **options)
+
+
+def test_every_loss_takes_every_option_with_one_default():
+    losses = (ops.policy_loss_from_logp, ops.policy_loss, ops.linear_policy_loss)
+    for option in dataclasses.fields(LossOptions):
+        defaults = {inspect.signature(loss).parameters[option.name].default for loss in losses}
+        assert len(defaults) == 1, option.name

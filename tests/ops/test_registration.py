@@ -165,3 +165,78 @@ def test_compiled_sampling_is_the_eager_one(impl):
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
     for a, b in zip(call(logits, row), compiled(logits, row), strict=True):
         assert torch.equal(a, b)
+
+
+def a_loss_of_everything(
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    groups: torch.Tensor | ops.Groups,
+    *,
+    span: tuple[float, float] = (0.1, 0.2),
+    total: float | torch.Tensor | None = None,
+    count: int = 3,
+    limit: int | None = None,
+    flag: bool | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
+    return x
+
+
+def test_the_schema_is_read_off_the_signature():
+    op = registration.Op(a_loss_of_everything, ("y",), None, is_loss=False)
+    assert op.schema == (
+        "Tensor x, Tensor? y, Tensor groups, Tensor? groups_1, Tensor? groups_2, float span_0, "
+        "float span_1, float? total, Tensor? total_tensor, SymInt count, SymInt? limit, "
+        "bool? flag, str? impl"
+    )
+    assert op.places == [1]
+
+
+@pytest.mark.parametrize("total", [None, 2.5, torch.tensor(4)])
+@pytest.mark.parametrize("planned", [True, False])
+def test_arguments_go_to_the_schema_and_back(total, planned):
+    op = registration.Op(a_loss_of_everything, ("y",), None, is_loss=False)
+    group = ops.Groups.of(GROUP, 4) if planned else GROUP
+    flat = op.arguments(OLD, ADVANTAGE, group, total=total, limit=7)
+    assert len(flat) == 13
+    given = op.given(flat)
+    assert given["x"] is OLD and given["y"] is ADVANTAGE and given["total"] is total
+    assert given["span"] == (0.1, 0.2) and given["count"] == 3 and given["limit"] == 7
+    assert isinstance(given["groups"], ops.Groups) == planned
+    if planned:
+        assert given["groups"].b == 4 and given["groups"].order_R is group.order_R
+
+
+def test_calls_that_python_would_refuse_are_refused_when_compiled():
+    op = registration.Op(a_loss_of_everything, (), None, is_loss=False)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'cilp'"):
+        op.bind((OLD, None, GROUP), {"cilp": 3})
+    with pytest.raises(TypeError, match="needs the argument 'groups'"):
+        op.bind((OLD, None), {})
+    with pytest.raises(TypeError, match="takes 3 positional arguments, got 4"):
+        op.bind((OLD, None, GROUP, (0.1, 0.2)), {})
+    with pytest.raises(TypeError, match="multiple values for argument 'x'"):
+        op.bind((OLD, None, GROUP), {"x": OLD})
+
+
+def test_annotations_without_a_counterpart_are_refused():
+    def op(x: dict) -> torch.Tensor: ...
+
+    with pytest.raises(TypeError, match="x: <class 'dict'> has no counterpart in a schema"):
+        registration.Op(op, (), None, is_loss=False)
+
+
+def test_every_public_op_is_registered():
+    functions = {name for name in ops.__all__ if name != "Groups"}
+    assert set(registration.OPS) == functions
+
+
+def test_a_seed_that_changes_is_no_compilation_each():
+    def call(logits, seed):
+        return ops.sample(2 * logits, seed=seed, row=torch.arange(3), position=3)
+
+    logits, compiled = torch.randn(3, 20), torch.compile(call, backend="aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(recompile_limit=3):
+        for seed in (1, 7, 9, 11, 2**63 + 5, 2**62, 12):
+            for a, b in zip(call(logits, seed), compiled(logits, seed), strict=True):
+                assert torch.equal(a, b)
