@@ -1,6 +1,84 @@
-"""`python -m meal_fast.evaluate RUN`: see meal_fast.evaluation.evaluator."""
+"""Sweep the preferences of a finished run, the base model beside the trained policy.
 
-from meal_fast.evaluation.evaluator import main
+python -m meal_fast.evaluate RUN
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from meal_fast.common import write_atomic
+from meal_fast.config.cli import OneLineParser, one_line_errors, require_packages
+from meal_fast.config.config import Config
+from meal_fast.config.run_dir import policy_folder, read_config, read_statistics
+
+
+def parser() -> OneLineParser:
+    """Make the parser of the command line."""
+    p = OneLineParser(
+        prog="python -m meal_fast.evaluate",
+        description="Sweep preferences over held-out prompts, the base model beside the trained "
+        "policy; writes evaluation.json, front.png and report.html.",
+    )
+    p.add_argument("run", metavar="RUN", type=Path, help="the folder that meal_fast.train wrote")
+    p.add_argument("--prompts", type=int, metavar="N", help="held-out prompts")
+    p.add_argument("--samples", type=int, metavar="S", help="sampled answers a prompt and weight")
+    p.add_argument("--grid", type=int, help="weights a side; 28 with K=2: BPS's Table 1")
+    p.add_argument("--ask", metavar="TEXT", help="one more prompt, answered at four weights")
+    p.add_argument(
+        "--seed", type=int, help="of the sampling and the bootstrap (default: the run's)"
+    )
+    p.add_argument(
+        "--device", help="of policy and reward models: cpu, cuda, … (default: the run's)"
+    )
+    p.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: RUN)")
+    p.add_argument("--no-report", action="store_true", help="write evaluation.json alone")
+    return p
+
+
+def asked(config: Config, args: argparse.Namespace) -> Config:
+    """Give the run's configuration with what the command line asks for."""
+    given = {k: getattr(args, k) for k in ("prompts", "samples", "grid", "ask")}
+    options = {k: v for k, v in given.items() if v is not None}
+    config = dataclasses.replace(
+        config,
+        evaluation=dataclasses.replace(config.evaluation, **options),
+        seed=config.seed if args.seed is None else args.seed,
+    )
+    if args.device is None:
+        return config
+    policy = dataclasses.replace(config.policy, device=args.device)
+    return dataclasses.replace(config, policy=policy, objectives_device="auto")
+
+
+@one_line_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate the run that is named, and print what was found."""
+    args = parser().parse_args(argv)
+    config = read_config(args.run)
+    shared = config.evaluation.statistics
+    statistics = read_statistics(Path(shared) if shared else args.run / "statistics.json")
+    policy_folder(args.run)
+    require_packages("evaluation", "moocore", then=f"python -m meal_fast.evaluate {args.run}")
+    out = args.out or args.run
+    config = asked(config, args)
+    out.mkdir(parents=True, exist_ok=True)
+    from meal_fast.evaluation.evaluator import run_evaluation
+    from meal_fast.evaluation.report import headline, scope, write_report
+
+    result = run_evaluation(
+        args.run, config, statistics, lambda line: print(line, file=sys.stderr, flush=True)
+    )
+    write_atomic(out / "evaluation.json", json.dumps(result, allow_nan=False))
+    print(headline(result), scope(result), sep="\n")
+    if not args.no_report:
+        print(write_report(args.run, out))
+
 
 if __name__ == "__main__":
     main()

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     note_cost(args.out, trainer.policy.device)
     print(f"meal-fast: trained in {clock(wall.lap())}; policy in {args.out / 'policy'}")
     if args.evaluate:
-        from meal_fast.evaluation.evaluator import main as evaluate
+        from meal_fast.evaluate import main as evaluate
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)

@@ -10,11 +10,7 @@ random numbers, so that their difference is paired; all intervals are bootstraps
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
 import platform
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,9 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from meal_fast.config.cli import OneLineParser, one_line_errors, require_packages
 from meal_fast.config.config import Config
-from meal_fast.config.run_dir import policy_folder, read_config, read_statistics
 from meal_fast.data.preferences import Preference, evaluation_weights, on_lattice, shown_weights
 from meal_fast.data_types import Prompt
 from meal_fast.models.threads import use_threads
@@ -274,60 +268,3 @@ def run_evaluation(run: Path, config: Config, statistics: dict[str, Any], say: P
         progress=say,
         family=family,
     )
-
-
-def parser() -> argparse.ArgumentParser:
-    p = OneLineParser(
-        prog="python -m meal_fast.evaluate",
-        description="Sweep preferences over held-out prompts, the base model beside the trained "
-        "policy; writes evaluation.json, front.png and report.html.",
-    )
-    p.add_argument("run", metavar="RUN", type=Path, help="the folder that meal_fast.train wrote")
-    p.add_argument("--prompts", type=int, metavar="N", help="held-out prompts")
-    p.add_argument("--samples", type=int, metavar="S", help="sampled answers a prompt and weight")
-    p.add_argument("--grid", type=int, help="weights a side; 28 with K=2: BPS's Table 1")
-    p.add_argument("--ask", metavar="TEXT", help="one more prompt, answered at four weights")
-    p.add_argument(
-        "--seed", type=int, help="of the sampling and the bootstrap (default: the run's)"
-    )
-    p.add_argument(
-        "--device", help="of policy and reward models: cpu, cuda, … (default: the run's)"
-    )
-    p.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: RUN)")
-    p.add_argument("--no-report", action="store_true", help="write evaluation.json alone")
-    return p
-
-
-@one_line_errors
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    config = read_config(args.run)
-    shared = config.evaluation.statistics
-    statistics = read_statistics(Path(shared) if shared else args.run / "statistics.json")
-    policy_folder(args.run)
-    require_packages("evaluation", "moocore", then=f"python -m meal_fast.evaluate {args.run}")
-    asked = {k: getattr(args, k) for k in ("prompts", "samples", "grid", "ask")}
-    options = {k: v for k, v in asked.items() if v is not None}
-    on_device: dict[str, Any] = {}
-    if args.device is not None:
-        policy = dataclasses.replace(config.policy, device=args.device)
-        on_device = {"policy": policy, "objectives_device": "auto"}
-    config = dataclasses.replace(
-        config,
-        evaluation=dataclasses.replace(config.evaluation, **options),
-        **on_device,
-        seed=config.seed if args.seed is None else args.seed,
-    )
-    out = args.out or args.run
-    out.mkdir(parents=True, exist_ok=True)
-    result = run_evaluation(
-        args.run, config, statistics, lambda line: print(line, file=sys.stderr, flush=True)
-    )
-    from meal_fast.common import write_atomic
-
-    from .report import headline, scope, write_report
-
-    write_atomic(out / "evaluation.json", json.dumps(result, allow_nan=False).encode())
-    print(headline(result), scope(result), sep="\n")
-    if not args.no_report:
-        print(write_report(args.run, out))

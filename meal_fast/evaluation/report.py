@@ -1,21 +1,20 @@
-"""front.png and one self-contained report.html of a run: no script, nothing fetched.
+"""front.png and report.html of a run, from its evaluation.json and metrics.jsonl.
 
-python -m meal_fast.report RUN        renders again from evaluation.json and metrics.jsonl
+What the page says is made here; how it is laid out stands in templates/report.html.j2.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from meal_fast.common import write_atomic
-from meal_fast.config.cli import OneLineParser, one_line_errors, require_packages
+from meal_fast.config.cli import require_packages
 from meal_fast.config.run_dir import read_config, read_json, read_metrics
 
-from .html_page import page
+from .html_page import figure, page
 from .metrics import FEW
 
 Result = dict[str, Any]
@@ -30,12 +29,12 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     read_config(run)  # a clear error for a folder that is not a run
     config = read_json(run, "config.json")
     result = read_json(out, "evaluation.json")
-    require_packages("the report", "matplotlib", then=f"python -m meal_fast.report {run}")
+    require_packages("the report", "matplotlib", "jinja2", then=f"python -m meal_fast.report {run}")
     from . import plots
 
     plots.save_png(plots.front_png(result), out / "front.png")
-    page = render(result, config, read_metrics(run), title=run.resolve().name)
-    write_atomic(out / "report.html", page)
+    said = render(result, config, read_metrics(run), title=run.resolve().name)
+    write_atomic(out / "report.html", said)
     return out / "report.html"
 
 
@@ -121,25 +120,46 @@ def signed(e: dict[str, Any] | None, *, bare: bool = False) -> str:
 def render(
     result: Result, config: dict[str, Any], metrics: Sequence[dict[str, Any]], *, title: str
 ) -> str:
-    """The page. Every text that came from a model, a prompt or a file is escaped."""
-    parts = [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="sub">{escape(_what_ran(result, config, metrics))}</p>',
-        f'<p class="headline">{escape(headline(result))}</p>',
-        f'<p class="note">{escape(scope(result))}</p>',
-        "<h2>Base model and trained policy</h2>",
-        *_table(result),
-        "<h2>Fronts</h2>",
-        *_front_figures(result),
-        "<h2>What a weight buys</h2>",
-        *_steering_figures(result),
-        *_training_figures(metrics, result["names"]),
-        "<h2>Answers at five weights</h2>",
-        *_answers(result),
-        "<h2>How this was measured</h2>",
-        *_method(result, config),
+    """Give the page."""
+    from . import plots
+
+    names, first = result["names"], result["names"][0]
+    of_two = f"Numbers: w of {first}."
+    of_more = "Named points: the whole weight on that objective."
+    small, large = (4.4, 2.9), (5.2, 4.3)
+    steering = [
+        figure(plots.steering(result, k), f"Mean reward of {name} against its weight", small)
+        for k, name in enumerate(names)
     ]
-    return page(title, "\n".join(parts))
+    return page(
+        "report.html.j2",
+        title=title,
+        what_ran=_what_ran(result, config, metrics),
+        headline=headline(result),
+        scope=scope(result),
+        tables=[
+            ("Sampled answers", list(_rows(result, "sampled"))),
+            ("Greedy answers", list(_rows(result, "greedy"))),
+        ],
+        reference_point=", ".join(
+            f"{n} {number(v)}" for n, v in zip(names, result["reference_point"], strict=True)
+        ),
+        fronts=[
+            figure(draw, label, large)
+            for mode in ("sampled", "greedy")
+            for label, draw in plots.fronts(result, mode)
+        ],
+        numbers=of_two if len(names) == 2 else of_more,
+        steering=[*steering, figure(plots.utility(result), "PU against w", small)],
+        training=[figure(draw, label, small) for label, draw in plots.training(metrics, names)],
+        answers=list(_answers(result)),
+        method=_method(result, config),
+        details=[
+            ("Cost", list(_cost(result).items())),
+            ("Versions", list(result["versions"].items())),
+            ("Configuration", list(_flat(config).items())),
+        ],
+    )
 
 
 def _what_ran(result: Result, config: dict[str, Any], metrics: Sequence[Any]) -> str:
@@ -183,126 +203,44 @@ def _rows(result: Result, mode: str) -> Iterator[tuple[str, ...]]:
     yield ("Tokens an answer", *(number(e["length"]) for e in (base, trained)), "")
 
 
-def _table(result: Result) -> Iterator[str]:
-    yield '<div class="scroll"><table class="key">'
-    for mode, title in (("sampled", "Sampled answers"), ("greedy", "Greedy answers")):
-        yield (
-            f"<thead><tr><th>{title}</th><th>base</th><th>trained</th><th>trained − base</th></tr>"
-            "</thead><tbody>"
-        )
-        for label, *cells in _rows(result, mode):
-            values = "".join(f"<td>{escape(c)}</td>" for c in cells)
-            yield f'<tr><th scope="row">{escape(label)}</th>{values}</tr>'
-        yield "</tbody>"
-    yield "</table></div>"
-    point = ", ".join(
-        f"{n} {number(v)}" for n, v in zip(result["names"], result["reference_point"], strict=True)
-    )
-    yield (
-        '<p class="note">Hypervolume, PU, '
-        "utility and gaps are in normalised rewards; the rewards between the ends are raw. One "
-        f"hypervolume reference point for all: {escape(point)}. The largest gap shows a hollow "
-        "front only where the ends of the sweep lie apart.</p>"
-    )
-
-
-def _figure(draw: Any, label: str, *, wide: bool = False) -> str:
-    from . import plots
-
-    drawn = plots.panels([draw], columns=1, size=(5.2, 4.3) if wide else (4.4, 2.9))
-    return f"<figure>{plots.svg(drawn, escape(label, quote=True))}</figure>"
-
-
-def _front_figures(result: Result) -> Iterator[str]:
-    from . import plots
-
-    yield '<div class="grid wide">'
-    for mode in ("sampled", "greedy"):
-        for label, draw in plots.fronts(result, mode):
-            yield _figure(draw, label, wide=True)
-    yield "</div>"
-    which = (
-        f"Numbers: w of {result['names'][0]}."
-        if len(result["names"]) == 2
-        else "Named points: the whole weight on that objective."
-    )
-    yield (
-        f'<p class="note">{escape(which)} Up and right is better. Solid points are dominated by no '
-        "point of their panel, hollow ones are. Labels that would cover something are left out.</p>"
-    )
-
-
-def _steering_figures(result: Result) -> Iterator[str]:
-    from . import plots
-
-    yield '<div class="grid">'
-    for k, name in enumerate(result["names"]):
-        yield _figure(plots.steering(result, k), f"Mean reward of {name} against its weight")
-    yield _figure(plots.utility(result), "PU against w")
-    yield "</div>"
-    yield '<p class="note">Sampled answers; bands are 95 % bootstrap intervals over prompts.</p>'
-
-
-def _training_figures(metrics: Sequence[dict[str, Any]], names: Sequence[str]) -> Iterator[str]:
-    from . import plots
-
-    panels = plots.training(metrics, names)
-    if not panels:
-        return
-    yield "<h2>Training</h2>"
-    yield '<div class="grid small">'
-    for title, draw in panels:
-        yield _figure(draw, title)
-    yield "</div>"
-    yield (
-        '<p class="note">Dots are updates, lines running means. The weight w changes from task to '
-        "task, so rewards jump between updates whatever is learnt.</p>"
-    )
-
-
-def _answers(result: Result) -> Iterator[str]:
-    yield (
-        '<p class="note">Greedy answers to the first held-out prompts, unedited. A prompt set '
-        "about safety asks for harmful things, and a small model may comply.</p>"
-    )
+def _answers(result: Result) -> Iterator[tuple[str, list[tuple[str, list[tuple[str, ...]]]]]]:
+    """(prompt, [(w, [(model, rewards, answer)])]) of the prompts that have answers to show."""
     names = result["names"]
     for prompt in result["prompts"]:
         shown = [a for a in result["answers"] if a["prompt"] == prompt["id"]]
-        if not shown:
-            continue
-        yield f'<section class="prompt"><h3>{escape(prompt["text"])}</h3><div class="answers">'
+        weights = []
         for w in dict.fromkeys(tuple(a["w"]) for a in shown):
             said = " ".join(f"{n}={x:.2f}" for n, x in zip(names, w, strict=True))
-            yield f'<div class="answer"><p class="w">{escape(said)}</p>'
+            models: list[tuple[str, ...]] = []
             for model in ("trained", "base"):
                 a = next(a for a in shown if tuple(a["w"]) == w and a["model"] == model)
                 rewards = ", ".join(f"{n} {number(a['reward'][n])}" for n in names)
-                text = escape(a["text"].strip()) or "<em>(empty)</em>"
-                yield (
-                    f'<div class="{model}"><p class="who">{model} '
-                    f"<span>{escape(rewards)}</span></p><blockquote>{text}</blockquote></div>"
-                )
-            yield "</div>"
-        yield "</div></section>"
+                models.append((model, rewards, a["text"]))
+            weights.append((said, models))
+        if shown:
+            yield prompt["text"], weights
 
 
-def _method(result: Result, config: dict[str, Any]) -> Iterator[str]:
+def _method(result: Result, config: dict[str, Any]) -> str:
     s, seconds = result["settings"], result["seconds"]
     reads = (
         "No model read a preference: another w is answered by other parameters."
         if config["policy"].get("preference_text") == "none"
         else "The base model read the same preference text."
     )
-    yield (
-        f"<p>{len(result['prompts'])} held-out prompts, {len(result['weights'])} weights, greedy "
+    return (
+        f"{len(result['prompts'])} held-out prompts, {len(result['weights'])} weights, greedy "
         f"and {s['samples']} sampled answer(s) for each, of at most {s['max_new_tokens']} tokens "
         f"at temperature {s['temperature']:g}, seed {s['seed']}. {reads} "
         f"Smoothing μ {result['mu']:g}, utopia point "
-        f"{escape(', '.join(number(z) for z in result['utopia']))}; statistics fixed from the base "
+        f"{', '.join(number(z) for z in result['utopia'])}; statistics fixed from the base "
         f"model before training. The evaluation took {seconds['all']:.0f} s, "
-        f"{seconds['scoring']:.0f} s of it for the objectives.</p>"
+        f"{seconds['scoring']:.0f} s of it for the objectives."
     )
-    cost = {
+
+
+def _cost(result: Result) -> dict[str, str]:
+    return {
         f"{model}, {mode}": (
             f"{e['answers']} answers, {e['tokens']} tokens, {e['tokens_per_second']:.0f} a second, "
             f"{e['prefill_tokens']} tokens of prompts, {e['stopped']:.0%} ended by themselves"
@@ -310,15 +248,6 @@ def _method(result: Result, config: dict[str, Any]) -> Iterator[str]:
         for model, modes in result["results"].items()
         for mode, e in modes.items()
     }
-    for label, values in (
-        ("Cost", cost),
-        ("Versions", result["versions"]),
-        ("Configuration", _flat(config)),
-    ):
-        yield f'<details><summary>{label}</summary><div class="scroll"><table>'
-        for key, value in values.items():
-            yield f'<tr><th scope="row">{escape(key)}</th><td>{escape(str(value))}</td></tr>'
-        yield "</table></div></details>"
 
 
 def _flat(values: dict[str, Any], where: str = "") -> dict[str, str]:
@@ -331,14 +260,3 @@ def _flat(values: dict[str, Any], where: str = "") -> dict[str, str]:
         else:
             out[where + name] = str(value) or "–"
     return out
-
-
-@one_line_errors
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = OneLineParser(
-        prog="python -m meal_fast.report",
-        description="Render front.png and report.html of a run again, from its evaluation.json.",
-    )
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run that has been evaluated")
-    args = parser.parse_args(argv)
-    print(write_report(args.run))

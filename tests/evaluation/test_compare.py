@@ -12,7 +12,7 @@ from meal_fast import compare
 from meal_fast.config.config import from_dict
 from meal_fast.config.presets import preset
 from meal_fast.config.run_dir import shared_statistics
-from meal_fast.evaluation import comparison_spec
+from meal_fast.evaluation import comparison_run, comparison_spec
 from meal_fast.evaluation.comparison import Method
 from tests.helpers.processes import ENVIRONMENT, ROOT, one_thread, wait_for_updates  # noqa: F401
 
@@ -54,7 +54,7 @@ def test_two_recipes_two_seeds_and_going_on(tmp_path, capsys, one_thread, monkey
     # as if one had been stopped before its evaluation
     stopped = out / "runs/grid-grpo/seed-0"
     (stopped / "evaluation.json").unlink()
-    monkeypatch.setattr(compare, "code_version", lambda: "another")
+    monkeypatch.setattr(comparison_run, "code_version", lambda: "another")
     assert run(*more) == 0
     now = stamps(out)
     assert {p for p in kept if now[p] != kept[p]} <= set(stopped.rglob("*"))

@@ -253,4 +253,4 @@ def test_the_page_escapes_what_is_not_ours_and_says_what_was_found():
     text = render(json.loads(json.dumps(result)))
     assert "<script" not in text and text.count("&lt;script&gt;") == 5
     assert "that these runs test, 1: held 1, contradicted 0, not shown 0." in text
-    assert "Fronts for values of grpo.beta" in text and "http" not in text
+    assert "Fronts for values of grpo.beta" in text and "http:" not in text

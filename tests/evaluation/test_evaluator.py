@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from meal_fast import evaluate as command
 from meal_fast.data import toy
 from meal_fast.data.objectives import load_objectives
 from meal_fast.data.preferences import lattice
@@ -189,7 +190,9 @@ def run(config, tmp_path_factory):
 
 
 def test_command_line_evaluates_a_saved_run(run, tmp_path, capsys):
-    ev.main([str(run), "--prompts", "2", "--samples", "1", "--grid", "3", "--out", str(tmp_path)])
+    command.main(
+        [str(run), "--prompts", "2", "--samples", "1", "--grid", "3", "--out", str(tmp_path)]
+    )
     written = json.loads((tmp_path / "evaluation.json").read_text())
     assert len(written["weights"]) == 3 and len(written["prompts"]) == 2
     held_out = set(toy.world_prompts("tiny", "evaluation"))
@@ -200,7 +203,7 @@ def test_command_line_evaluates_a_saved_run(run, tmp_path, capsys):
 
 
 def test_saved_and_reloaded_policy_answers_as_in_memory(run, config, tmp_path):
-    ev.main([str(run), "--out", str(tmp_path)])
+    command.main([str(run), "--out", str(tmp_path)])
     reloaded = json.loads((tmp_path / "evaluation.json").read_text())
     statistics = json.loads((run / "statistics.json").read_text())
     in_memory = ev.evaluate(
@@ -234,7 +237,7 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, capsys, arguments,
         (tmp_path / "unfinished" / name).write_bytes((run / name).read_bytes())
     places = {"run": run, "empty": tmp_path, "unfinished": tmp_path / "unfinished"}
     with pytest.raises(SystemExit) as stop:
-        ev.main([a.format(**places) for a in arguments])
+        command.main([a.format(**places) for a in arguments])
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("meal-fast: error: ") and error.count("\n") == 1 and said in error

@@ -7,7 +7,9 @@ import re
 
 import pytest
 import torch
+from markupsafe import escape
 
+from meal_fast import report as command
 from meal_fast.data.objectives import load_objectives
 from meal_fast.data.prompts import load_prompts
 from meal_fast.data.reward_statistics import Normalizer
@@ -84,11 +86,15 @@ def test_page_fetches_nothing_runs_nothing_and_is_well_formed(page):
         if name in ("src", "href", "xlink:href"):
             assert value.startswith("#")
         assert "url(" not in (value or "") or "url(#" in value
-    assert "@import" not in page and "http" not in page.replace(report.escape(NASTY), "")
+    assert (
+        "@import" not in page
+        and "http:" not in page
+        and "https:" not in page.replace(str(escape(NASTY)), "")
+    )
 
 
 def test_texts_of_models_prompts_and_files_are_escaped(page):
-    assert page.count(report.escape(NASTY)) == 2
+    assert page.count(str(escape(NASTY))) == 2
     assert "<title>tiny &lt;b&gt;</title>" in page
 
 
@@ -125,7 +131,7 @@ def test_numbers_of_the_table_are_those_of_the_evaluation(page, result):
 
 def test_front_png_and_rendering_again_from_the_command_line(run, page, capsys):
     (run / "front.png").unlink()
-    report.main([str(run)])
+    command.main([str(run)])
     assert (run / "front.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert (run / "report.html").read_text(encoding="utf-8") == page
     assert capsys.readouterr().out.strip() == str(run / "report.html")
@@ -179,7 +185,39 @@ def test_headline_says_whether_the_policy_follows_its_weights(result, ends, rho,
 def test_a_run_that_was_not_evaluated_says_what_to_do(run, tmp_path, capsys):
     (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
     with pytest.raises(SystemExit) as stop:
-        report.main([str(tmp_path)])
+        command.main([str(tmp_path)])
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"python -m meal_fast.evaluate {tmp_path}" in error
+
+
+HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "'><svg onload=alert(1)>")
+# What the figures and numbers are looked up by: another text there is another place, or none.
+KEYS = {"id", "prompt", "model", "preference_text", "names"}
+
+
+def spoilt(value, text, key=""):
+    """`value` with `text` behind every string in it, but those that are looked up."""
+    if isinstance(value, dict):
+        return {k: spoilt(v, text, k) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [spoilt(v, text, key) for v in value]
+    return value + text if isinstance(value, str) and key not in KEYS else value
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_text_of_any_file_becomes_markup(run, text):
+    result = json.loads((run / "evaluation.json").read_text())
+    config = json.loads((run / "config.json").read_text())
+    name = result["names"][0]
+    renamed = json.loads(json.dumps(result).replace(f'"{name}"', json.dumps(name + text)))
+    for given in (spoilt(result, text), renamed):
+        page = report.render(given, spoilt(config, text), [], title=text)
+        assert text not in page and str(escape(text)) in page
+        assert not {"script", "img"} & set(Tags(page).tags)
+        assert not any(key.startswith("on") for key, _ in Tags(page).attributes)
+
+
+def test_the_page_s_policy_allows_no_script(page):
+    policy = next(value for _, value in Tags(page).attributes if "default-src" in (value or ""))
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'"

@@ -9,10 +9,11 @@ from contextlib import ExitStack
 import pytest
 import torch
 
+from meal_fast import evaluate
 from meal_fast.config.config import from_dict
 from meal_fast.config.presets import preset
 from meal_fast.config.run_dir import read_config
-from meal_fast.evaluation import comparison_spec, evaluator
+from meal_fast.evaluation import comparison_spec
 from meal_fast.models import threads
 from meal_fast.training.trainer import Trainer
 from tests.helpers.processes import ROOT, SMALL, refused, train_here, updates
@@ -96,7 +97,7 @@ def test_what_was_not_asked_for_is_settled_once(tmp_path):
     (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
     assert Trainer(config, tmp_path / "run", resume=True).train()
     torch.set_num_threads(3)
-    evaluator.main([str(tmp_path / "run"), "--prompts", "1", "--no-report"])
+    evaluate.main([str(tmp_path / "run"), "--prompts", "1", "--no-report"])
     assert torch.get_num_threads() == threads.automatic()
 
 

@@ -19,13 +19,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig
 
-from meal_fast import chat
+from meal_fast import chat, evaluate
 from meal_fast.config.config import Config, PolicyConfig, from_dict
 from meal_fast.config.presets import preset
 from meal_fast.data.objectives import ClassifierScorer, load_objectives
 from meal_fast.data.toy import build_world
 from meal_fast.data_types import Prompt
-from meal_fast.evaluation import evaluator
 from meal_fast.models import shared_prefix
 from meal_fast.models.policy import Policy, load_policy
 from meal_fast.rollout import Request, Sampling, engine, kv_cache
@@ -180,13 +179,13 @@ def test_a_finished_run_is_evaluated_and_asked_on_the_device(tmp_path, capsys, n
     ask = [str(run), "--temperature", "0", "--prompt", "Write a new song."]
     ask += ["--w", "auto" if name.startswith("meal") else "first=0.7,second=0.3"]
     chat.main(ask)
-    evaluator.main([str(run), "--no-report", "--out", str(tmp_path / "cpu")])
+    evaluate.main([str(run), "--no-report", "--out", str(tmp_path / "cpu")])
     said = capsys.readouterr().out
     with pretend.device() as cuda:
         chat.main([*ask, "--device", "cuda"])
         assert cuda.graphs
         out = ["--out", str(tmp_path / "cuda"), "--device", "cuda"]
-        evaluator.main([str(run), "--no-report", *out])
+        evaluate.main([str(run), "--no-report", *out])
     assert capsys.readouterr().out == said
     found = [json.loads((tmp_path / d / "evaluation.json").read_text()) for d in ("cuda", "cpu")]
     assert [x["versions"]["device"] for x in found] == ["cuda:0", "cpu"]

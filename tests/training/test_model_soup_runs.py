@@ -10,14 +10,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from meal_fast import chat
+from meal_fast import chat, evaluate
 from meal_fast.config.presets import preset
 from meal_fast.config.run_dir import read_config
 from meal_fast.data.objectives import load_objectives
 from meal_fast.data.preferences import lattice
 from meal_fast.data.toy import build_world
 from meal_fast.data_types import Prompt
-from meal_fast.evaluation import evaluator
 from meal_fast.models.model_soup import FILE, Family, load_served
 from meal_fast.rollout import Request, rollout
 from meal_fast.training.trainer import Trainer
@@ -207,7 +206,7 @@ def test_mistakes_cost_one_line(whole, tmp_path, capfd):
     shutil.copytree(run, half)
     (half / FILE).unlink()
     capfd.readouterr()
-    for main, more in ((evaluator.main, []), (chat.main, ["--prompt", PROMPT])):
+    for main, more in ((evaluate.main, []), (chat.main, ["--prompt", PROMPT])):
         with pytest.raises(SystemExit) as stop:
             main([str(half), *more])
         assert stop.value.code == 2

@@ -16,7 +16,7 @@ from meal_fast.data.objectives import load_objectives
 from meal_fast.data.preferences import Goals, preference_text
 from meal_fast.data.reward_statistics import Scales
 from meal_fast.data_types import Prompt
-from meal_fast.evaluation.evaluator import main as evaluate
+from meal_fast.evaluate import main as evaluate
 from meal_fast.models.policy import load_policy
 from meal_fast.rollout import Request, rollout
 from meal_fast.training.collectors.ric import (

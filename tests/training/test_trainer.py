@@ -17,11 +17,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from meal_fast import chat
+from meal_fast import chat, evaluate
 from meal_fast.config.presets import preset
 from meal_fast.config.run_dir import read_config
 from meal_fast.data.toy import build_world
-from meal_fast.evaluation import evaluator
 from meal_fast.training.trainer import Trainer
 from tests.helpers.processes import (  # noqa: F401  (a fixture)
     ENVIRONMENT,
@@ -361,7 +360,7 @@ def test_evaluate_refuses_what_is_no_finished_run(tmp_path, capfd, whole):
         ([str(whole[0]), "--grid", "1"], "evaluation.grid=1"),
     ):
         with pytest.raises(SystemExit) as stop:
-            evaluator.main(argv)
+            evaluate.main(argv)
         assert stop.value.code == 2
         assert_one_line(capfd.readouterr().err, words)
 
