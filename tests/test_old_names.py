@@ -8,6 +8,7 @@ import pytest
 
 import meal_fast
 from meal_fast.data.objectives import load_objectives
+from meal_fast.rollout import Engine
 
 NAMES = [
     ("preference", "data.preferences", "preference_text"),
@@ -49,6 +50,10 @@ def test_what_never_was_is_not_found():
         warnings.simplefilter("ignore")
         with pytest.raises(ModuleNotFoundError, match=r"training\.losses\.ppo"):
             __import__("meal_fast.learners.ppo")
+
+
+def test_the_engine_samples_under_its_old_name():
+    assert Engine.sample is Engine.generate
 
 
 def test_toy_objectives_of_old_runs_are_those_of_new_ones():

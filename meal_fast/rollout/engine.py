@@ -119,6 +119,8 @@ class Engine:
             on_policy=sampling.on_policy,
         )
 
+    sample = generate  # the name that it had
+
     @torch.no_grad()
     def draw(self, rows: Iterable[Row], sampling: Sampling) -> Iterator[list[Row]]:
         """Draw one step after the other: yield the rows that ended in it, often none.

@@ -71,7 +71,7 @@ def three(here: Here, name: str, dtype: str) -> None:
         with engine(policy) as sampler:
             # On a CPU the steps at fixed shapes run as they are: there is nothing to capture.
             sampler.runner.fixed_shapes = fixed
-            draw = functools.partial(sampler.sample, given, Sampling(new, 1.0, seed=0))
+            draw = functools.partial(sampler.generate, given, Sampling(new, 1.0, seed=0))
             made[way] = draw()
             speed(here, way, made[way], here.median_s(draw))
 
