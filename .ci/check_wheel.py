@@ -39,6 +39,13 @@ def main() -> None:
             sys.exit(f"in the wheel, but shadows HuggingFace's kernels: {found[0]}")
         env = os.environ | {"PYTHONPATH": str(target)}
         subprocess.run([sys.executable, "-P", "-c", PROBE, target], check=True, cwd=folder, env=env)
+        script = [sys.executable, target / "bin" / "meal-fast"]
+        subprocess.run([*script, "--version"], check=True, cwd=folder, env=env)
+        # A run with its report: what the package needs of its own files is in the wheel.
+        tiny = ["train", "tiny", "--out", "run", "--meta.steps", "1", "--evaluation.grid", "3"]
+        subprocess.run([*script, *tiny], check=True, cwd=folder, env=env)
+        if not Path(folder, "run", "report.html").is_file():
+            sys.exit("the wheel's own run left no report")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from meal_fast.data.objectives import HUB, ObjectiveError, Objectives, load_objectives, post_of
+from meal_fast.data.objectives import ObjectiveError, Objectives, load_objectives
+from meal_fast.data.reward_models import HUB, post_of
 from meal_fast.data.reward_statistics import Normalizer, default_utopia
 
 PROMPTS = [

@@ -22,7 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertCo
 from meal_fast import chat, evaluate
 from meal_fast.config.config import Config, PolicyConfig, from_dict
 from meal_fast.config.presets import preset
-from meal_fast.data.objectives import ClassifierScorer, load_objectives
+from meal_fast.data.objectives import load_objectives
+from meal_fast.data.reward_models import ClassifierScorer
 from meal_fast.data.toy import build_world
 from meal_fast.data_types import Prompt
 from meal_fast.models import shared_prefix
@@ -239,7 +240,7 @@ def test_a_reward_model_scores_on_the_device_in_a_thread(tmp_path, reward_model,
 
 
 def test_scoring_itself_waits_once_however_many_passes_it_takes(reward_model, monkeypatch):
-    monkeypatch.setattr("meal_fast.data.objectives.PASS_TOKENS", 64)
+    monkeypatch.setattr("meal_fast.data.reward_models.PASS_TOKENS", 64)
     prompts, responses = ["Name three birds"] * 40, [f"Robin{' owl' * i}" for i in range(40)]
     specs = [f"good={reward_model}", f"bad={reward_model}?sign=-1"]
     expected = load_objectives(specs).rewards(prompts, responses)
