@@ -16,7 +16,6 @@ if not _os.path.isdir(_os.path.join(_here, "kernels")):
 
 # Modules that users import, by the names that they had before there were rooms.
 _MOVED = {
-    "learners": "training.losses",
     "objectives": "data.objectives",
     "policy": "models.policy",
     "preference": "data.preferences",

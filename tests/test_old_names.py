@@ -1,12 +1,15 @@
 """What users import keeps its old name: modules that moved, and sources that saved runs name."""
 
+import json
 import subprocess
 import sys
-import warnings
 
 import pytest
 
 import meal_fast
+from meal_fast.config import preset, to_dict
+from meal_fast.config.run_dir import read_config
+from meal_fast.data import preferences
 from meal_fast.data.objectives import load_objectives
 from meal_fast.rollout import Engine
 
@@ -18,8 +21,6 @@ NAMES = [
     ("prompts", "data.prompts", "load_prompts"),
     ("trainer", "training.trainer", "Trainer"),
     ("worlds", "data.toy", "build_world"),
-    ("learners", "training.losses", "grpo"),
-    ("learners.sequences", "training.losses.sequences", "logp"),
 ]
 
 
@@ -46,10 +47,6 @@ def test_every_old_name_is_tested():
 def test_what_never_was_is_not_found():
     with pytest.raises(ModuleNotFoundError, match=r"meal_fast\.polices"):
         __import__("meal_fast.polices")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with pytest.raises(ModuleNotFoundError, match=r"training\.losses\.ppo"):
-            __import__("meal_fast.learners.ppo")
 
 
 def test_the_engine_samples_under_its_old_name():
@@ -63,3 +60,14 @@ def test_toy_objectives_of_old_runs_are_those_of_new_ones():
     assert old.rewards(texts, texts).tolist() == new.rewards(texts, texts).tolist()
     with pytest.raises(ValueError, match="world:third"):
         load_objectives(["a=world:third", "b=world:second"])
+
+
+def test_a_folder_that_names_them_so_is_read_as_one_of_today(tmp_path):
+    names = ["first=meal_fast.worlds:first", "second=meal_fast.worlds:second"]
+    held = to_dict(preset("tiny")) | {"objectives": names}
+    (tmp_path / "config.json").write_text(json.dumps(held))
+    assert read_config(tmp_path) == preset("tiny")  # so `--resume` and `compare` find no change
+
+
+def test_a_preference_has_its_old_name():
+    assert preferences.Weights is preferences.Preference

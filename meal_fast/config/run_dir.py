@@ -14,7 +14,14 @@ AUTOMATIC = {"threads": 0, "policy.dtype": "auto", "grpo.micro_tokens": 0}
 
 def read_config(run: Path) -> Config:
     """Read the configuration of a run folder. Raises ValueError where `run` is not one."""
-    return from_dict(read_json(run, "config.json"))
+    values = read_json(run, "config.json")
+    objectives = values.get("objectives")
+    if isinstance(objectives, list):  # toy objectives by the name that they had
+        values["objectives"] = [
+            o.replace("=meal_fast.worlds:", "=world:") if isinstance(o, str) else o
+            for o in objectives
+        ]
+    return from_dict(values)
 
 
 def as_saved(config: Config, saved: Config) -> Config:

@@ -31,6 +31,7 @@ from meal_fast.config.config import Config
 from meal_fast.data_types import rng_seed
 
 Preference = tuple[float, ...]
+Weights = Preference  # the name that it had
 Array = np.ndarray
 
 # BPS, Table 1: the 28 weights of its evaluation (the first entry; the second is one minus it) [P].

@@ -17,7 +17,6 @@ from meal_fast.common import require
 from meal_fast.config.cli import parse_weights
 from meal_fast.config.config import Config
 from meal_fast.config.run_dir import policy_folder
-from meal_fast.data.preferences import snapped
 from meal_fast.data_types import Prompt
 from meal_fast.models.threads import use_threads
 
@@ -140,6 +139,8 @@ class Session:
         assert self.net is not None
         self._release()  # the net reads the base model, which an open engine has merged with LoRA
         predicted = self.net(features(self.policy, [prompt]).cpu()).tolist()
+        from meal_fast.data.preferences import snapped
+
         (w,) = snapped(predicted, self.config.preference.grid)
         self.say(f"w is {shown(w, self.config.names)}")
         return w

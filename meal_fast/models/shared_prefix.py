@@ -6,7 +6,7 @@ a forward pass does with its keys and values is said by the object handed to it 
     none          a plain causal pass
     Packed        prefixes and rows laid end to end, for training: prompt tokens go through the
                   model once for all their samples, and no padding goes at all
-    rollout.cache the sampler's passes over prompts, suffixes and single new tokens
+    rollout.kv_cache the sampler's passes over prompts, suffixes and single new tokens
 
 Padding is on the right, so positions are plain counts and a pad is never seen.
 """

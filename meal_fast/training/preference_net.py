@@ -3,7 +3,7 @@
     B  prompts    K  objectives    D  hidden width of the base model
 
 The net reads a prompt through the frozen base model and gives the preference w⁰ that the policy is
-asked for. What the responses realise is ŵ (`rollout.rejection.ray_preference`); w*, between
+asked for. What the responses realise is ŵ (`rollout.rejection_rules.ray_preference`); w*, between
 the two, is what a response is trained under, and what the net is then drawn towards:
 
     prompt -> features -> PreferenceNet -> w⁰ -> rollout, rewards -> ŵ -> learned_preference -> w*

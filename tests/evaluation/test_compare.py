@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -141,7 +142,10 @@ def test_runs_in_processes_of_their_own_stopped_and_gone_on_with(tmp_path):
     argv = ["tiny", "--tokens", str(40 * STEP), "--jobs", "2", *CHEAP, *TWO, "--seeds", "0,1"]
     command = [sys.executable, "-m", "meal_fast.compare", *argv, "--out", str(out)]
     options = {"cwd": ROOT, "env": ENVIRONMENT, "text": True}
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # A shell starts what goes into its background with SIGINT ignored: not so here.
+    unignored = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    first = subprocess.Popen(command, preexec_fn=unignored, **pipes, **options)
     wait_for_updates(first, out / "runs/weighted-meta-grpo/seed-0", 4)
     first.send_signal(signal.SIGINT)
     assert "the same command goes on" in first.communicate(timeout=300)[1]

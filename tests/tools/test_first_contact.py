@@ -14,7 +14,7 @@ import pytest
 from meal_fast.training.recipes import RECIPES
 from tests.helpers import pretend
 from tools import first_contact
-from tools.contact import counters, recipes, sampler, sanitizer, shapes, suite
+from tools.contact import counters, profile, recipes, sampler, sanitizer, shapes, suite
 from tools.contact.here import Here
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -226,11 +226,17 @@ def test_the_files_that_have_tests_for_a_card_are_found():
     assert "test_config.py" not in names
 
 
+def test_what_waits_for_the_card_is_known_by_name():
+    for name in ("cudaStreamSynchronize", "cuStreamSynchronize", "cudaDeviceSynchronize"):
+        assert profile.WAIT.match(name)
+    assert not profile.WAIT.match("cudaLaunchKernel") and profile.LAUNCH.match("cudaGraphLaunch")
+
+
 # Two kernels as `ncu --csv --metrics` writes them: the format is ncu's, the figures are made up.
 NCU = """==PROF== Connected to process 71 (python3.12)
 ==PROF== Profiling "_stats" - 0: 0%....50%....100% - 1 pass
 sample ran as cuda
-"ID","Process ID","Process Name","Host Name","Kernel Name","Context","RngKey","Block Size",\
+"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size",\
 "Grid Size","Device","CC","Section Name","Metric Name","Metric Unit","Metric Value"
 "0","71","python3.12","127.0.0.1","_stats","1","7","(128, 1, 1)","(4096, 1, 1)","0","9.0",\
 "Command line profiler metrics","gpu__time_duration.sum","ns","1,250,500"

@@ -30,7 +30,7 @@ from tools.contact.shapes import (
 KERNELS = 8  # of a profile, by their share of the time
 # Names of the CUDA runtime's and driver's calls.
 LAUNCH = re.compile(r"cu(da)?(LaunchKernel|LaunchCooperativeKernel|GraphLaunch)")
-WAIT = re.compile(r"cu(da)?(Device|RngKey|Event|Ctx)Synchronize")
+WAIT = re.compile(r"cu(da)?(Device|Stream|Event|Ctx)Synchronize")
 
 
 def cases(here: Here) -> Cases:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 from meal_fast.data_types import Rollout
@@ -63,15 +64,19 @@ def open_backend(
 
 
 def capable(name: str, needs: Iterable[Capability], say: Callable[[str], None]) -> str:
-    """Give `name` where that backend has all of `needs`; else say what it lacks, and "engine".
+    """Give `name` where that backend is here with all of `needs`; else say why not, and "engine".
 
     For whoever answers from a finished run, which another backend than its own can serve as well.
     """
     checks.choice("rollout.backend", name, tuple(BACKENDS))
     lacking = [need for need in needs if need not in BACKENDS[name][0].capabilities]
-    if not lacking:
+    if name == "vllm" and find_spec("vllm") is None:
+        reason = "is not installed here"
+    elif lacking:
+        reason = f"has no capability {lacking[0]!r}"
+    else:
         return name
-    say(f"rollout.backend={name!r}: has no capability {lacking[0]!r}; the engine answers")
+    say(f"rollout.backend={name!r}: {reason}; the engine answers")
     return "engine"
 
 

@@ -8,7 +8,7 @@ For every prompt x of an update:
             tau = 1 the one under which the Tchebycheff score likes it best
             (`rejection.realized=softmax`: softmax of the standardised rewards / tau)
     w*      proportional to w0^lam * w_hat^(1 - lam): the preference learns from the response
-    policy  learns the kept y as answers under w* (`learners.sft`), or all of them by GRPO under w0
+    policy  learns the kept y as answers under w* (`losses.sft`), or all of them by GRPO under w0
     net     every M policy updates: `training.net_update`, of which this file only asks w0
 
 What the policy reads are preferences on the run's lattice (`preference.grid`), w0 and w* too: they

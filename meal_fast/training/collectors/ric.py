@@ -15,7 +15,7 @@ response as the answer to the rewards that it has itself:
               replaced by hi_k: near the best that was seen, and no two alike
 
 At evaluation a preference is asked for by its `preference.Goals`, between lo_k and hi_k, the least
-and the greatest r_k that the policy was taught. It learns through `learners.sft` with a_i = 1, and
+and the greatest r_k that the policy was taught. It learns through `losses.sft` with a_i = 1, and
 the paper's form has no KL term: that is `grpo.beta=0`. An update's drawn preference has no part.
 """
 
