@@ -1,5 +1,6 @@
 """The elementwise loss in Triton against its definition in torch, in float64."""
 
+import dataclasses
 import math
 
 import pytest
@@ -12,6 +13,7 @@ pytest.importorskip("triton", reason="triton has no build for this platform")
 from meal_fast.kernels import policy_loss as kernels
 
 from meal_fast import ops
+from meal_fast.ops import reference
 
 # What a select leaves out is computed all the same, and numpy says so.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -236,3 +238,33 @@ def test_nothing_waits_for_the_card():
         call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# A value of each field of LossOptions that moves the loss of the case below.
+MOVES = {
+    "beta": {"beta": 0.5},
+    "kl": {"beta": 0.2, "kl": "k1"},
+    "clip": {"clip": (0.0, 0.05)},
+    "level": {},  # level="sequence" runs in torch: test_the_ratio_of_a_sequence_runs_in_torch
+    "reduce": {"reduce": "grpo"},
+    "normalizer": {"normalizer": 7.0},
+}
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(reference.LossOptions)])
+def test_no_option_is_ignored(field, device):
+    """A new field has to be put into MOVES, and then the kernel has to know it, or to refuse it."""
+    torch.manual_seed(5)
+    logp = -torch.rand(12) - 0.5
+    given = {
+        "old_logp": logp + torch.randn(12) / 4,
+        "ref_logp": logp + torch.randn(12) / 4,
+        "sequence": torch.tensor([0] * 5 + [1] * 3 + [2] * 4),
+        "beta": 0.2,
+    }
+    advantage = torch.randn(12)
+    before = run("triton", device, logp, advantage, **given)[0]
+    changed = given | MOVES[field]
+    got = run("triton", device, logp, advantage, **changed)
+    same(got, run("torch", "cpu", logp, advantage, dtype=F64, **changed))
+    assert not MOVES[field] or not torch.isclose(got[0], before)
