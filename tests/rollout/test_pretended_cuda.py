@@ -252,7 +252,7 @@ def test_scoring_itself_waits_once_however_many_passes_it_takes(reward_model, mo
         lines, first = inspect.getsourcelines(ClassifierScorer.__call__)
         model = first + next(i for i, line in enumerate(lines) if "self.model(" in line)
         waits = {place: n for (what, _, place), n in cuda.where.items() if what == "sync"}
-        assert waits.pop(f"meal_fast/data/objectives.py:{model}") > 20
+        assert waits.pop(f"meal_fast/data/reward_models.py:{model}") > 20
         assert list(waits.values()) == [1]  # whether all rewards are finite
         torch.testing.assert_close(reward.cpu(), expected, atol=1e-5, rtol=1e-5)
 

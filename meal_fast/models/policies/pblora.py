@@ -39,7 +39,7 @@ class PBLoRAPolicy(Policy):
         Raises ValueError outside of that.
         """
         if self.served is None:
-            raise ValueError("policy: its guide answers at one w; see models.guided.guided")
+            raise ValueError("policy: its guide answers at one preference: models.guided.guided")
         yield self.served
 
     def merged_state(self) -> dict[str, Tensor]:
