@@ -134,13 +134,12 @@ class Session:
         return sampler.generate([Request(prompt, at)], sampling).texts[0].strip()
 
     def _predicted(self, prompt: Prompt) -> tuple[float, ...]:
+        from meal_fast.data.preferences import snapped
         from meal_fast.training.preference_net import features
 
         assert self.net is not None
         self._release()  # the net reads the base model, which an open engine has merged with LoRA
         predicted = self.net(features(self.policy, [prompt]).cpu()).tolist()
-        from meal_fast.data.preferences import snapped
-
         (w,) = snapped(predicted, self.config.preference.grid)
         self.say(f"w is {shown(w, self.config.names)}")
         return w

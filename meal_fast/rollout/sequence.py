@@ -102,28 +102,6 @@ def encode(
     return parts
 
 
-def plain_rows(
-    policy: Policy, requests: Sequence[Request], sampling: Sampling
-) -> tuple[list[Tokens], list[tuple[int, int]]]:
-    """Give the requests' prefixes, and of every row its request and its id; all checked."""
-    parts = encode(policy, requests, sampling.max_new_tokens)
-    rows = [
-        (b, row_id(sampling.rng_key, q, s))
-        for b, q in enumerate(requests)
-        for s in range(q.samples)
-    ]
-    return [prompt + suffix for prompt, suffix in parts], rows
-
-
-def ended_at(policy: Policy, tokens: list[int], logp: list[float], sampling: Sampling) -> Drawn:
-    """Keep what was drawn up to the first stop token or string: the rest is padding."""
-    stop = policy.stop_ids
-    for t, token in enumerate(tokens):
-        if token in stop or sampling.said_stop(policy, tokens[: t + 1]):
-            return Drawn(tokens[: t + 1], logp[: t + 1], "stop")
-    return Drawn(tokens, logp[: len(tokens)], "length")
-
-
 def row_id(rng_key: Sequence[int | str], request: Request, sample: int, attempt: int = 0) -> int:
     """Make the key of one response's randomness."""
     again = (attempt,) if attempt else ()

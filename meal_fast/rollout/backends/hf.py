@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,16 +13,15 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from meal_fast import ops
 from meal_fast.common import require
-from meal_fast.data_types import Rollout
 from meal_fast.models.network import Network, cut
 from meal_fast.models.policy import Policy
 from meal_fast.models.shared_prefix import pad
 
-from ..protocol import Capability, check_capable
-from ..sequence import Drawn, Request, Sampling, ended_at, gathered, plain_rows
+from ..sequence import Drawn, Sampling, Tokens
+from .plain import Plain
 
 
-class Generate:
+class Generate(Plain):
     """Samples by transformers' `generate`, in batches of `max_rows` rows padded on the left.
 
     Attention is transformers' own, adapters stay apart, a row's prompt is computed anew for every
@@ -33,33 +31,26 @@ class Generate:
     """
 
     name: ClassVar[str] = "generate"
-    capabilities: ClassVar[frozenset[Capability]] = frozenset()
 
     def __init__(self, policy: Policy, model: Any, max_rows: int) -> None:
-        self.policy, self.model, self.max_rows = policy, model, max_rows
+        super().__init__(policy)
+        self.model, self.max_rows = model, max_rows
 
-    def forget(self) -> None:
-        """Do nothing: nothing is kept."""
-
-    @torch.no_grad()
-    def generate(
+    def drawn(
         self,
-        requests: Sequence[Request],
+        prefixes: Sequence[Tokens],
+        row_ids: Sequence[int],
         sampling: Sampling,
-        ended: Callable[[int], None] | None = None,
-    ) -> Rollout:
-        """Sample every request: see `Backend.generate`."""
-        started, policy = time.perf_counter(), self.policy
-        if any(q.task_id for q in requests):
-            check_capable(self, "adapters")
-        prefixes, rows = plain_rows(policy, requests, sampling)
-        stop = sorted(policy.stop_ids)
+        ended: Callable[[int], None],
+    ) -> tuple[list[Drawn], int]:
+        """Draw batch by batch: see `Plain.drawn`."""
+        device, stop = self.policy.device, sorted(self.policy.stop_ids)
         drawn: list[Drawn] = []
-        for low in range(0, len(rows), self.max_rows):
-            part = rows[low : low + self.max_rows]
-            draw = _Draw([row for _, row in part], sampling, policy.device)
+        for low in range(0, len(row_ids), self.max_rows):
+            part = slice(low, low + self.max_rows)
+            draw = _Draw(row_ids[part], sampling, device)
             # Reversed, padded on the right, and reversed again: padded on the left.
-            tokens_RP, valid_RP = pad([prefixes[b][::-1] for b, _ in part], policy.device)
+            tokens_RP, valid_RP = pad([prefix[::-1] for prefix in prefixes[part]], device)
             out = self.model.generate(
                 input_ids=tokens_RP.flip(1),
                 attention_mask=valid_RP.flip(1).long(),
@@ -73,19 +64,9 @@ class Generate:
             )
             sampled = out[:, tokens_RP.shape[1] :].tolist()
             logp = torch.stack(draw.logp, 1).tolist()
-            drawn += [
-                ended_at(policy, t, lp, sampling) for t, lp in zip(sampled, logp, strict=True)
-            ]
-            if ended:
-                ended(len(drawn))
-        return gathered(
-            policy,
-            requests,
-            drawn,
-            started=started,
-            prefill_tokens=sum(len(prefixes[b]) for b, _ in rows),
-            on_policy=sampling.on_policy,
-        )
+            drawn += [self.ended_at(t, lp, sampling) for t, lp in zip(sampled, logp, strict=True)]
+            ended(len(drawn))
+        return drawn, 0
 
 
 @contextmanager

@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
-import torch
-
-from meal_fast.data_types import Rollout, rng_seed
+from meal_fast.data_types import rng_seed
 from meal_fast.models.network import Network
 from meal_fast.models.policy import Policy
 
-from ..protocol import Capability, check_capable
-from ..sequence import Drawn, Request, Sampling, ended_at, gathered, plain_rows
+from ..sequence import Drawn, Sampling, Tokens
+from .plain import Plain
 
 
-class VLLM:
+class VLLM(Plain):
     """Samples by vLLM's engine on the base model's files.
 
     A row's random numbers are vLLM's own, seeded by rng_seed(seed, row id): other tokens than the
@@ -33,45 +30,26 @@ class VLLM:
     """
 
     name: ClassVar[str] = "vllm"
-    capabilities: ClassVar[frozenset[Capability]] = frozenset()
 
     def __init__(self, policy: Policy, llm: Any, adapter: Any) -> None:
-        self.policy, self.llm, self.adapter = policy, llm, adapter
+        super().__init__(policy)
+        self.llm, self.adapter = llm, adapter
 
-    def forget(self) -> None:
-        """Do nothing: what is kept is vLLM's, and the base model's weights stay."""
-
-    @torch.no_grad()
-    def generate(
+    def drawn(
         self,
-        requests: Sequence[Request],
+        prefixes: Sequence[Tokens],
+        row_ids: Sequence[int],
         sampling: Sampling,
-        ended: Callable[[int], None] | None = None,
-    ) -> Rollout:
-        """Sample every request: see `Backend.generate`."""
-        started, policy = time.perf_counter(), self.policy
-        if any(q.task_id for q in requests):
-            check_capable(self, "adapters")
-        prefixes, rows = plain_rows(policy, requests, sampling)
-        prompts, settings = vllm_requests(
-            [prefixes[b] for b, _ in rows], [row for _, row in rows], policy.stop_ids, sampling
-        )
+        ended: Callable[[int], None],
+    ) -> tuple[list[Drawn], int]:
+        """Draw all rows in one call: see `Plain.drawn`."""
+        prompts, settings = vllm_requests(prefixes, row_ids, self.policy.stop_ids, sampling)
         outputs = self.llm.generate(prompts, settings, lora_request=self.adapter, use_tqdm=False)
         drawn = [from_vllm(output) for output in outputs]
         if sampling.stop:
-            drawn = [ended_at(policy, row.tokens, row.logp, sampling) for row in drawn]
-        if ended:
-            ended(len(drawn))
-        cached = sum(output.num_cached_tokens or 0 for output in outputs)
-        return gathered(
-            policy,
-            requests,
-            drawn,
-            started=started,
-            prefill_tokens=sum(len(prefixes[b]) for b, _ in rows) - cached,
-            reused_tokens=cached,
-            on_policy=sampling.on_policy,
-        )
+            drawn = [self.ended_at(row.tokens, row.logp, sampling) for row in drawn]
+        ended(len(drawn))
+        return drawn, sum(output.num_cached_tokens or 0 for output in outputs)
 
 
 @contextmanager
