@@ -150,7 +150,7 @@ class Scales:
         }
         if self.standard is not None:
             values["standard"] = self.standard.to_dict()
-        write_atomic(path, json.dumps(values, indent=1).encode())
+        write_atomic(path, json.dumps(values, indent=1))
 
     @staticmethod
     def load(path: Path) -> Scales:

@@ -56,7 +56,7 @@ class Record:
         self.save()
 
     def save(self) -> None:
-        write_atomic(self.path, json.dumps(self.values, indent=1).encode())
+        write_atomic(self.path, json.dumps(self.values, indent=1))
 
 
 def collect(plan: Plan, runs: Sequence[Run], record: Record) -> list[Finished]:

@@ -74,7 +74,7 @@ def check_space(out: Path, policy: Policy, models: int) -> None:
 
 def write_config(out: Path, config: Config) -> None:
     """Write config.json."""
-    write_atomic(out / "config.json", json.dumps(to_dict(config), indent=1).encode())
+    write_atomic(out / "config.json", json.dumps(to_dict(config), indent=1))
 
 
 def note_threads(out: Path, saved: Config, threads: int) -> None:

@@ -123,4 +123,4 @@ def note_cost(out: Path, device: torch.device) -> None:
         return
     old = read_json(out, "cost.json")["peak_bytes"] if (out / "cost.json").exists() else 0
     cost = {"device": device.type, "peak_bytes": max(old, peak)}
-    write_atomic(out / "cost.json", json.dumps(cost).encode())
+    write_atomic(out / "cost.json", json.dumps(cost))

@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from meal_fast import train
+from meal_fast.config import Config
+from meal_fast.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 # The world is so small that threads only wait for each other; and bits must not depend on them.
@@ -68,6 +71,29 @@ def updates(run: Path) -> list[dict[str, Any]]:
     for row in rows:
         assert row.pop("seconds")["rollout"] > 0
     return rows
+
+
+def stopped(config: Config, run: Path, after: int = 0) -> Trainer:
+    """Train until update `after` is logged and its meta-step done, as a signal stops a run."""
+    trainer = Trainer(config, run)
+    trainer.on_update = lambda metrics: setattr(
+        trainer, "stop_requested", metrics["update"] >= after
+    )
+    assert not trainer.train()
+    return trainer
+
+
+def assert_same_runs(one: Path, other: Path) -> None:
+    """The same updates, and the same policy in the end: every tensor of every file."""
+    assert updates(one) == updates(other)
+    files = [sorted((run / "policy").rglob("*.safetensors")) for run in (one, other)]
+    assert files[0] and [path.relative_to(one) for path in files[0]] == [
+        path.relative_to(other) for path in files[1]
+    ]
+    for mine, theirs in zip(*files, strict=True):
+        first, second = load_file(mine), load_file(theirs)
+        assert first.keys() == second.keys(), mine
+        assert all(torch.equal(first[name], second[name]) for name in first), mine
 
 
 def assert_one_line(err: str, *words: str) -> None:

@@ -16,7 +16,7 @@ from meal_fast.config.run_dir import read_config
 from meal_fast.evaluation import comparison_spec
 from meal_fast.models import threads
 from meal_fast.training.trainer import Trainer
-from tests.helpers.processes import ROOT, SMALL, refused, train_here, updates
+from tests.helpers.processes import ROOT, SMALL, refused, stopped, train_here, updates
 
 TINY = ["tiny", *SMALL, "--meta.steps", "2", "--checkpoint_every", "1", "--no-evaluate"]
 # Large enough that torch and MKL split the work, which they do not for the tiny preset itself.
@@ -74,9 +74,7 @@ def test_on_a_cpu_repeated_places_add_up_in_order(tmp_path):
 def test_a_resumed_run_takes_its_own_number(tmp_path, capfd):
     run, straight = tmp_path / "run", tmp_path / "straight"
     assert train_here(*TINY, "--threads", "2", "--out", str(straight)) == 0
-    first = Trainer(read_config(straight), run)
-    first.on_update = lambda metrics: setattr(first, "stop_requested", True)
-    assert not first.train() and first.step == 1
+    assert stopped(read_config(straight), run).step == 1
     capfd.readouterr()
     other = ["--resume", "--no-evaluate", "--out", str(run), "--threads", "1"]
     refused(capfd, other, "--resume with a changed config: threads (2 -> 1)")

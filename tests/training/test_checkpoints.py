@@ -10,7 +10,7 @@ from meal_fast.config.presets import preset
 from meal_fast.config.run_dir import read_metrics
 from meal_fast.training.metrics import MetricsLog
 from meal_fast.training.trainer import Trainer
-from tests.helpers.processes import one_thread, updates  # noqa: F401  (a fixture)
+from tests.helpers.processes import assert_same_runs, one_thread, stopped, updates  # noqa: F401  (a fixture)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -28,16 +28,14 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path, recipe, more):
     config = dataclasses.replace(config, checkpoint_every=1)
     straight, halves = tmp_path / "straight", tmp_path / "halves"
     assert Trainer(config, straight).train()
-    first = Trainer(config, halves)
-    first.on_update = lambda metrics: setattr(first, "stop_requested", metrics["update"] >= 7)
-    assert not first.train() and first.step == 2
+    assert stopped(config, halves, after=7).step == 2
     held = torch.load(halves / "checkpoint.pt", weights_only=True)
     assert {"version", "step", "tokens", "metrics_bytes", "outer", "experience"} == held.keys()
     assert held["experience"].get("update", 8) == 8
     held["experience"] |= more
     torch.save(held, halves / "checkpoint.pt")
     assert Trainer(config, halves, resume=True).train()
-    assert updates(halves) == updates(straight)
+    assert_same_runs(halves, straight)
 
 
 def test_lines_are_written_in_the_order_of_updates_and_the_last_waits(tmp_path):

@@ -16,7 +16,7 @@ from meal_fast.data_types import Prompt
 from meal_fast.rollout import Request, rollout
 from meal_fast.training.collectors.meal import Meal, relabelled
 from meal_fast.training.trainer import Trainer
-from tests.helpers.processes import one_thread, refused, updates  # noqa: F401  (a fixture)
+from tests.helpers.processes import assert_same_runs, one_thread, refused, stopped, updates  # noqa: F401  (a fixture)
 from tests.helpers.recorded import task
 from tests.helpers.run_folder import tiny_policy
 
@@ -190,11 +190,9 @@ def test_every_switch_trains_and_resumes_bit_for_bit(tmp_path, switches):
     )
     straight, halves = tmp_path / "straight", tmp_path / "halves"
     assert Trainer(config, straight).train()
-    first = Trainer(config, halves)
-    first.on_update = lambda metrics: setattr(first, "stop_requested", True)
-    assert not first.train()
+    stopped(config, halves)
     assert Trainer(config, halves, resume=True).train()
-    assert updates(halves) == updates(straight)
+    assert_same_runs(halves, straight)
     rows = updates(straight)
     assert len(rows) == 12 and all(0 < row["acceptance"] <= 1 for row in rows)
     assert ("delta_norm" in rows[3]) == (switches.get("outer") == "reptile+net")

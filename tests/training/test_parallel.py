@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from meal_fast.config.config import Config, PolicyConfig, from_dict
@@ -14,7 +14,15 @@ from meal_fast.data_types import Prompt
 from meal_fast.models.policy import LoRAPolicy, load_policy
 from meal_fast.rollout import Engine, Request, Sampling
 from meal_fast.training.trainer import Trainer
-from tests.helpers.processes import SMALL, one_thread, refused, train_here, updates  # noqa: F401
+from tests.helpers.processes import (  # noqa: F401
+    SMALL,
+    assert_same_runs,
+    one_thread,
+    refused,
+    stopped,
+    train_here,
+    updates,
+)
 from tests.helpers.run_folder import NAMES, tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -130,16 +138,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, adam):
     assert train_here(*argv, "--out", str(tmp_path / "straight")) == 0
     assert [line["update"] for line in updates(tmp_path / "straight")] == list(range(16))
 
-    broken = Trainer(read_config(tmp_path / "straight"), tmp_path / "broken")
-    broken.on_update = lambda metrics: setattr(broken, "stop_requested", metrics["update"] >= 5)
-    assert not broken.train() and broken.step == 2
+    config = read_config(tmp_path / "straight")
+    assert stopped(config, tmp_path / "broken", after=5).step == 2
     assert train_here(*argv, "--out", str(tmp_path / "broken"), "--resume") == 0
-    assert updates(tmp_path / "broken") == updates(tmp_path / "straight")
-    ends = [
-        AutoModelForCausalLM.from_pretrained(tmp_path / name / "policy").state_dict()
-        for name in ("broken", "straight")
-    ]
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert_same_runs(tmp_path / "broken", tmp_path / "straight")
 
 
 # ---- the engine's rows and the learner's tokens, each through its own adapter

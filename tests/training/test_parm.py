@@ -27,7 +27,14 @@ from meal_fast.training.losses.grpo import packed
 from meal_fast.training.losses.parm import orders, pair_loss, parm
 from meal_fast.training.trainer import Trainer
 from tests.helpers.models import small_model
-from tests.helpers.processes import one_thread, refused, train_here, updates  # noqa: F401  (a fixture)
+from tests.helpers.processes import (  # noqa: F401  (a fixture)
+    assert_same_runs,
+    one_thread,
+    refused,
+    stopped,
+    train_here,
+    updates,
+)
 from tests.helpers.recorded import task
 from tests.training.test_grpo import gradients
 
@@ -488,13 +495,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     config = parm_config(meta={"steps": 3}, checkpoint_every=1, grpo={"recompute": True})
     straight, halves = tmp_path / "straight", tmp_path / "halves"
     assert Trainer(config, straight).train()
-    first = Trainer(config, halves)
-    first.on_update = lambda metrics: setattr(first, "stop_requested", True)
-    assert not first.train()
+    stopped(config, halves)
     assert Trainer(config, halves, resume=True).train()
-    assert updates(halves) == updates(straight)
-    one, other = (load_file(folder / "policy" / GUIDE) for folder in (straight, halves))
-    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+    assert_same_runs(halves, straight)
+    assert (halves / "policy" / GUIDE).is_file()
     rows = updates(straight)
     assert len(rows) == 12 and rows[0]["loss"] > 0 and any(row["grad_norm"] > 0 for row in rows)
     held = json.loads((straight / "config.json").read_text())

@@ -29,7 +29,14 @@ from meal_fast.training.collectors.ric import (
 )
 from meal_fast.training.losses.sft import sft
 from meal_fast.training.trainer import Trainer
-from tests.helpers.processes import one_thread, refused, train_here, updates  # noqa: F401  (a fixture)
+from tests.helpers.processes import (  # noqa: F401  (a fixture)
+    assert_same_runs,
+    one_thread,
+    refused,
+    stopped,
+    train_here,
+    updates,
+)
 from tests.helpers.recorded import task
 from tests.helpers.run_folder import tiny_policy
 
@@ -322,12 +329,9 @@ def test_a_run_on_a_data_set_goes_online_after_it_and_resumes(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     Trainer(config, whole).train()
     assert [row["tokens"] > 0 for row in updates(whole)] == [False, False, True, True]
-    first = Trainer(config, parts)
-    first.stop_requested = True
-    assert first.train() is False
+    stopped(config, parts)
     Trainer(config, parts, resume=True).train()
-    plain = [{k: v for k, v in row.items() if k != "seconds"} for row in updates(whole)]
-    assert [{k: v for k, v in row.items() if k != "seconds"} for row in updates(parts)] == plain
+    assert_same_runs(parts, whole)
 
 
 def test_a_data_set_that_cannot_be_used_is_refused_before_anything_else(tmp_path):

@@ -27,9 +27,11 @@ from tests.helpers.processes import (  # noqa: F401  (a fixture)
     ROOT,
     SMALL,
     assert_one_line,
+    assert_same_runs,
     one_thread,
     refused,
     start,
+    stopped,
     train_here,
     updates,
     wait_for_updates,
@@ -133,21 +135,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, recipe, tuning, adam):
     assert train_here(*argv, "--out", str(tmp_path / "straight")) == 0
 
     config = read_config(tmp_path / "straight")
-    broken = Trainer(config, tmp_path / "broken")
-
-    def stop(metrics):  # as the signal handler does, in the middle of a meta-step
-        broken.stop_requested = metrics["update"] >= 5
-
-    broken.on_update = stop
-    assert not broken.train() and broken.step == 2
+    # In the middle of a meta-step, as the signal handler does.
+    assert stopped(config, tmp_path / "broken", after=5).step == 2
     assert train_here(*argv, "--out", str(tmp_path / "broken"), "--resume") == 0
-
-    assert updates(tmp_path / "broken") == updates(tmp_path / "straight")
-    ends = [
-        AutoModelForCausalLM.from_pretrained(tmp_path / name / "policy").state_dict()
-        for name in ("broken", "straight")
-    ]
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert_same_runs(tmp_path / "broken", tmp_path / "straight")
 
 
 def test_metrics_after_the_checkpoint_are_dropped_and_made_again(tmp_path):
