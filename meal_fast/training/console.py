@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from meal_fast.common import write_atomic
 from meal_fast.config.run_dir import flat, read_json
@@ -20,20 +21,28 @@ from meal_fast.config.run_dir import flat, read_json
 class Display:
     """Show a live line on a terminal, one plain line an update elsewhere."""
 
-    def __init__(self, updates: int | None, done: int, progress: float) -> None:
+    def __init__(
+        self,
+        updates: int | None,
+        done: int,
+        progress: float,
+        console: Console | None = None,  # default: that of stderr
+    ) -> None:
         self.updates = updates  # None: a budget of tokens ends the run
         self._started, self._first = time.perf_counter(), progress
-        self._live = sys.stderr.isatty()
+        self._live = console is not None or sys.stderr.isatty()
+        # A narrow terminal takes lines of the metrics, and nothing of how far the run is.
         self._bar = Progress(
-            TextColumn("[bold]update"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[line]}"),
-            console=Console(stderr=True),
+            TextColumn("[bold]update", table_column=Column(no_wrap=True)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=12, table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[line]}", table_column=Column(no_wrap=False)),
+            console=console or Console(stderr=True),
             disable=not self._live,
         )
-        self._task = self._bar.add_task("", total=updates, completed=done, line="starting")
+        self._task = self._bar.add_task("", total=updates, completed=done, line="starting", left="")
 
     def __enter__(self) -> Display:
         self._bar.start()
@@ -46,12 +55,12 @@ class Display:
         done = metrics["update"] + 1
         progress = metrics["progress"]
         pace = (time.perf_counter() - self._started) / (progress - self._first)
-        line = f"{describe(metrics)}  left {clock(pace * (1.0 - progress))}"
+        line, left = describe(metrics), f"left {clock(pace * (1.0 - progress))}"
         if self._live:
-            self._bar.update(self._task, completed=done, line=line)
+            self._bar.update(self._task, completed=done, line=line, left=left)
         else:
             of = f"{progress:.0%}" if self.updates is None else f"{done}/{self.updates}"
-            print(f"update {of}  {line}", file=sys.stderr, flush=True)
+            print(f"update {of}  {line}  {left}", file=sys.stderr, flush=True)
 
 
 def describe(metrics: dict[str, Any]) -> str:
