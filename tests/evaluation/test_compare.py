@@ -15,7 +15,7 @@ from meal_fast.config.presets import preset
 from meal_fast.config.run_dir import shared_statistics
 from meal_fast.evaluation import comparison_run, comparison_spec
 from meal_fast.evaluation.comparison import Method
-from tests.helpers.processes import ENVIRONMENT, ROOT, one_thread, wait_for_updates  # noqa: F401
+from tests.helpers.processes import ENVIRONMENT, ROOT, wait_for_updates
 
 CHEAP = [
     "--rollout.prompts", "1", "--rollout.samples", "4", "--score.calibration", "4",
@@ -40,7 +40,7 @@ def stamps(folder):
     return {p: p.stat().st_mtime_ns for p in folder.rglob("runs/**/*") if p.is_file()}
 
 
-def test_two_recipes_two_seeds_and_going_on(tmp_path, capsys, one_thread, monkeypatch):  # noqa: F811
+def test_two_recipes_two_seeds_and_going_on(tmp_path, capsys, one_thread, monkeypatch):
     out = tmp_path / "c"
     first = [*BASE, *TWO, "--out", out, "--seeds", "0"]
     assert run(*first) == 0
@@ -113,7 +113,7 @@ def test_two_recipes_two_seeds_and_going_on(tmp_path, capsys, one_thread, monkey
         assert err.count("\n") == 1 and words in err
 
 
-def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, capsys, one_thread):  # noqa: F811
+def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, capsys, one_thread):
     out = tmp_path / "c"
     argv = [*BASE, "--recipes", "grid-grpo", "--seeds", "0", "--out", out]
     argv += ["--score.calibration", "32", "--ablate", "normalization=max"]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.helpers.processes import ROOT, one_thread  # noqa: F401  (a fixture)
+from tests.helpers.processes import ROOT
 
 PATH = ROOT / "examples" / "minimal_loop.py"
 

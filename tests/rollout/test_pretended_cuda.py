@@ -34,7 +34,7 @@ from meal_fast.training.trainer import Trainer
 from tests.data.test_objectives import bert_tokenizer, save
 from tests.helpers import pretend
 from tests.helpers.processes import SMALL as PROCESS_SMALL
-from tests.helpers.processes import one_thread, train_here, updates  # noqa: F401  (a fixture)
+from tests.helpers.processes import train_here, updates
 from tests.helpers.recorded import task
 
 pytestmark = [

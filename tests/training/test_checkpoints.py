@@ -10,7 +10,7 @@ from meal_fast.config.presets import preset
 from meal_fast.config.run_dir import read_metrics
 from meal_fast.training.metrics import MetricsLog
 from meal_fast.training.trainer import Trainer
-from tests.helpers.processes import assert_same_runs, one_thread, stopped, updates  # noqa: F401  (a fixture)
+from tests.helpers.processes import assert_same_runs, stopped
 
 
 @pytest.mark.usefixtures("one_thread")

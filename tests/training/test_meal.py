@@ -16,7 +16,7 @@ from meal_fast.data_types import Prompt
 from meal_fast.rollout import Request, rollout
 from meal_fast.training.collectors.meal import Meal, relabelled
 from meal_fast.training.trainer import Trainer
-from tests.helpers.processes import assert_same_runs, one_thread, refused, stopped, updates  # noqa: F401  (a fixture)
+from tests.helpers.processes import assert_same_runs, refused, stopped, updates
 from tests.helpers.recorded import task
 from tests.helpers.run_folder import tiny_policy
 

@@ -20,7 +20,7 @@ from meal_fast.data_types import Prompt
 from meal_fast.models.model_soup import FILE, Family, load_served
 from meal_fast.rollout import Request, rollout
 from meal_fast.training.trainer import Trainer
-from tests.helpers.processes import SMALL, assert_one_line, one_thread, refused, train_here, updates  # noqa: F401  (a fixture)
+from tests.helpers.processes import SMALL, assert_one_line, refused, train_here, updates
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,15 +14,7 @@ from meal_fast.data_types import Prompt
 from meal_fast.models.policy import LoRAPolicy, load_policy
 from meal_fast.rollout import Engine, Request, Sampling
 from meal_fast.training.trainer import Trainer
-from tests.helpers.processes import (  # noqa: F401
-    SMALL,
-    assert_same_runs,
-    one_thread,
-    refused,
-    stopped,
-    train_here,
-    updates,
-)
+from tests.helpers.processes import SMALL, assert_same_runs, refused, stopped, train_here, updates
 from tests.helpers.run_folder import NAMES, tiny_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")

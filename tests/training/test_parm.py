@@ -27,14 +27,7 @@ from meal_fast.training.losses.grpo import packed
 from meal_fast.training.losses.parm import orders, pair_loss, parm
 from meal_fast.training.trainer import Trainer
 from tests.helpers.models import small_model
-from tests.helpers.processes import (  # noqa: F401  (a fixture)
-    assert_same_runs,
-    one_thread,
-    refused,
-    stopped,
-    train_here,
-    updates,
-)
+from tests.helpers.processes import assert_same_runs, refused, stopped, train_here, updates
 from tests.helpers.recorded import task
 from tests.training.test_grpo import gradients
 

@@ -17,7 +17,7 @@ from meal_fast.data_types import Weighted
 from meal_fast.training import recipes
 from meal_fast.training.collectors.base import Sampled
 from meal_fast.training.recipes import recipe_of
-from tests.helpers.processes import one_thread, refused, updates  # noqa: F401  (a fixture)
+from tests.helpers.processes import refused, updates
 from tests.training.test_grpo import TEMPERATURE, setting  # noqa: F401  (a fixture)
 from tests.training.test_parallel import watched
 

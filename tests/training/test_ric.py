@@ -29,14 +29,7 @@ from meal_fast.training.collectors.ric import (
 )
 from meal_fast.training.losses.sft import sft
 from meal_fast.training.trainer import Trainer
-from tests.helpers.processes import (  # noqa: F401  (a fixture)
-    assert_same_runs,
-    one_thread,
-    refused,
-    stopped,
-    train_here,
-    updates,
-)
+from tests.helpers.processes import assert_same_runs, refused, stopped, train_here, updates
 from tests.helpers.recorded import task
 from tests.helpers.run_folder import tiny_policy
 

@@ -10,7 +10,7 @@ from meal_fast.data.preferences import RIC_EVALUATION, evaluation_weights
 from meal_fast.data.prompts import hh_prompt, tldr_prompt
 from tests.data.test_objectives import HUB_CASES, checkpoints  # noqa: F401  (a fixture)
 from tests.data.test_prompts import hub_folder, own_cache  # noqa: F401  (a fixture, for all tests)
-from tests.helpers.processes import one_thread, train_here, updates  # noqa: F401  (a fixture)
+from tests.helpers.processes import train_here, updates
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

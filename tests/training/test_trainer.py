@@ -22,13 +22,12 @@ from meal_fast.config.presets import preset
 from meal_fast.config.run_dir import read_config
 from meal_fast.data.toy import build_world
 from meal_fast.training.trainer import Trainer
-from tests.helpers.processes import (  # noqa: F401  (a fixture)
+from tests.helpers.processes import (
     ENVIRONMENT,
     ROOT,
     SMALL,
     assert_one_line,
     assert_same_runs,
-    one_thread,
     refused,
     start,
     stopped,

@@ -16,7 +16,7 @@ from meal_fast.data_types import Prompt
 from meal_fast.models.policy import load_policy
 from meal_fast.rollout import Request, rollout
 from meal_fast.training.trainer import Trainer
-from tests.helpers.processes import SMALL, one_thread, start, updates, wait_for_updates  # noqa: F401  (a fixture)
+from tests.helpers.processes import SMALL, start, updates, wait_for_updates
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
