@@ -10,296 +10,31 @@ what the papers leave open.
 from __future__ import annotations
 
 import dataclasses
-import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from meal_fast.common import require
 
-from . import rules
-from .algorithms import CHOICES, MealConfig, ParmConfig, RejectionConfig, RicConfig
+from . import algorithms, rules, sections
+from .algorithms import MealConfig, ParmConfig, RejectionConfig, RicConfig
 from .recipes import RECIPES, spec_of
-from .schema import check_device, opt, replaced
+from .schema import opt, replaced
+from .sections import (
+    EvaluationConfig,
+    GRPOConfig,
+    Logger,
+    MetaConfig,
+    PolicyConfig,
+    PreferenceConfig,
+    PromptConfig,
+    RolloutConfig,
+    ScoreConfig,
+)
 
 RecipeName = str  # of RECIPES
-Tuning = Literal["lora", "full", "bilinear"]
-Dtype = Literal["auto", "float32", "tfloat32", "bfloat16"]
-Normalization = Literal["max", "standard", "tanh", "none"]
-KLEstimator = Literal["k1", "k2", "k3", "exact"]
-Reduce = Literal["grpo", "dapo", "dr_grpo"]
-AdamMode = Literal["persist_v", "reset", "per_preference"]
-PreferenceText = Literal["bar", "numbers", "scores", "none"]
-Logger = Literal["none", "tensorboard", "wandb"]
-Backend = Literal["engine", "generate", "vllm"]
-_CHOICES = CHOICES | {
-    "Tuning": Tuning,
-    "Dtype": Dtype,
-    "Normalization": Normalization,
-    "KLEstimator": KLEstimator,
-    "Reduce": Reduce,
-    "AdamMode": AdamMode,
-    "PreferenceText": PreferenceText,
-    "Logger": Logger,
-    "Backend": Backend,
-}
-
-
-@dataclass(frozen=True)
-class PolicyConfig:
-    """The model that is trained, and how it reads a preference."""
-
-    path: str = opt(
-        "packaged:smollm2-135m",
-        "The model to train: packaged:NAME, world:NAME, a local folder or a hub name.",
-    )
-    tuning: Tuning = opt(
-        "lora",
-        "What is trained: LoRA adapters, or every parameter; recipe parm trains bilinear adapters.",
-    )
-    lora_rank: int = opt(
-        16, "Rank of the LoRA factors; of bilinear adapters, the rank of each of the two terms."
-    )
-    lora_alpha: int = opt(32, "Scale of LoRA: the update of a weight is alpha/rank * B A.")
-    dtype: Dtype = opt(
-        "auto",
-        "Type of frozen weights and of products; what is trained is float32. tfloat32 "
-        "is float32 with products of 10 bits on a GPU. auto means float32 on a CPU; on "
-        "a GPU bfloat16, and tfloat32 where tuning is full.",
-    )
-    preference_text: PreferenceText = opt(
-        "bar",
-        "How the policy reads w: as numbers with a bar of marks, or as numbers alone. "
-        "Recipes choose none (no text) and scores (rewards) by themselves.",
-    )
-    device: str = opt(
-        "auto", "Where the policy is: cpu, cuda, cuda:N, or auto, which is cuda where there is one."
-    )
-
-    def __post_init__(self) -> None:
-        check_device("policy.device", self.device)
-        require(self.lora_rank >= 1, "policy.lora_rank", self.lora_rank, "must be at least 1")
-        require(self.lora_alpha > 0, "policy.lora_alpha", self.lora_alpha, "must be positive")
-        full_bf16 = self.tuning == "full" and self.dtype == "bfloat16"
-        require(
-            not full_bf16,
-            "policy.dtype",
-            self.dtype,
-            "full-parameter training needs float32: a bf16 step at |weight| 0.02 is 1.2e-4 and "
-            "loses updates of 1e-6; use auto, float32, or tfloat32 on a GPU",
-        )
-
-
-@dataclass(frozen=True)
-class PromptConfig:
-    """The prompts, of training and held out."""
-
-    train: str = opt(
-        "packaged:mixed",
-        "The training prompts: packaged:NAME, a .jsonl or .txt file, or a hub data set.",
-    )
-    evaluation: str = opt(
-        "", "The held-out prompts, in the same forms; empty takes the held-out split of `train`."
-    )
-    max_tokens: int = opt(256, "Prompts with more tokens than this are left out.")
-
-    def __post_init__(self) -> None:
-        require(bool(self.train), "prompts.train", self.train, "name a prompt set")
-        require(self.max_tokens >= 1, "prompts.max_tokens", self.max_tokens, "must be positive")
-
-
-@dataclass(frozen=True)
-class PreferenceConfig:
-    """Which preferences w are trained."""
-
-    alpha: float = opt(
-        1.0, "Concentration of the Dir(alpha) that training preferences are drawn from [P]."
-    )
-    grid: int = opt(
-        11,
-        "Points a side of the simplex lattice that draws are mapped onto [P]; 0 keeps "
-        "them as drawn.",
-    )
-    rotate: bool = opt(
-        False, "Whether a meta-step's tasks are rotations of one draw, such as (w, 1 - w) [R]."
-    )
-    models: int = opt(
-        3, "Recipe morlhf: points a side of the lattice of preferences that have a model each."
-    )
-
-    def __post_init__(self) -> None:
-        require(self.alpha > 0, "preference.alpha", self.alpha, "must be positive")
-        require(
-            self.grid == 0 or self.grid >= 2,
-            "preference.grid",
-            self.grid,
-            "must be 0 (continuous) or at least 2 points",
-        )
-        require(self.models >= 2, "preference.models", self.models, "must be at least 2 points")
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    """How responses are sampled."""
-
-    prompts: int = opt(4, "Prompts of an inner update.")
-    samples: int = opt(8, "Responses to each prompt: the group size G of GRPO.")
-    max_new_tokens: int = opt(48, "The most tokens that a response may have.")
-    temperature: float = opt(0.9, "Temperature of the sampler, and of every log-probability [P].")
-    max_cache_bytes: int = opt(
-        0, "Bytes for keys and values; 0 takes 2 GiB on a CPU, half of what is free on a GPU."
-    )
-    backend: Backend = opt(
-        "engine", "What samples: this package's engine, transformers' generate, or vLLM."
-    )
-
-    def __post_init__(self) -> None:
-        require(self.prompts >= 1, "rollout.prompts", self.prompts, "must be at least 1")
-        require(
-            self.samples >= 2,
-            "rollout.samples",
-            self.samples,
-            "must be at least 2: a group-relative advantage compares the samples of a prompt",
-        )
-        require(self.max_new_tokens >= 1, "rollout.max_new_tokens", self.max_new_tokens, "≥ 1")
-        require(self.temperature > 0, "rollout.temperature", self.temperature, "must be positive")
-        require(
-            self.max_cache_bytes >= 0,
-            "rollout.max_cache_bytes",
-            self.max_cache_bytes,
-            "must be 0 (automatic) or positive",
-        )
-
-
-@dataclass(frozen=True)
-class ScoreConfig:
-    """How K rewards and w become one score."""
-
-    normalization: Normalization = opt(
-        "max", "How rewards are normalised before they are made one score [P]."
-    )
-    mu: float = opt(0.1, "Smoothing of the Tchebycheff score [P].")
-    utopia: tuple[float, ...] = opt(
-        (),
-        "The utopia point z*, one number for each objective in normalised units; empty "
-        "takes it from the calibration sample.",
-    )
-    calibration: int = opt(
-        64, "Responses of the base model that fix the reward statistics and z* [R]."
-    )
-    statistics: str = opt(
-        "",
-        "Another run's statistics.json, whose statistics and z* are shared; empty calibrates anew.",
-    )
-
-    def __post_init__(self) -> None:
-        require(self.mu > 0, "score.mu", self.mu, "must be positive")
-        require(
-            all(math.isfinite(z) for z in self.utopia), "score.utopia", self.utopia, "not finite"
-        )
-        require(self.calibration >= 2, "score.calibration", self.calibration, "must be at least 2")
-
-
-@dataclass(frozen=True)
-class GRPOConfig:
-    """An inner update: its optimiser, its loss, and the memory that it takes."""
-
-    lr: float = opt(1e-6, "Learning rate of AdamW; it follows a cosine over the run's updates [P].")
-    weight_decay: float = opt(0.0, "Weight decay of AdamW.")
-    beta: float = opt(0.1, "Coefficient of the KL term to the frozen base model [P].")
-    kl: KLEstimator = opt("k3", "Estimator of that KL.")
-    clip_low: float = opt(0.2, "The importance ratio is clipped below at 1 minus this.")
-    clip_high: float = opt(0.2, "The importance ratio is clipped above at 1 plus this.")
-    reduce: Reduce = opt(
-        "grpo",
-        "How token losses are reduced: a mean of each sequence's mean (grpo), a mean "
-        "over tokens (dapo), or a sum over a constant (dr_grpo).",
-    )
-    max_grad_norm: float = opt(1.0, "Gradients are clipped to this norm; 0 does not clip.")
-    keep: int = opt(
-        0,
-        "Rows of a group that GRPO learns from, those of the largest |advantage|; 0 keeps all [R].",
-    )
-    epochs: int = opt(1, "Updates made from each rollout.")
-    micro_tokens: int = opt(
-        0,
-        "Tokens of one forward and backward pass: fewer need less memory. 0 takes 1024 "
-        "on a CPU, and on a GPU what memory has room for.",
-    )
-    recompute: bool = opt(
-        False,
-        "Whether only each layer's input is kept for the gradient, which needs less memory still.",
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("lr",):
-            require(getattr(self, name) > 0, f"grpo.{name}", getattr(self, name), "positive")
-        for name in ("weight_decay", "beta", "clip_low", "clip_high", "max_grad_norm", "keep"):
-            value = getattr(self, name)
-            require(value >= 0, f"grpo.{name}", value, "must not be negative")
-        require(self.clip_low < 1, "grpo.clip_low", self.clip_low, "must be below 1")
-        require(self.epochs >= 1, "grpo.epochs", self.epochs, "must be at least 1")
-        n = self.micro_tokens
-        require(n >= 0, "grpo.micro_tokens", n, "must be 0 (automatic) or positive")
-
-
-@dataclass(frozen=True)
-class MetaConfig:
-    """The outer loop: how many meta-steps, of what, and when the run ends."""
-
-    steps: int = opt(400, "Number T of meta-steps [P].")
-    tasks: int = opt(
-        2, "Preferences of a meta-step, B_w [P]; recipes with several models train all of them."
-    )
-    n_inner: int = opt(2, "Inner updates for each preference [R].")
-    epsilon: float = opt(1.5, "Step size of Reptile; it falls linearly to zero over the run [P].")
-    max_delta: float = opt(0.0, "The meta-update is clipped to this norm; 0 does not clip.")
-    adam: AdamMode = opt("persist_v", "What a task inherits of Adam's state.")
-    parallel: bool = opt(
-        False,
-        "Whether a meta-step's tasks go in one batch; needs LoRA, the engine and Reptile [R].",
-    )
-    tokens: int = opt(
-        0, "The run ends after this many generated tokens; 0 leaves that to meta.steps."
-    )
-
-    def __post_init__(self) -> None:
-        require(self.steps >= 1, "meta.steps", self.steps, "must be at least 1")
-        require(self.tasks >= 1, "meta.tasks", self.tasks, "must be at least 1")
-        require(self.n_inner >= 1, "meta.n_inner", self.n_inner, "must be at least 1")
-        require(self.epsilon > 0, "meta.epsilon", self.epsilon, "must be positive")
-        require(self.max_delta >= 0, "meta.max_delta", self.max_delta, "must not be negative")
-        require(self.tokens >= 0, "meta.tokens", self.tokens, "must be 0 (meta.steps) or positive")
-
-    def progress(self, updates: int, tokens: int) -> float:
-        """Give the share of the run that is done after so many updates and generated tokens."""
-        if self.tokens:
-            return min(tokens / self.tokens, 1.0)
-        return updates / (self.steps * self.tasks * self.n_inner)
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """The sweep over preferences when training has ended."""
-
-    prompts: int = opt(16, "Held-out prompts of a sweep.")
-    samples: int = opt(1, "Sampled responses for each prompt and weight, beside the greedy one.")
-    grid: int = opt(
-        11,
-        "Weights a side of the simplex lattice that is swept; 28 with K=2 is BPS's "
-        "Table 1, 13 with K=3 is RiC's [P].",
-    )
-    ask: str = opt("", "One more prompt, which is answered at four weights; empty asks none.")
-    statistics: str = opt(
-        "",
-        "Another run's statistics.json, by which results are measured; empty takes the run's own.",
-    )
-
-    def __post_init__(self) -> None:
-        require(self.prompts >= 1, "evaluation.prompts", self.prompts, "must be at least 1")
-        require(self.samples >= 1, "evaluation.samples", self.samples, "must be at least 1")
-        require(self.grid >= 2, "evaluation.grid", self.grid, "must be at least 2")
+_CHOICES = sections.CHOICES | algorithms.CHOICES
 
 
 @dataclass(frozen=True)

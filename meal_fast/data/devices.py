@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from meal_fast.config.config import Dtype, PolicyConfig
+from meal_fast.config.sections import Dtype, PolicyConfig
 
 DTYPES = {"float32": torch.float32, "tfloat32": torch.float32, "bfloat16": torch.bfloat16}
 
