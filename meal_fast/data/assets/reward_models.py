@@ -76,7 +76,7 @@ def read_rows(sources: Path, name: str) -> list[Row]:
         name, (("objective", 1), ("refusal_scorer", -1))
     ):
         for path in sorted((root / folder).glob("*.csv")):
-            for objective, response, score in _read_csv(path):
+            for objective, response, score in read_csv(path):
                 label = score if sign > 0 else 1.0 - score
                 merged.setdefault((objective, response), []).append(label)
     return [Row(o, r, sum(labels) / len(labels)) for (o, r), labels in sorted(merged.items())]
@@ -105,7 +105,7 @@ def texts(sources: Path) -> list[str]:
     return [row.objective for row in rows + ordinary_rows(sources)]
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, str, float]]:
+def read_csv(path: Path) -> Iterator[tuple[str, str, float]]:
     """(objective, response, mean human score) of each row; lines before the header are comments."""
     with path.open(encoding="utf-8", newline="") as file:
         lines = [line for line in csv.reader(file) if line and not line[0].startswith("#")]
