@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meal_fast.config.config import PreferenceConfig, from_dict
-from meal_fast.config.presets import preset
 from meal_fast.config.recipes import RECIPES, spec_of
 from meal_fast.config.run_dir import read_config
 from meal_fast.data.preferences import lattice, mates
