@@ -98,7 +98,7 @@ def compare(
     everything = [
         normalized(run.evaluation, model, mode).mean(1)
         for run in runs
-        for model in ("base", "trained")
+        for model in ("base", "policy")
         for mode in MODES
     ]
     reference_K = measures.reference_point(np.concatenate(everything))
@@ -108,9 +108,7 @@ def compare(
     def measure(run: Finished, model: str, mode: str) -> tuple[Quantities, Quantities]:
         return quantities_of(run.evaluation, model, mode, reference_K, draw_BP, distance)
 
-    found = {
-        mode: {(r.method, r.seed): measure(r, "trained", mode) for r in runs} for mode in MODES
-    }
+    found = {mode: {(r.method, r.seed): measure(r, "policy", mode) for r in runs} for mode in MODES}
     # the base model is the same in every run; its sampled answers differ with the seed
     most = max(methods, key=lambda m: sum(run.method == m for run in runs))
     base_runs = [run for run in runs if run.method == most]
@@ -136,7 +134,7 @@ def compare(
                 "seeds": [run.seed for run in own],
                 **_summary(
                     own,
-                    "trained",
+                    "policy",
                     {mode: [found[mode][method, run.seed] for run in own] for mode in MODES},
                 ),
                 "cost": cost([run.metrics for run in own], [run.peak_bytes for run in own]),
@@ -174,7 +172,7 @@ def measured_alike(runs: Sequence[Finished]) -> None:
                     f"{run.method.name}, seed {run.seed}: evaluated with other {what} than "
                     f"{runs[0].method.name}, seed {runs[0].seed}; use another folder for it"
                 )
-        if "prompt_pu" not in run.evaluation["results"]["trained"]["sampled"]:
+        if "prompt_pu" not in run.evaluation["results"]["policy"]["sampled"]:
             raise ValueError(
                 f"{run.method.name}, seed {run.seed}: evaluated by a version that kept no figures "
                 "by prompt; remove its evaluation.json"

@@ -21,7 +21,7 @@ from .claims import BPS_TABLE_1, BPS_TABLE_1_METHODS
 from .comparison import MEASURES
 from .html_page import figure, page
 from .plots import BASE, MODE_TITLES, MORE, MUTED, PAPER, SERIES, Draw
-from .report import interval, number, signed
+from .wording import interval, number, signed
 
 Result = dict[str, Any]
 Table = tuple[list[str], list[list[str]]]
@@ -67,6 +67,7 @@ def render(result: Result) -> str:
     published = _published(result)
     return page(
         "compare.html.j2",
+        script="knob.js",
         title=f"{result['preset']}: methods compared",
         what_ran=_what_ran(result),
         headline=headline(result),

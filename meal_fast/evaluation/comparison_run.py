@@ -15,6 +15,7 @@ from meal_fast.config.run_dir import read_json, read_metrics, read_statistics
 from .comparison import Finished, compare
 from .comparison_spec import Plan, Run
 from .runner import Outcome, run_all
+from .stored import read_evaluation
 
 
 def code_version() -> str:
@@ -74,7 +75,7 @@ def collect(plan: Plan, runs: Sequence[Run], record: Record) -> list[Finished]:
             cost = read_json(run.folder, "cost.json")
             # A process that trains several runs holds at its peak the largest of them.
             held = cost["peak_bytes"] if record.of(run.name)["alone"] else None
-        evaluation = read_json(run.folder, "evaluation.json")
+        evaluation = read_evaluation(run.folder)
         found.append(Finished(run.method, run.seed, evaluation, read_metrics(run.folder), held))
     return found
 

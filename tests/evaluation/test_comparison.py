@@ -30,7 +30,7 @@ def evaluation(points, pu, *, prompts=1, seen=(True, False, True), **changes):
         "prompt_rewards": reward,
         "prompt_pu": np.repeat(np.array(pu, dtype=float)[:, None], prompts, 1).tolist(),
     }
-    results = {model: {mode: entry for mode in comparison.MODES} for model in ("base", "trained")}
+    results = {model: {mode: entry for mode in comparison.MODES} for model in ("base", "policy")}
     settings = {"grid": 3, "prompts": prompts, "samples": 1, "ask": "", "temperature": 1.0}
     return {
         "names": NAMES,
@@ -183,7 +183,7 @@ def test_prompts_are_resampled_where_there_are_enough():
     runs = [finished(META, seed, prompts=6) for seed in range(3)]
     fixed = compare(runs, TINY, 200)["methods"][1]["measures"]["sampled"]["pu"]
     for run in runs:  # prompts of unlike difficulty, the same for all seeds
-        entry = run.evaluation["results"]["trained"]["sampled"]
+        entry = run.evaluation["results"]["policy"]["sampled"]
         spread = np.array(entry["prompt_pu"]) + rng.permutation(np.linspace(-0.1, 0.1, 6))
         entry["prompt_pu"] = spread.tolist()
     varied = compare(runs, TINY, 200)["methods"][1]["measures"]["sampled"]["pu"]
