@@ -86,13 +86,12 @@ def _middle(result: Result) -> str:
             np.array([r.largest for r in drawn if r is not None]),
             prompts=level_LP.shape[1],
         )
-        how = (
-            f"switches at {name}={rise.half:.2g}"
-            if rise.largest > 0.5
-            else f"is a dial, half-way at {name}={rise.half:.2g}"
-        )
-        a, b = rise.between
-        said.append(f"{name} {how} ({percent(share.to_dict())} of its change from {a:g} to {b:g})")
+        part, (a, b) = percent(share.to_dict()), rise.between
+        if rise.largest > 0.5:
+            how = f"switches at {name}={rise.half:.2g}: {part} of its change from {a:g} to {b:g}"
+        else:
+            how = f"changes gradually, half-way at {name}={rise.half:.2g}; largest step {part}"
+        said.append(f"{name} {how}")
     return "; ".join(said) or "nothing to tell, for no objective measurably follows the knob"
 
 
