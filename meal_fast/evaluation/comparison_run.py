@@ -89,7 +89,7 @@ def notes(plan: Plan, runs: Sequence[Run], record: Record, result: dict[str, Any
     if len(made) > 1 or any(" and " in code for code in made):
         each = "; ".join(f"{code or 'unknown'}: {', '.join(names)}" for code, names in made.items())
         said.append(f"Not all runs were made by one version of the code. {each}.")
-    for method in result["methods"][1:]:
+    for method in (m for m in result["methods"] if m["recipe"]):
         spent = method["cost"]["tokens"]
         if abs(spent - plan.tokens) > 0.05 * plan.tokens:
             said.append(
