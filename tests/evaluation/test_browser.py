@@ -15,9 +15,8 @@ from tests.evaluation.test_report import result, run  # noqa: F401  (fixtures)
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium")
-HOSTILE = (
-    "</script><script>document.title='taken'</script><img src=x onerror=document.title='taken'>"
-)
+TAKE = "document.title='taken'"
+HOSTILE = f"</script><script>{TAKE}</script><img src=x onerror={TAKE}>"
 
 
 def opened(page, folder, driver=""):
