@@ -291,9 +291,14 @@ def run_evaluation(run: Path, config: Config, statistics: dict[str, Any], say: P
     from meal_fast.data.prompts import load_prompts
     from meal_fast.data.reward_statistics import Normalizer
     from meal_fast.models.model_soup import load_served
+    from meal_fast.training.warmup import learned
 
     use_threads(config.threads)
     policy, family = load_served(run, config)
+    policies: dict[str, Context] = {"base": policy.reference, "policy": nullcontext}
+    if config.warmup.steps:
+        after = learned(run)
+        policies["warmup"] = lambda: policy.holding(after)
     objectives = load_objectives(config.objectives, config.objectives_device, policy.device)
     # a set of its own is held out as a whole; of the training set, one split is
     prompts = load_prompts(
@@ -316,6 +321,7 @@ def run_evaluation(run: Path, config: Config, statistics: dict[str, Any], say: P
         statistics["mu_evaluation"],
         prompts,
         config,
+        policies=policies,
         benign=benign,
         reference_point=statistics.get("reference_point"),
         progress=say,
