@@ -124,7 +124,9 @@ def test_lambda_one_without_a_net_keeps_what_was_asked():
     source = meal(meal={"lam": 1.0, "rho": 1.0})
     assert source.net is None and "net" not in source.state()
     batch = source.collect([task(PROMPTS, (0.5, 0.5), ("test", 0))])
-    asked = dict(zip(PROMPTS, source._preferences(task(PROMPTS, (0.5, 0.5), ("test", 0)))[0], strict=True))
+    chosen, drawn = source._preferences(task(PROMPTS, (0.5, 0.5), ("test", 0)))
+    asked = dict(zip(PROMPTS, chosen, strict=True))
+    assert all(drawn)
     for g, w in zip(batch.rolled.group_R.tolist(), batch.rolled.condition_RK.tolist(), strict=True):
         assert w == pytest.approx(asked[batch.rolled.prompts[g]])
 
@@ -132,8 +134,11 @@ def test_lambda_one_without_a_net_keeps_what_was_asked():
 def test_rho_is_how_often_a_preference_is_drawn():
     source = meal(meal={"rho": 0.3})
     own = (0.5, 0.5)  # of a net that has learnt nothing yet
-    asked = [w for i in range(200) for w in source._preferences(task(PROMPTS, (0.0, 1.0), ("test", i)))[0]]
+    tasks = [task(PROMPTS, (0.0, 1.0), ("test", i)) for i in range(200)]
+    asked = [w for one in tasks for w in source._preferences(one)[0]]
     drawn = np.mean([w != own for w in asked])
+    free = np.mean([f for one in tasks for f in source._preferences(one)[1]])
+    assert drawn <= free < 0.37
     assert 0.2 < drawn < 0.37  # 0.3, less the draws that are (0.5, 0.5)
     reptile = meal(meal={"rho": 1.0, "outer": "reptile+net"})
     assert reptile._preferences(task(PROMPTS, (0.0, 1.0), ("test", 0)))[0] == [(0.0, 1.0)] * 3
