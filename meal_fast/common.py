@@ -42,7 +42,9 @@ def require_simplex(w: Sequence[float], names: Sequence[str]) -> None:
 
 
 # What writes from right to left, or turns that off: it can make a line read as another one.
-_BIDIRECTIONAL = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_BIDIRECTIONAL = frozenset(
+    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)
 _UNSEEN = "\ufffd"
 
 

@@ -67,7 +67,9 @@ def train(config: Config, args: TrainArgs) -> None:
             fail(f"out={str(args.out)!r}: {error}; name a folder that can be written")
         except KeyboardInterrupt:
             again = " with --resume" if (args.out / "config.json").is_file() else ""
-            print(f"meal-fast: stopped before the first update; start again{again}", file=sys.stderr)
+            print(
+                f"meal-fast: stopped before the first update; start again{again}", file=sys.stderr
+            )
             sys.exit(130)
         loggers = Loggers(config.logger, args.out, to_dict(trainer.config))
         trainer.on_answers = both(display.answers, loggers.answers)

@@ -34,16 +34,15 @@ class Display:
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
         self._live = self._console.is_terminal and not self._console.is_dumb_terminal
-        no_wrap = {"table_column": Column(no_wrap=True)}
+        whole = Column(no_wrap=True)
         self._bar = Progress(
-            TextColumn("[bold]update", **no_wrap),  # type: ignore[arg-type]
-            TextColumn("{task.fields[counter]}", **no_wrap),  # type: ignore[arg-type]
-            BarColumn(bar_width=20, **no_wrap),  # type: ignore[arg-type]
-            TimeElapsedColumn(**no_wrap),  # type: ignore[arg-type]
-            TextColumn("{task.fields[left]}", **no_wrap),  # type: ignore[arg-type]
+            TextColumn("[bold]{task.description}", table_column=whole),
+            BarColumn(bar_width=20, table_column=whole),
+            TimeElapsedColumn(table_column=whole),
+            TextColumn("{task.fields[left]}", table_column=whole),
             auto_refresh=False,
         )
-        self._task = self._bar.add_task("", total=1.0, counter="–", left="")
+        self._task = self._bar.add_task("starting", total=1.0, left="")
         self._line = Text("starting")
         self._screen = Live(
             console=self._console, refresh_per_second=4, transient=True, get_renderable=self._shown
@@ -88,14 +87,14 @@ class Display:
         self._line = Text(describe(metrics))
         self._advance(done, progress, left)
         if not self._live:
-            of = f"{progress:.0%}" if self._updates is None else f"{done}/{self._updates}"
-            line = f"update {of}  {self._line.plain}" + (f"  {left}" if left else "")
+            counted = self._counted(done, progress)
+            line = f"update {counted}  {self._line.plain}" + (f"  {left}" if left else "")
             print(line, file=sys.stderr, flush=True)
         if done == 1 or done % ANSWERS_EVERY == 0:
             told: list[Mapping[str, Any]] = []
             for name, row in self._ends.items():
                 if not any(row is other for other in told):  # all were asked for one preference
-                    self._say(said(name, row))
+                    self._say(in_one_line(name, row))
                 told.append(row)
             self._ends = {}
         for warning in metrics.get("hacked", {}).values():
@@ -108,8 +107,11 @@ class Display:
             self._console.show_cursor(True)
 
     def _advance(self, done: int, progress: float, left: str = "") -> None:
-        counter = f"{progress:.0%}" if self._updates is None else f"{done}/{self._updates}"
-        self._bar.update(self._task, completed=progress, counter=counter, left=left)
+        said = f"update {self._counted(done, progress)}"
+        self._bar.update(self._task, description=said, completed=progress, left=left)
+
+    def _counted(self, done: int, progress: float) -> str:
+        return f"{progress:.0%}" if self._updates is None else f"{done}/{self._updates}"
 
     def _shown(self) -> Group:
         return Group(self._bar.get_renderable(), self._line)
@@ -164,7 +166,7 @@ def extremes(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     return chosen
 
 
-def said(name: str, row: Mapping[str, Any]) -> str:
+def in_one_line(name: str, row: Mapping[str, Any]) -> str:
     """Write an answer in one line: what was asked for, what was answered."""
     response = " ".join(printable(row["response"]).split())
     return f"  {name} {row['asked'][name]:.2f} | {response or '(nothing)'}"
