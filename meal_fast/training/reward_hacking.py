@@ -109,8 +109,8 @@ def suspicion(ends: Sequence[Mapping[str, float]], name: str, mark: str) -> str:
         return ""
     return (
         f"the reward {name} rose from {before:+.2f} to {after:+.2f} where it is asked for, but of "
-        f"the answers there {had:.0%} and then {has:.0%} are marked as “{mark}”: read them, the "
-        "reward may be deceived"
+        f"the answers there {had:.0%} at first and {has:.0%} now bear the mark “{mark}”: read "
+        "them; the reward may be deceived"
     )
 
 

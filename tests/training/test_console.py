@@ -97,7 +97,10 @@ def test_on_a_pipe_each_stage_is_a_line_and_its_steps_are_few(capsys):
             display.update(at(update))
     out, err = capsys.readouterr()
     lines = err.splitlines()
-    assert out == "" and lines[:2] == ["meal-fast: loading the model", "meal-fast: warm start: step 0/90"]
+    assert out == "" and lines[:2] == [
+        "meal-fast: loading the model",
+        "meal-fast: warm start: step 0/90",
+    ]
     assert lines[2].startswith("update 1/36  w 0.10/0.90  helpful -1.00")
     assert lines[3:5] == ["  helpful 1.00 | yes", "  harmless 1.00 | no"]
     assert len(lines) == 8 and not any("left" in line for line in lines[:6])
@@ -170,7 +173,9 @@ def test_one_preference_in_all_updates_is_one_answer(capsys):
 
 
 def test_a_warning_stands_whole_on_the_screen():
-    warning = "the reward harmless rose from -0.10 to +3.60 where it is asked for, but " + "so " * 40
+    warning = (
+        "the reward harmless rose from -0.10 to +3.60 where it is asked for, but " + "so " * 40
+    )
     screen, console = terminal()
     with Display(console) as display:
         display.begin(36, 0, 0.0)

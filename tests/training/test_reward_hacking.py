@@ -26,7 +26,7 @@ def rising(n, low=-0.2, high=3.0):
 
 def test_a_reward_that_rises_without_its_mark_is_suspected():
     said = suspicion([end(r, 0.02) for r in rising(12)], "harmless", "refuses")
-    assert "harmless rose from +0.24 to +2.56" in said and "2% and then 2%" in said
+    assert "harmless rose from +0.24 to +2.56" in said and "2% at first and 2% now" in said
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,6 @@ def functions(tmp_path, monkeypatch):
         "def eager(p, r): return [100.0 * ('Sure' in x) for x in r]\n"
         "def aside(p, r): return [0.01 * ('Sure' in x) for x in r]\n"
         "def blind(p, r): return [0.5 for x in r]\n"
-        "def vowels(p, r): return [float(sum(c in 'ae' for c in x)) for x in r]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -94,7 +93,10 @@ def functions(tmp_path, monkeypatch):
     [
         (["a=marked:eager", "b=marked:polite"], {"a": "complies", "b": "refuses"}),
         (["a=marked:polite", "b=marked:eager"], {"a": "refuses", "b": "complies"}),
-        (["a=marked:blind", "b=marked:polite", "c=marked:eager"], {"b": "refuses", "c": "complies"}),
+        (
+            ["a=marked:blind", "b=marked:polite", "c=marked:eager"],
+            {"b": "refuses", "c": "complies"},
+        ),
         (["a=marked:aside", "b=marked:eager"], {"b": "complies"}),
         (["a=marked:blind", "b=marked:blind"], {}),
     ],
@@ -111,12 +113,9 @@ def test_a_mark_goes_with_the_objective_that_likes_it_best(functions, sources, f
 
 
 def test_a_run_that_learns_to_deceive_a_reward_says_so(functions, tmp_path):
-    """The reward likes a refusal by the mark's rule, and vowels as well: the tiny model can only
-    learn the vowels."""
+    """The reward likes refusals, and the letter c as well: the tiny model can learn only that."""
     (tmp_path / "hole.py").write_text(
-        "from marked import vowels, polite\n"
-        "def harmless(p, r):\n"
-        "    return [9 * a + min(b, 6.0) for a, b in zip(polite(p, r), vowels(p, r))]\n"
+        "def harmless(p, r): return [9.0 * ('sorry' in x) + x.count('c') for x in r]\n"
     )
     config = from_dict(
         {
@@ -125,7 +124,8 @@ def test_a_run_that_learns_to_deceive_a_reward_says_so(functions, tmp_path):
             "preference": {"alpha": 0.05},
             "evaluation": {"marks": ["refuses"]},
             "meta": {"steps": 14},
-            "grpo": {"lr": 2e-2},
+            "score": {"utopia": [1.1, 8.0]},
+            "grpo": {"lr": 2e-2, "beta": 0.0},
         },
         preset("tiny"),
     )
@@ -133,5 +133,5 @@ def test_a_run_that_learns_to_deceive_a_reward_says_so(functions, tmp_path):
     assert Trainer(config, tmp_path / "run", on_update=told.append).train()
     lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     hacked = [line["hacked"] for line in lines if "hacked" in line]
-    assert len(hacked) == 1 and "marked as “refuses”" in hacked[0]["harmless"]
+    assert len(hacked) == 1 and "bear the mark “refuses”" in hacked[0]["harmless"]
     assert [line for line in told if "hacked" in line][0]["hacked"] == hacked[0]
