@@ -1,18 +1,13 @@
 """What a person sees of a run: on a terminal of any width, on a pipe, and of hostile answers."""
 
 import io
-import os
 import re
-import shutil
-import subprocess
-import sys
 import time
 
 import pytest
 from rich.console import Console
 
 from meal_fast.training.console import Display, Pace, about, extremes
-from tests.helpers.processes import ENVIRONMENT, ROOT, SMALL
 
 METRICS = {
     "update": 16,
