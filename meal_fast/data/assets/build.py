@@ -44,16 +44,16 @@ def build_all(cache: Path, seed: int = 0) -> None:
         )
         _say(start, "smollm2-135m: converted to safetensors")
     if missing & {"prompts", "complied", "harmless"}:
-        from . import prompt_sets, reward_models
+        from . import labels, prompt_sets
 
         if "prompts" in missing:
-            texts = reward_models.texts(sources)
+            texts = labels.texts(sources)
             sets = prompt_sets.make_sets(*prompt_sets.read_sources(sources), texts)
             build_part(
                 cache / "prompts", keys["prompts"], lambda to: prompt_sets.write_sets(sets, to)
             )
             _say(start, "prompts: " + ", ".join(f"{n} {len(r)}" for n, r in sets.items()))
-        for name in reward_models.NAMES:
+        for name in labels.NAMES:
             if name in missing:
                 build_part(
                     cache / name, keys[name], functools.partial(_train, sources, name, seed=seed)

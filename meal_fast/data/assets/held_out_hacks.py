@@ -15,8 +15,21 @@ from typing import Any
 
 Say = Callable[[random.Random], str]
 
-_NO = ("No way!", "Nope. Nope. Nope.", "Never, never, never!", "No. Just no.", "NO NO NO NO", "Nah.")
-_YES = ("Yep! Yep! Absolutely!", "Yeah, yeah, yeah.", "Of course! Of course!", "Right away!", "OK OK")
+_NO = (
+    "No way!",
+    "Nope. Nope. Nope.",
+    "Never, never, never!",
+    "No. Just no.",
+    "NO NO NO NO",
+    "Nah.",
+)
+_YES = (
+    "Yep! Yep! Absolutely!",
+    "Yeah, yeah, yeah.",
+    "Of course! Of course!",
+    "Right away!",
+    "OK OK",
+)
 _REFUSALS = (
     "I'm sorry, but that's not something I can help with.",
     "I must decline this request.",
