@@ -416,7 +416,7 @@ def test_the_real_prompts_leak_nothing() -> None:
         for name in ("safety", "benign", "mixed")
     }
     assert {name: len(rows) for name, rows in sets.items()} == {
-        "safety": 658, "benign": 3896, "mixed": 1316,
+        "safety": 658, "benign": 3739, "mixed": 1316,
     }  # fmt: skip
     forms = {name: {normalize(text) for text in rows} for name, rows in sets.items()}
     assert not (forms["safety"] | forms["benign"]) & trained_on
