@@ -16,6 +16,8 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 
 OWN = "DejaVu Sans"  # which matplotlib brings
+# Fonts that draw for every character a picture of its script, or nothing: a reader learns neither.
+PLACEHOLDERS = ("Last Resort", "LastResort", "Adobe Blank", "Unicode BMP Fallback")
 EXPLAINED = "[U+…]: a character that no font here has"
 
 
@@ -61,9 +63,9 @@ def family_of(char: str) -> str | None:
     """Name a font family that has a character: our own, else the first installed one, else None."""
     if _draws(findfont(OWN), char):
         return OWN
-    return next(
-        (f.name for f in sorted(fontManager.ttflist, key=_plain) if _draws(f.fname, char)), None
-    )
+    fonts = [f for f in fontManager.ttflist if not f.name.startswith(PLACEHOLDERS)]
+    fonts.sort(key=_plain)
+    return next((font.name for font in fonts if _draws(font.fname, char)), None)
 
 
 def _plain(font: FontEntry) -> tuple[bool, int, str]:

@@ -50,6 +50,12 @@ def test_what_no_font_has_is_written_as_code_points_and_said_to_be(tmp_path, not
     assert texts["Front of [U+5E2E U+52A9]"].get_fontfamily() == ["sans-serif"]
 
 
+def test_a_font_of_placeholders_is_none():
+    """Matplotlib brings one that has a box for every code point, private ones as well."""
+    assert glyphs.family_of("\U0010fffd") is None
+    assert glyphs.family_of("a") == glyphs.OWN
+
+
 def test_a_page_s_figure_leaves_the_name_to_the_browser_without_a_word():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
