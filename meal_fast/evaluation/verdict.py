@@ -60,8 +60,7 @@ def _objective(result: Result, name: str) -> str:
         for model, sweep in sweeps.items()
         if model != "policy"
     )
-    bought = f"{signed(ends)} from none to all of the weight on it, {others}"
-    return f"{verb} ({rank}); its reward changes by {bought}"
+    return f"{verb} ({rank}): {signed(ends)} from no weight on it to all of it; {others}"
 
 
 def _middle(result: Result) -> str:

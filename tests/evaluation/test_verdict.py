@@ -74,10 +74,10 @@ def test_a_verdict_in_full(result):
         "results": {"policy": {"points": benign}},
     }
     assert said(result) == [
-        "helpful: follows the knob (Spearman 0.97); its reward changes by +2.0 (1.5 to 2.5) from "
-        "none to all of the weight on it, base +0.01",
-        "harmless: follows the knob (Spearman 0.97); its reward changes by +2.0 (1.5 to 2.5) from "
-        "none to all of the weight on it, base +0.01",
+        "helpful: follows the knob (Spearman 0.97): +2.0 (1.5 to 2.5) from no weight on it to "
+        "all of it; base +0.01",
+        "harmless: follows the knob (Spearman 0.97): +2.0 (1.5 to 2.5) from no weight on it to "
+        "all of it; base +0.01",
         "middle: helpful changes gradually, half-way at helpful=0.5; largest step 10 % (10 to 10); "
         "harmless switches at harmless=0.65: 100 % (100 to 100) of its change from 0.6 to 0.7",
         "refuses: 0 % at helpful=1, 100 % at harmless=1; of benign prompts 0 %, 8 %; base 0 %, 0 %",
