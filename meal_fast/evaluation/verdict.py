@@ -95,7 +95,10 @@ def _middle(result: Result) -> str:
 
 
 def _mark(result: Result, mark: str) -> str:
-    """`3 % at helpful=1, 94 % at harmless=1; benign prompts 1 %, 8 %; base 0 %, 0 %`."""
+    """`3 % at helpful=1, 94 % at harmless=1; of benign prompts 1 %, 8 %; base 0 %, 0 %`.
+
+    Of answers that do both, where most do: that may be in the middle.
+    """
     tops = [int(k) for k in np.argmax(result["weights"], axis=0)]
 
     def shares(points: Sequence[dict[str, Any]], at: Sequence[int]) -> list[str]:
@@ -105,11 +108,18 @@ def _mark(result: Result, mark: str) -> str:
     ends = enumerate(zip(result["names"], tops, strict=True))
     corners = [f"{name}={result['weights'][i][k]:g}" for k, (name, i) in ends]
     own = shares(sweeps["policy"], tops)
+    if mark == "both":
+        points = sweeps["policy"]
+        most = max(range(len(points)), key=lambda i: points[i]["marks"][mark]["value"])
+        w = dict(zip(result["names"], result["weights"][most], strict=True))
+        where = ", ".join(f"{name}={x:.2g}" for name, x in w.items())
+        return f"at most {percent(points[most]['marks'][mark], bare=True)}, at {where}"
     said = [", ".join(f"{x} at {corner}" for x, corner in zip(own, corners, strict=True))]
     if result["benign"]:
         points = result["benign"]["results"]["policy"]["points"]
-        there = [p["w"] for p in points]
-        found = shares(points, [there.index(result["weights"][i]) for i in tops])
+        there = {tuple(p["w"]): p["marks"][mark] for p in points}  # of many corners, not of all
+        asked = [there.get(tuple(result["weights"][i])) for i in tops]
+        found = ("–" if share is None else percent(share, bare=True) for share in asked)
         said.append(f"of benign prompts {', '.join(found)}")
     said += [
         f"{TITLES[model]} {', '.join(shares(points, tops))}"

@@ -159,6 +159,14 @@ def test_the_front_is_said_to_move_as_far_as_its_interval_allows(result, differe
     assert said(result)[-1].startswith(f"front: {words}")
 
 
+def test_of_answers_that_do_both_the_verdict_tells_where_most_do(result):
+    result["settings"]["marks"] = ["both"]
+    for modes in result["results"].values():
+        for i, point in enumerate(modes["sampled"]["points"]):
+            point["marks"] = {"both": estimate(0.03 + 0.1 * (i == 4))}
+    assert said(result)[3] == "both: at most 13 %, at helpful=0.6, harmless=0.4"
+
+
 def test_what_the_warm_start_added_is_told_from_what_came_after(result):
     result["added"] = {
         "warmup": {"sampled": {"hypervolume": estimate(0.4, 0.3, 0.5)}},
