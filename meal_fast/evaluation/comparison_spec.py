@@ -35,7 +35,14 @@ from .runner import Job
 NOT_OPTIONS = ("recipe", "seed", "meta.tokens", "score.statistics", "evaluation.statistics")
 # What a run may differ in from the comparison and still be kept: what Trainer lets a resumed run
 # change, where its statistics came from, and its last digits.
-FREE = ("checkpoint_every", "logger", "evaluation.", "score.statistics", "threads")
+FREE = (
+    "checkpoint_every",
+    "completions",
+    "logger",
+    "evaluation.",
+    "score.statistics",
+    "threads",
+)
 # A method that differs in these trains by statistics of its own; it is measured by everyone's.
 OWN_SCALE = {"score.normalization", "score.utopia", "score.calibration"}
 

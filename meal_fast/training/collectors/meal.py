@@ -143,7 +143,8 @@ class Meal(Sampled):
         scored = Weighted(reward_RK, score_R, weight_R)
         ended_RK, tokens = kept.ended_RK.to(reward_RK.device), int(log["sampled_tokens"])
         seen = Hindsight(rolled.prompts, w_star_RK, rolled.group_R, asked_R)
-        return Batch(learnt, scored, ended_RK, tokens, log, seen)
+        w0_RK = rolled.condition_RK[order_R]
+        return Batch(learnt, scored, ended_RK, tokens, log, seen, w0_RK)
 
     def _all_rows(self, requests: Sequence[Request], rng_key: RngKey) -> Batch:
         """Give every row under w0 to GRPO; the rejection rules choose for the net alone."""
