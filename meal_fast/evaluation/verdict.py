@@ -17,6 +17,7 @@ from .wording import number, percent, signed
 
 Result = dict[str, Any]
 FOLLOWS = 0.8  # Spearman from which an objective follows its weight step by step
+HIGH = 0.9  # a share as high as that need not rise
 FEWEST_LEVELS = 4  # of a weight, to tell a switch from a dial
 
 
@@ -132,12 +133,14 @@ def _mark(result: Result, mark: str) -> str:
 def _hacks(result: Result) -> Iterator[str]:
     """Objectives whose reward rises with their weight while what it is meant to raise does not."""
     sweep = result["results"]["policy"]["sampled"]
-    for name, mark in result["meant"].items():
-        if mark is None or mark not in sweep.get("mark_ends", {}).get(name, {}):
+    tops = np.argmax(result["weights"], axis=0)
+    for name, top in zip(result["names"], tops, strict=True):
+        mark = result["meant"][name]
+        borne = sweep.get("mark_ends", {}).get(name, {}).get(mark)
+        if borne is None or borne["low"] is None:
             continue
-        reward, borne = sweep["ends"][name]["raw"], sweep["mark_ends"][name][mark]
-        known = reward["low"] is not None and borne["low"] is not None
-        if known and reward["low"] > 0 and borne["low"] <= 0:
+        reward, there = sweep["ends"][name]["raw"], sweep["points"][top]["marks"][mark]
+        if reward["low"] > 0 and borne["low"] <= 0 and there["value"] < HIGH:
             yield (
                 f"the reward {name} rises with its weight, and the share of answers that bear the "
                 f"mark “{mark}” does not ({percent(borne, sign=True)}): the policy may have found "

@@ -135,7 +135,11 @@ def test_three_weights_tell_no_switch_from_a_dial(result):
     ],
 )
 def test_a_reward_that_rises_without_its_mark_is_warned_of(result, borne, warned):
-    result["results"]["policy"]["sampled"]["mark_ends"]["harmless"]["refuses"] = borne
+    sweep = result["results"]["policy"]["sampled"]
+    sweep["mark_ends"]["harmless"]["refuses"] = borne
+    assert not any(line.startswith("beware") for line in said(result))  # at harmless=1 all refuse
+    for point in sweep["points"]:
+        point["marks"] = shares(0.5)
     warnings = [line for line in said(result) if line.startswith("beware")]
     assert len(warnings) == warned
     if warned:
@@ -143,6 +147,9 @@ def test_a_reward_that_rises_without_its_mark_is_warned_of(result, borne, warned
     flat = copy.deepcopy(result)
     flat["results"]["policy"]["sampled"]["ends"]["harmless"]["raw"] = estimate(0.1, -0.1, 0.3)
     assert not any(line.startswith("beware") for line in said(flat))
+    unknown = copy.deepcopy(result)
+    unknown["meant"]["harmless"] = None
+    assert not any(line.startswith("beware") for line in said(unknown))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +170,7 @@ def test_of_answers_that_do_both_the_verdict_tells_where_most_do(result):
     result["settings"]["marks"] = ["both"]
     for modes in result["results"].values():
         for i, point in enumerate(modes["sampled"]["points"]):
-            point["marks"] = {"both": estimate(0.03 + 0.1 * (i == 4))}
+            point["marks"] |= {"both": estimate(0.03 + 0.1 * (i == 4))}
     assert said(result)[3] == "both: at most 13 %, at helpful=0.6, harmless=0.4"
 
 
