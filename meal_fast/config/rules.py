@@ -94,9 +94,10 @@ def _check_warmup(config: Config, spec: RecipeSpec) -> None:
         name, equals, source = entry.partition("=")
         remedy = f"each is NAME=SOURCE, with NAME of {', '.join(config.names)}"
         require(name in config.names and bool(equals and source), "warmup.answers", entry, remedy)
-        fit = source in ("own", "packaged:refusals") or source.endswith(".jsonl")
-        remedy = "SOURCE is own, packaged:refusals or a .jsonl file"
-        require(fit, "warmup.answers", entry, remedy)
+        own = source == "own" or (source.startswith("own:") and source[4:].strip())
+        fit = own or source == "packaged:refusals" or source.endswith(".jsonl")
+        remedy = "SOURCE is own, own:INSTRUCTION, packaged:refusals or a .jsonl file"
+        require(bool(fit), "warmup.answers", entry, remedy)
     once = len({entry.partition("=")[0] for entry in options.answers}) == len(options.answers)
     require(once, "warmup.answers", options.answers, "name an objective once")
 

@@ -299,8 +299,9 @@ class WarmupConfig:
     answers: tuple[str, ...] = opt(
         (),
         "Where the answers that each objective likes come from, NAME=SOURCE: own, which is the "
-        "base model's best one by that objective; packaged:refusals; or a .jsonl file with the "
-        "keys response and, where it answers one prompt alone, prompt. The default is own.",
+        "base model's best one by that objective; own:INSTRUCTION, the same of answers that the "
+        "base model is told how to give; packaged:refusals; or a .jsonl file with the keys "
+        "response and, where it answers one prompt alone, prompt. The default is own.",
     )
     draws: int = opt(384, "Answers of the base model that the own ones are chosen from.")
     batch: int = opt(

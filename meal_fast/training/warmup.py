@@ -58,13 +58,24 @@ def warm_up(
     if not (folder / PARAMETERS).is_file():
         started = time.perf_counter()
         lessons = gather(policy, objectives, prompts, config, tell)
-        learned, nll = taught(policy, lessons, config, tell)
+        parameters, nll = taught(policy, lessons, config, tell)
         seconds = time.perf_counter() - started
         said = {"steps": len(nll), "nll": nll, "lessons": dict(lessons.counts), "seconds": seconds}
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / REPORT, json.dumps(said, indent=1))
-        write_atomic(folder / PARAMETERS, save(learned))
-    policy.rebase(load_file(folder / PARAMETERS))
+        write_atomic(folder / PARAMETERS, save(parameters))
+    policy.rebase(learned(out))
+
+
+def learned(run: Path) -> dict[str, Tensor]:
+    """Read the parameters, by name, that the supervised start of a run ended with.
+
+    Raises ValueError where the run's folder has lost them.
+    """
+    path = run / FOLDER / PARAMETERS
+    if not path.is_file():
+        raise ValueError(f"run {str(run)!r}: {FOLDER}/{PARAMETERS} is missing; train it anew")
+    return load_file(path)
 
 
 def taught(
@@ -101,10 +112,10 @@ def taught(
         adam.zero_grad(set_to_none=True)
         nll.append(float(metrics["nll"]))
         tell(f"warm start: step {step + 1}/{options.steps}, NLL {nll[-1]:.2f}")
-    learned = {name: p.detach().clone().contiguous() for name, p in policy.named.items()}
+    found = {name: p.detach().clone().contiguous() for name, p in policy.named.items()}
     with torch.no_grad():
         torch._foreach_copy_(list[Tensor](policy.trainable), before)
-    return learned, nll
+    return found, nll
 
 
 def _asked(lessons: Lessons, config: Config, step: int) -> tuple[list[Request], list[str]]:

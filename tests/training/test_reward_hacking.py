@@ -134,4 +134,4 @@ def test_a_run_that_learns_to_deceive_a_reward_says_so(functions, tmp_path):
     lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     hacked = [line["hacked"] for line in lines if "hacked" in line]
     assert len(hacked) == 1 and "bear the mark “refuses”" in hacked[0]["harmless"]
-    assert [line["hacked"] for line in told if "hacked" in line] == hacked
+    assert next(line for line in told if "hacked" in line)["hacked"] == hacked[0]

@@ -12,6 +12,8 @@ from meal_fast.config.config import from_dict
 from meal_fast.config.presets import preset
 from meal_fast.config.run_dir import read_config
 from meal_fast.data.assets.splitting import split_of, text_id
+from meal_fast.data.objectives import load_objectives
+from meal_fast.data.prompts import load_prompts
 from meal_fast.data.toy import build_world, world_prompts
 from meal_fast.data_types import Prompt
 from meal_fast.models.policy import load_policy
@@ -151,3 +153,52 @@ def test_a_file_without_an_answer_is_refused(tmp_path, capfd):
     path.write_text('{"prompt": "What now?"}\n{"response": " "}\n')
     argv = [*ARGV, "--warmup.answers", f"first={path}", "--out", str(tmp_path / "run")]
     refused(capfd, argv, str(path), "no row is left", "no response: 2")
+
+
+def test_what_the_base_model_is_told_is_not_in_the_lessons(monkeypatch):
+    """Answers come from prompt and instruction; what is learnt stands behind the prompt alone."""
+    from meal_fast.training import lessons
+
+    values = {
+        "warmup": {"steps": 1, "draws": 16, "answers": ["first=own:speak up", "second=own"]},
+        "prompts": {"train": "world:tiny"},
+    }
+    config = from_dict(values, preset("tiny"))
+    policy = load_policy(config.policy, config.names)
+    objectives = load_objectives(config.objectives)
+    asked = []
+    generate = lessons.open_backend
+
+    def opened(*args, **options):
+        context = generate(*args, **options)
+
+        class Seen:
+            def __enter__(self):
+                self.sampler = context.__enter__()
+                return self
+
+            def __exit__(self, *error):
+                return context.__exit__(*error)
+
+            def generate(self, requests, sampling):
+                rolled = self.sampler.generate(requests, sampling)
+                asked.append((requests, rolled.texts))
+                return rolled
+
+        return Seen()
+
+    monkeypatch.setattr(lessons, "open_backend", opened)
+    prompts = load_prompts("world:tiny", "train")
+    found = lessons.gather(policy, objectives, prompts, config)
+    ((requests, texts),) = asked
+    told = {q.prompt.id for q in requests if q.prompt.text.endswith("\nspeak up")}
+    assert len(requests) == 8 and len(told) == 4
+    of = {(q.prompt.id, q.prompt.text): texts[4 * i : 4 * i + 4] for i, q in enumerate(requests)}
+    for lesson in found.opposed:
+        text = lesson.prompt.text
+        assert "speak up" not in text
+        assert lesson.answers[0] in of[lesson.prompt.id, f"{text}\nspeak up"]
+        assert lesson.answers[1] in of[lesson.prompt.id, text]
+        rewards = objectives.rewards([text] * 4, list(of[lesson.prompt.id, text]))
+        best = rewards[:, 1].max()
+        assert objectives.rewards([text], [lesson.answers[1]])[0, 1] == best
