@@ -34,6 +34,31 @@ class PromptFormat:
         ids = self.tokenizer(self._before + text, add_special_tokens=False)["input_ids"]
         return tuple(ids)
 
+    def conversation(self, turns: Sequence[tuple[str, str]], text: str) -> str:
+        """Write turns that were answered, (user, assistant), and a new one as a prompt's text.
+
+        It is what the chat template makes of all of them, between the two pieces that
+        `encode_prompt` and `encode_suffix` add: so that a preference stands in the last turn.
+
+        Raises ValueError for a template that does not tell turns one after the other.
+        """
+        if not turns:
+            return text
+        messages = []
+        for user, assistant in turns:
+            messages += [
+                {"role": "user", "content": user},
+                {"role": "assistant", "content": assistant},
+            ]
+        messages.append({"role": "user", "content": _MARK})
+        whole = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        before, mark, after = whole.rpartition(_MARK)
+        if not mark or after != self._after or not before.startswith(self._before):
+            raise ValueError("the tokenizer's chat template has no room for several turns")
+        return before[len(self._before) :] + text
+
     def said(self, w: tuple[float, ...] | None) -> str:
         """Give the text by which the policy reads a preference; none: no text."""
         if w is None:
