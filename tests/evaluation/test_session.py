@@ -144,7 +144,7 @@ def test_a_text_is_streamed_whole_whatever_its_characters(session, text, monkeyp
     tokens = session.policy.tokenizer.encode(text, add_special_tokens=False)
 
     def draw(self, rows, sampling):
-        (row,) = rows
+        (row,) = self.scheduler.live = list(rows)
         for token in tokens:
             row.tokens.append(token)
             row.finish = "stop" if len(row.tokens) == len(tokens) else ""
