@@ -73,6 +73,7 @@ smoke: assets  ## two meta-steps on the real model, into a temporary folder
 	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
 	$(PY) -m meal_fast.train quickstart --out "$$out/run" --meta.steps 2 --rollout.prompts 2 \
 	    --rollout.samples 4 --rollout.max_new_tokens 16 --score.calibration 8 \
+	    --warmup.steps 4 --warmup.draws 32 \
 	    --evaluation.prompts 2 --evaluation.grid 3
 
 golden: env  ## rewrite what the recorded rollouts are held to

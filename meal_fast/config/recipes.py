@@ -167,6 +167,9 @@ class RecipeSpec:
             values["policy", "tuning"] = "bilinear"
         if self.reads != "preference":
             values["policy", "preference_text"] = self.reads
+            values["warmup", "steps"] = 0  # it teaches what the policy is to make of a preference
+        if not self.mates:
+            values["preference", "per_prompt"] = 1
         return values
 
 

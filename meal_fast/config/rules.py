@@ -40,8 +40,8 @@ def check(config: Config) -> None:
     """Raise ValueError for options that do not go together; `check_run` has passed."""
     spec = spec_of(config)
     _check_policy(config, spec)
-    _check_preferences(config, spec)
-    _check_warmup(config, spec)
+    _check_preferences(config)
+    _check_warmup(config)
     _check_outer(config, spec)
     _check_loss(config, spec)
     _check_sections(config, spec)
@@ -61,14 +61,11 @@ def _check_policy(config: Config, spec: RecipeSpec) -> None:
     require(spec.guide or tuning != "bilinear", "policy.tuning", tuning, remedy)
 
 
-def _check_preferences(config: Config, spec: RecipeSpec) -> None:
+def _check_preferences(config: Config) -> None:
     options, k = config.preference, len(config.names)
     m = options.per_prompt
     if m == 1:
         return
-    having = named(lambda other: other.mates)
-    remedy = f"a prompt of recipe {config.recipe} has one preference or none; use {having}"
-    require(spec.mates, "preference.per_prompt", m, remedy)
     if options.mates == "rotations":
         remedy = f"{k} objectives have {k} rotations; lower it, or set preference.mates=draws"
         require(m <= k, "preference.per_prompt", m, remedy)
@@ -83,16 +80,14 @@ def _check_preferences(config: Config, spec: RecipeSpec) -> None:
     require(not ahead, "preference.per_prompt", m, remedy)
 
 
-def _check_warmup(config: Config, spec: RecipeSpec) -> None:
+def _check_warmup(config: Config) -> None:
     options = config.warmup
     if not options.steps:
         return
-    readers = named(lambda other: other.reads == "preference")
-    remedy = f"the policy of recipe {config.recipe} reads no preference; use {readers}"
-    require(spec.reads == "preference", "warmup.steps", options.steps, remedy)
     for entry in options.answers:
         name, equals, source = entry.partition("=")
-        remedy = f"each is NAME=SOURCE, with NAME of {', '.join(config.names)}"
+        names = ", ".join(config.names)
+        remedy = f"names no objective of {names}: give NAME=SOURCE for these, or warmup.steps=0"
         require(name in config.names and bool(equals and source), "warmup.answers", entry, remedy)
         own = source == "own" or (source.startswith("own:") and source[4:].strip())
         fit = own or source == "packaged:refusals" or source.endswith(".jsonl")

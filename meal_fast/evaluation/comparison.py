@@ -257,9 +257,42 @@ def _summary(
         ]
     return {
         "points": points,
+        "marks": _marks([r.evaluation["results"][model]["sampled"] for r in runs]),
+        "benign": _marks([_of_benign(r.evaluation, model) for r in runs]),
         "measures": {mode: _together(pairs[mode]) for mode in MODES},
         "by_seed": {mode: [value for value, _ in pairs[mode]] for mode in MODES},
     }
+
+
+def _of_benign(evaluation: dict[str, Any], model: str) -> dict[str, Any]:
+    benign = evaluation.get("benign")
+    return benign["results"][model] if benign else {}
+
+
+def _marks(sweeps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The shares of sampled answers that bear each mark, at each weight; none were counted: []."""
+    if not all("prompt_marks" in sweep for sweep in sweeps):
+        return []
+    share = [  # a seed: mark -> (W,), means over prompts
+        {mark: np.asarray(by_WP).mean(1) for mark, by_WP in sweep["prompt_marks"].items()}
+        for sweep in sweeps
+    ]
+    return [
+        {
+            "w": point["w"],
+            "marks": {
+                mark: _within(over_seeds([of[mark][i] for of in share])) for mark in share[0]
+            },
+        }
+        for i, point in enumerate(sweeps[0]["points"])
+    ]
+
+
+def _within(e: Estimate) -> Estimate:
+    """A share's interval has no part below 0 and above 1."""
+    if e.low is None or e.high is None:
+        return e
+    return Estimate(e.value, max(0.0, e.low), min(1.0, e.high))
 
 
 def cost(

@@ -17,11 +17,12 @@ from matplotlib.axes import Axes
 from meal_fast.common import write_atomic
 
 from . import method_fronts, plots
+from . import metrics as measures
 from .claims import BPS_TABLE_1, BPS_TABLE_1_METHODS
 from .html_page import page
 from .judging import MEASURES
 from .plots import MODE_TITLES, MUTED, PAPER, THEME
-from .wording import interval, number, signed
+from .wording import interval, number, percent, signed
 
 Result = dict[str, Any]
 Table = tuple[list[str], list[list[str]]]
@@ -116,6 +117,7 @@ def render(result: Result) -> str:
         fronts=method_fronts.figure(result, _unchanged(result), ("sampled", "greedy")),
         first=names[0],
         measures=list(_measures(result)),
+        marks=_marks(result),
         and_prompts=" and prompts" if prompts >= 5 else "",
         costs=_costs(result),
         claims=_claims(result),
@@ -230,6 +232,22 @@ def _measures(result: Result) -> Iterator[Table]:
             for m in result["methods"]
         ]
         yield [f"{MODE_TITLES[mode]} answers", *head], rows
+
+
+def _marks(result: Result) -> Table | None:
+    """The share of sampled answers that bear each mark, at five weights; benign prompts apart."""
+    weights = [tuple(w) for w in result["weights"]]
+    some = [weights[i] for i in measures.five_weights(weights)]
+    rows = []
+    for key, what in (("marks", ""), ("benign", ", benign prompts")):
+        counted = [m for m in result["methods"] if m[key]]
+        for mark in counted[0][key][0]["marks"] if counted else ():
+            for m in counted:
+                there = {tuple(p["w"]): percent(p["marks"][mark]) for p in m[key]}
+                rows.append([f"{mark}{what}", m["name"], *(there[w] for w in some)])
+    first = result["names"][0]
+    head = [f"{first}={w[0]:.2g}" if len(w) == 2 else " ".join(f"{x:.2g}" for x in w) for w in some]
+    return (["mark", "method", *head], rows) if rows else None
 
 
 def _arrow(measure: str) -> str:

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from meal_fast.config.config import Config
-from meal_fast.data.markers import meant_by
 from meal_fast.data.preferences import Preference, evaluation_weights, on_lattice, shown_weights
 from meal_fast.data_types import Prompt
 from meal_fast.models.threads import use_threads
@@ -78,6 +77,8 @@ def evaluate(
     order = [name for name in POLICIES if name in swept]
     if not {"base", "policy"} <= set(swept) <= set(POLICIES):
         raise ValueError(f"policies={', '.join(swept)}: name base and policy, and warmup if any")
+    from meal_fast.training.reward_hacking import own_marks
+
     started = time.perf_counter()
     say = progress or (lambda line: None)
     options, names = config.evaluation, config.names
@@ -108,6 +109,7 @@ def evaluate(
     scoring = time.perf_counter()
     rewards = {k: _score(objectives, chosen, weights, s, say) for k, s in sweeps.items()}
     of_extra = {k: _score(objectives, extra, at_extra, s, say) for k, s in extra_sweeps.items()}
+    meant = own_marks(objectives, normalizer, names, chosen, options.marks)
     scoring = time.perf_counter() - scoring
     normalized = {k: _normalize(normalizer, r) for k, r in rewards.items()}
     # one point a weight: the mean over prompts and samples
@@ -173,7 +175,7 @@ def evaluate(
                 name: _differences(compared[name], compared[before], len(chosen))
                 for before, name in pairwise(order)
             },
-            "meant": {o.partition("=")[0]: meant_by(o) for o in config.objectives},
+            "meant": {name: meant.get(name) for name in names},
             "benign": {
                 "prompts": [{"id": p.id, "text": p.text} for p in ordinary],
                 "weights": five,

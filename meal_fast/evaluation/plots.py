@@ -20,6 +20,8 @@ matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from . import glyphs
+
 INK, MUTED, GRID, PAPER = "#1b1f24", "#6b7480", "#dde1e6", "#fefefe"
 BASE = "#8d96a0"
 SERIES = ("#0b62c4", "#c4500b", "#1f8a5b", "#8a4bbd", "#b0892b", "#c02f6b")
@@ -47,6 +49,7 @@ THEME = {
 STYLE: dict[Any, Any] = {
     "font.size": 9.0,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a dollar is a dollar
     "axes.edgecolor": MUTED,
     "axes.facecolor": "none",
     "axes.grid": True,
@@ -78,7 +81,7 @@ def panels(
     draws: Sequence[Draw], *, columns: int, size: tuple[float, float], note: str = ""
 ) -> Figure:
     """Panels of `size` inches each, row by row."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), glyphs.left_to_the_browser():
         rows = -(-len(draws) // columns)
         fig = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
         if note:
@@ -93,7 +96,7 @@ def panels(
 def svg(fig: Figure, label: str) -> str:
     """The figure as inline SVG in the page's colours, with `label` for who cannot see it."""
     out = io.StringIO()
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}), glyphs.left_to_the_browser():
         fig.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]
@@ -111,6 +114,7 @@ def svg(fig: Figure, label: str) -> str:
 
 
 def save_png(fig: Figure, path: Path) -> None:
-    """Whole or not at all, as everything in a run folder."""
+    """Whole or not at all, as everything in a run folder; with the fonts that its texts need."""
+    glyphs.complete(fig)
     with replacing(path) as file:
         fig.savefig(file, format="png", dpi=170, facecolor="white")

@@ -16,7 +16,7 @@ from meal_fast.data.markers import mild
 
 from .html_page import figure, page
 from .stored import TITLES, read_evaluation
-from .tables import by_weight, measures
+from .tables import by_weight, measures, said_once
 from .verdict import scope, verdict
 from .wording import number
 
@@ -59,6 +59,7 @@ def render(
         figure(plots.marked(result, mark, k), f"Answers marked {mark} against w", small)
         for mark, k in _marks(result)
     ]
+    head, rows = by_weight(result)
     return page(
         "report.html.j2",
         script="knob.js",
@@ -67,7 +68,7 @@ def render(
         verdict=verdict(result),
         scope=scope(result),
         knob=_knob(result),
-        by_weight=by_weight(result),
+        by_weight=(head, said_once(rows)),
         measures=[measures(result, mode) for mode in ("sampled", "greedy")],
         reference_point=", ".join(
             f"{n} {number(v)}" for n, v in zip(names, result["reference_point"], strict=True)

@@ -84,10 +84,21 @@ def _legend_outside(ax: Axes) -> None:
     ax.legend(
         loc="lower right",
         bbox_to_anchor=(1.0, 1.0),
-        ncols=3,
+        ncols=4,
         handletextpad=0.2,
         columnspacing=0.9,
         borderaxespad=0.1,
+    )
+
+
+def _legend_below(ax: Axes) -> None:
+    ax.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.2),
+        ncols=4,
+        handlelength=1.6,
+        handletextpad=0.4,
+        columnspacing=1.0,
     )
 
 
@@ -164,7 +175,7 @@ def steering(result: dict[str, Any], k: int) -> Draw:
             _band(ax, at, rewards, colour, TITLES[model])
         ax.set_xlabel(f"w of {name}")
         ax.set_title(f"Mean reward: {name}")
-        _legend_outside(ax)
+        _legend_below(ax)
 
     return draw
 
@@ -180,7 +191,7 @@ def utility(result: dict[str, Any]) -> Draw:
             _band(ax, at, shortfalls, colour, TITLES[model])
         ax.set_xlabel(f"w of {first}")
         ax.set_title("PU: lower is better")
-        _legend_outside(ax)
+        _legend_below(ax)
 
     return draw
 
@@ -189,21 +200,24 @@ def marked(result: dict[str, Any], mark: str, k: int) -> Draw:
     """The share of sampled answers that bear a mark against w_k; dashed, of benign prompts."""
     name, benign = result["names"][k], result["benign"]
 
+    def shares(points: Sequence[dict[str, Any]]) -> tuple[list[float], list[dict[str, Any]]]:
+        return [p["w"][k] for p in points], [p["marks"][mark] for p in points]
+
     def draw(ax: Axes) -> None:
         for model, colour in _colours(result):
             points = result["results"][model]["sampled"]["points"]
-            at, shares = [p["w"][k] for p in points], [p["marks"][mark] for p in points]
-            _band(ax, at, shares, colour, TITLES[model])
-            if benign and model != "base":
+            _band(ax, *shares(points), colour, TITLES[model])
+        for model, colour in _colours(result) if benign else ():
+            if model != "base":
                 points = benign["results"][model]["points"]
-                at, shares = [p["w"][k] for p in points], [p["marks"][mark] for p in points]
-                said = f"{TITLES[model]}, benign prompts"
-                _band(ax, at, shares, colour, said, dashed=True)
+                _band(ax, *shares(points), colour, "", dashed=True)
+        if benign:
+            ax.plot([], [], "--D", color=MUTED, ms=3.5, lw=1.3, label="benign prompts")
         ax.set_ylim(-0.03, 1.03)
         ax.yaxis.set_major_formatter(PercentFormatter(1.0))
         ax.set_xlabel(f"w of {name}")
-        ax.set_title(f"Answers marked: {mark}", pad=18 if benign else 6)
-        _legend_outside(ax)
+        ax.set_title(f"Answers marked: {mark}")
+        _legend_below(ax)
 
     return draw
 

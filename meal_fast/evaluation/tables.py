@@ -43,15 +43,20 @@ def by_weight(result: Result) -> tuple[Row, list[Row]]:
     return ["w", "", *("/".join(f"{x:.2g}" for x in weights[i]) for i in some)], rows
 
 
+def said_once(rows: Sequence[Row]) -> list[Row]:
+    """Leave out what a row's first cell repeats of the row above."""
+    above = ["", *(row[0] for row in rows)]
+    return [
+        ["" if row[0] == last else row[0], *row[1:]] for last, row in zip(above, rows, strict=False)
+    ]
+
+
 def aligned(head: Row, rows: Sequence[Row]) -> Iterator[str]:
-    """Give a table's lines for a terminal; what a row repeats of the one above is left out."""
+    """Give a table's lines for a terminal."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    above = ""
-    for row in [head, *rows]:
-        cells = ["" if row[0] == above else row[0], *row[1:]]
-        above = row[0]
-        named = [cell.ljust(width) for cell, width in zip(cells[:2], widths, strict=False)]
-        values = [cell.rjust(width) for cell, width in zip(cells[2:], widths[2:], strict=True)]
+    for row in [head, *said_once(rows)]:
+        named = [cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False)]
+        values = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
         yield "  ".join([*named, *values]).rstrip()
 
 

@@ -17,6 +17,7 @@ from .wording import number, percent, signed
 
 Result = dict[str, Any]
 FOLLOWS = 0.8  # Spearman from which an objective follows its weight step by step
+HIGH = 0.9  # a share as high as that need not rise
 FEWEST_LEVELS = 4  # of a weight, to tell a switch from a dial
 
 
@@ -60,8 +61,7 @@ def _objective(result: Result, name: str) -> str:
         for model, sweep in sweeps.items()
         if model != "policy"
     )
-    bought = f"{signed(ends)} from none to all of the weight on it, {others}"
-    return f"{verb} ({rank}); its reward changes by {bought}"
+    return f"{verb} ({rank}): {signed(ends)} from no weight on it to all of it; {others}"
 
 
 def _middle(result: Result) -> str:
@@ -96,7 +96,10 @@ def _middle(result: Result) -> str:
 
 
 def _mark(result: Result, mark: str) -> str:
-    """`3 % at helpful=1, 94 % at harmless=1; benign prompts 1 %, 8 %; base 0 %, 0 %`."""
+    """`3 % at helpful=1, 94 % at harmless=1; of benign prompts 1 %, 8 %; base 0 %, 0 %`.
+
+    Of answers that do both, where most do: that may be in the middle.
+    """
     tops = [int(k) for k in np.argmax(result["weights"], axis=0)]
 
     def shares(points: Sequence[dict[str, Any]], at: Sequence[int]) -> list[str]:
@@ -106,11 +109,18 @@ def _mark(result: Result, mark: str) -> str:
     ends = enumerate(zip(result["names"], tops, strict=True))
     corners = [f"{name}={result['weights'][i][k]:g}" for k, (name, i) in ends]
     own = shares(sweeps["policy"], tops)
+    if mark == "both":
+        points = sweeps["policy"]
+        most = max(range(len(points)), key=lambda i: points[i]["marks"][mark]["value"])
+        w = dict(zip(result["names"], result["weights"][most], strict=True))
+        where = ", ".join(f"{name}={x:.2g}" for name, x in w.items())
+        return f"at most {percent(points[most]['marks'][mark], bare=True)}, at {where}"
     said = [", ".join(f"{x} at {corner}" for x, corner in zip(own, corners, strict=True))]
     if result["benign"]:
         points = result["benign"]["results"]["policy"]["points"]
-        there = [p["w"] for p in points]
-        found = shares(points, [there.index(result["weights"][i]) for i in tops])
+        there = {tuple(p["w"]): p["marks"][mark] for p in points}  # of many corners, not of all
+        asked = [there.get(tuple(result["weights"][i])) for i in tops]
+        found = ("–" if share is None else percent(share, bare=True) for share in asked)
         said.append(f"of benign prompts {', '.join(found)}")
     said += [
         f"{TITLES[model]} {', '.join(shares(points, tops))}"
@@ -123,12 +133,14 @@ def _mark(result: Result, mark: str) -> str:
 def _hacks(result: Result) -> Iterator[str]:
     """Objectives whose reward rises with their weight while what it is meant to raise does not."""
     sweep = result["results"]["policy"]["sampled"]
-    for name, mark in result["meant"].items():
-        if mark is None or mark not in sweep.get("mark_ends", {}).get(name, {}):
+    tops = np.argmax(result["weights"], axis=0)
+    for name, top in zip(result["names"], tops, strict=True):
+        mark = result["meant"][name]
+        borne = sweep.get("mark_ends", {}).get(name, {}).get(mark)
+        if borne is None or borne["low"] is None:
             continue
-        reward, borne = sweep["ends"][name]["raw"], sweep["mark_ends"][name][mark]
-        known = reward["low"] is not None and borne["low"] is not None
-        if known and reward["low"] > 0 and borne["low"] <= 0:
+        reward, there = sweep["ends"][name]["raw"], sweep["points"][top]["marks"][mark]
+        if reward["low"] > 0 and borne["low"] <= 0 and there["value"] < HIGH:
             yield (
                 f"the reward {name} rises with its weight, and the share of answers that bear the "
                 f"mark “{mark}” does not ({percent(borne, sign=True)}): the policy may have found "

@@ -310,6 +310,29 @@ def test_a_warm_start_that_all_runs_have_stands_before_the_methods():
     assert [m["name"] for m in compared(runs)["methods"]][:2] == ["base model", META.name]
 
 
+def test_marks_are_means_over_seeds_and_stand_on_the_page():
+    runs = [finished(m, s) for m in (META, GRID) for s in range(3)]
+    assert "Marks in the answers" not in render(compared(runs))
+    for run in runs:
+        refused = [[0.0], [run.seed / 2], [1.0]]  # W x P
+        points = [{"w": w} for w in run.evaluation["weights"]]
+        marked = {"points": points, "prompt_marks": {"refuses": refused}}
+        for model, sweep in run.evaluation["results"].items():
+            run.evaluation["results"][model] = sweep | {"sampled": sweep["sampled"] | marked}
+        run.evaluation["benign"] = {
+            "results": dict.fromkeys(
+                ("base", "policy"), marked | {"prompt_marks": {"refuses": [[0.25]] * 3}}
+            )
+        }
+    result = compared(runs)
+    middle = result["methods"][1]["marks"][1]["marks"]["refuses"]
+    assert middle == {"value": 0.5, "low": 0.0, "high": 1.0}  # of 0, 0.5 and 1, by Student wider
+    text = re.sub(r"<[^>]+>", "|", render(result))
+    assert "Marks in the answers" in text
+    assert f"|refuses||{META.name}||0 % (0 to 0)||50 % (" in text
+    assert f"|refuses, benign prompts||{GRID.name}||25 % (25 to 25)|" in text
+
+
 def test_every_method_s_points_are_in_the_figure_and_name_themselves():
     runs = [finished(m, s) for m in (META, GRID) for s in range(3)]
     result = compared(runs)

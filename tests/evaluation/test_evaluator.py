@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from meal_fast import evaluate as command
+from meal_fast.config.config import from_dict
 from meal_fast.data import toy
 from meal_fast.data.markers import MARKERS
 from meal_fast.data.objectives import load_objectives
@@ -215,6 +216,23 @@ def test_marks_are_counted_in_the_answers_of_every_policy(letters, policy):
             assert entry["mark_ends"]["second"][mark]["value"] == pytest.approx(-ends, abs=1e-6)
     shares = np.array(result["results"]["policy"]["sampled"]["prompt_marks"]["refuses"])
     assert 0 < shares.mean() < 1
+    assert result["meant"] == {"first": None, "second": None}  # neither knows a refusal
+
+
+def says_sorry(prompts, responses):
+    """An objective that prefers a refusal."""
+    return [float("sorry" in response) for response in responses]
+
+
+def test_the_mark_that_an_objective_prefers_is_known(letters):
+    source = f"{says_sorry.__module__}:{says_sorry.__name__}"
+    config = from_dict({"objectives": [f"safe={source}", "second=world:second"]}, letters)
+    found = sweep(config, tiny_policy(config))
+    assert found["meant"] == {"safe": "refuses", "second": None}
+    assert set(found["results"]["policy"]["sampled"]["mark_ends"]["safe"]) == {
+        "refuses",
+        "complies",
+    }
 
 
 def test_benign_prompts_are_asked_at_five_weights_at_most_as_many_as_of_the_sweep(letters, policy):

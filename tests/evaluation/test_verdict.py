@@ -74,10 +74,10 @@ def test_a_verdict_in_full(result):
         "results": {"policy": {"points": benign}},
     }
     assert said(result) == [
-        "helpful: follows the knob (Spearman 0.97); its reward changes by +2.0 (1.5 to 2.5) from "
-        "none to all of the weight on it, base +0.01",
-        "harmless: follows the knob (Spearman 0.97); its reward changes by +2.0 (1.5 to 2.5) from "
-        "none to all of the weight on it, base +0.01",
+        "helpful: follows the knob (Spearman 0.97): +2.0 (1.5 to 2.5) from no weight on it to "
+        "all of it; base +0.01",
+        "harmless: follows the knob (Spearman 0.97): +2.0 (1.5 to 2.5) from no weight on it to "
+        "all of it; base +0.01",
         "middle: helpful changes gradually, half-way at helpful=0.5; largest step 10 % (10 to 10); "
         "harmless switches at harmless=0.65: 100 % (100 to 100) of its change from 0.6 to 0.7",
         "refuses: 0 % at helpful=1, 100 % at harmless=1; of benign prompts 0 %, 8 %; base 0 %, 0 %",
@@ -135,7 +135,11 @@ def test_three_weights_tell_no_switch_from_a_dial(result):
     ],
 )
 def test_a_reward_that_rises_without_its_mark_is_warned_of(result, borne, warned):
-    result["results"]["policy"]["sampled"]["mark_ends"]["harmless"]["refuses"] = borne
+    sweep = result["results"]["policy"]["sampled"]
+    sweep["mark_ends"]["harmless"]["refuses"] = borne
+    assert not any(line.startswith("beware") for line in said(result))  # at harmless=1 all refuse
+    for point in sweep["points"]:
+        point["marks"] = shares(0.5)
     warnings = [line for line in said(result) if line.startswith("beware")]
     assert len(warnings) == warned
     if warned:
@@ -143,6 +147,9 @@ def test_a_reward_that_rises_without_its_mark_is_warned_of(result, borne, warned
     flat = copy.deepcopy(result)
     flat["results"]["policy"]["sampled"]["ends"]["harmless"]["raw"] = estimate(0.1, -0.1, 0.3)
     assert not any(line.startswith("beware") for line in said(flat))
+    unknown = copy.deepcopy(result)
+    unknown["meant"]["harmless"] = None
+    assert not any(line.startswith("beware") for line in said(unknown))
 
 
 @pytest.mark.parametrize(
@@ -157,6 +164,14 @@ def test_a_reward_that_rises_without_its_mark_is_warned_of(result, borne, warned
 def test_the_front_is_said_to_move_as_far_as_its_interval_allows(result, difference, words):
     result["difference"]["sampled"]["hypervolume"] = difference
     assert said(result)[-1].startswith(f"front: {words}")
+
+
+def test_of_answers_that_do_both_the_verdict_tells_where_most_do(result):
+    result["settings"]["marks"] = ["both"]
+    for modes in result["results"].values():
+        for i, point in enumerate(modes["sampled"]["points"]):
+            point["marks"] |= {"both": estimate(0.03 + 0.1 * (i == 4))}
+    assert said(result)[3] == "both: at most 13 %, at helpful=0.6, harmless=0.4"
 
 
 def test_what_the_warm_start_added_is_told_from_what_came_after(result):

@@ -125,8 +125,14 @@ def test_tasks_at_once_ask_as_tasks_in_turn_do(tmp_path):
             ["--preference.per_prompt", "12", "--preference.mates", "draws"],
             ["per_prompt=12", "preference.grid=11 has 11 preferences"],
         ),
-        (["--preference.per_prompt", "2", "--recipe", "ric"], ["per_prompt=2", "recipe ric"]),
-        (["--preference.per_prompt", "2", "--recipe", "morlhf"], ["per_prompt=2", "morlhf"]),
+        (
+            ["--preference.per_prompt", "2", "--recipe", "ric"],
+            ["per_prompt=2", "makes it 1"],
+        ),
+        (
+            ["--preference.per_prompt", "2", "--recipe", "morlhf"],
+            ["per_prompt=2", "makes it 1"],
+        ),
         (
             ["--preference.per_prompt", "2", "--preference.rotate", "true"],
             ["preference.rotate=True", "leave it out"],

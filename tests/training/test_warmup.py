@@ -140,8 +140,8 @@ def test_rows_of_the_evaluation_and_without_answers_are_refused_and_counted(tmp_
         (["--warmup.answers", "first=own", "first=own"], ["warmup.answers", "once"]),
         (["--warmup.answers", "first=missing.jsonl"], ["missing.jsonl", "cannot be read"]),
         (["--warmup.peaks", "0.4"], ["warmup.peaks", "above 0.5"]),
-        (["--recipe", "rewarded-soups"], ["warmup.steps=12", "reads no preference"]),
-        (["--recipe", "ric"], ["warmup.steps=12", "reads no preference"]),
+        (["--recipe", "rewarded-soups"], ["warmup.steps=12", "makes it 0"]),
+        (["--recipe", "ric"], ["warmup.steps=12", "makes it 0"]),
     ],
 )
 def test_what_cannot_be_learnt_is_one_line(tmp_path, capfd, argv, words):

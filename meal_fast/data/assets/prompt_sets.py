@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from ..markers import complies, refuses
-from .reward_models import read_csv
+from .labels import read_csv
 from .splitting import SPLITS, normalize, split_of, text_hash
 
 Row = dict[str, str]
