@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from meal_fast.common import require
 from meal_fast.config.cli import parse_weights
@@ -21,8 +21,7 @@ from meal_fast.data_types import Prompt
 from meal_fast.models.threads import use_threads
 
 if TYPE_CHECKING:
-    from meal_fast.rollout import Backend, Request, Sampling
-    from meal_fast.rollout.protocol import Rejecting
+    from meal_fast.rollout import Backend, Engine, Request, Sampling
 
 LENGTH = 256  # tokens of an answer, at most, unless another number is asked for
 Turn = tuple[str, str]  # what was asked, and answered
@@ -153,32 +152,35 @@ class Session:
 
         Raises ValueError for a prompt that the context has no room for.
         """
-        from meal_fast.rollout import Request
+        from meal_fast.rollout import Engine
 
-        prompt = Prompt(id="chat", text=text)
-        at = self._predicted(prompt) if w is None else w
-        prompt, room = self._fitting(text, at, list(turns))
+        at = self._predicted(Prompt("chat", text)) if w is None else w
+        request, room = self._fitting(text, at, list(turns))
         sampler = self._sampler_at(at)
         sampler.forget()  # the last prompt: it hardly comes again
         length = min(self.sampling.max_new_tokens, room)
         sampling = dataclasses.replace(self.sampling, rng_key=("chat", turn), max_new_tokens=length)
-        request = Request(prompt, at)
-        if "rejection" in sampler.capabilities:
-            tokens, finish = _drawn(cast("Rejecting", sampler), request, sampling, heard)
-            said = self.policy.decode(tokens).strip()
+        if isinstance(sampler, Engine):
+            said, finish, tokens = _streamed(sampler, request, sampling, heard)
         else:
             rolled = sampler.generate([request], sampling)
-            said, finish = rolled.texts[0].strip(), rolled.finish[0]
-            tokens = [0] * rolled.lengths[0]
+            said, finish, tokens = rolled.texts[0].strip(), rolled.finish[0], rolled.lengths[0]
             heard(said)
-        return Answer(said, finish, len(tokens), full=len(tokens) == room)
+        return Answer(said, finish, tokens, full=tokens == room)
 
-    def _fitting(self, text: str, w: tuple[float, ...], turns: list[Turn]) -> tuple[Prompt, int]:
-        """Give the prompt with as many of the turns as leave room for an answer, and that room."""
+    def _fitting(self, text: str, w: tuple[float, ...], turns: list[Turn]) -> tuple[Request, int]:
+        """Ask with as many of the turns as leave room for an answer; give that room, too."""
+        from meal_fast.rollout import Request
+
         dropped = 0
         while True:
-            whole = self.policy.conversation(turns, text)
-            taken = len(self.policy.encode_prompt(whole)) + len(self.policy.encode_suffix(w))
+            said = tuple(
+                part
+                for asked, answered in turns
+                for part in (("user", asked), ("assistant", answered))
+            )
+            request = Request(Prompt("chat", text), w, history=said)
+            taken = sum(map(len, request.encoded(self.policy)))
             room = self.policy.context - taken
             if room >= self.sampling.max_new_tokens or not turns:
                 break
@@ -190,7 +192,7 @@ class Session:
                 f"a prompt of {taken} tokens: the model's context holds {self.policy.context}; "
                 "shorten it"
             )
-        return Prompt(id="chat", text=whole), room
+        return request, room
 
     def _predicted(self, prompt: Prompt) -> tuple[float, ...]:
         from meal_fast.data.preferences import snapped
@@ -221,21 +223,19 @@ class Session:
         self._serving.clear()
 
 
-def _drawn(
-    sampler: Rejecting, request: Request, sampling: Sampling, heard: Heard
-) -> tuple[list[int], str]:
-    """Draw one row token by token, and tell its text as it grows: its tokens, and why it ended."""
-    (row,) = sampler.rows([request], sampling.max_new_tokens)
-    decode, told = sampler.policy.decode, 0
+def _streamed(
+    sampler: Engine, request: Request, sampling: Sampling, heard: Heard
+) -> tuple[str, str, int]:
+    """Tell a row's text as it grows; give the text, why it ended, and its tokens."""
+    text, told, tokens, finish = "", 0, 0, "cancelled"
     try:
-        for _ in sampler.draw([row], sampling):
-            # Half of a character decodes to U+FFFD, and a space at the end may be the last.
-            text = decode(row.tokens)
-            whole = text.rstrip("\ufffd") if not row.finish else text
-            stable = whole.strip()
+        for delta in sampler.stream([request], sampling):
+            text, tokens = text + delta.text, len(delta.row.tokens)
+            stable = text.strip()  # whitespace at the end may be the last
             if len(stable) > told:
                 heard(stable[told:])
                 told = len(stable)
+            finish = delta.finish
     except KeyboardInterrupt:
-        return row.tokens, "cancelled"
-    return row.tokens, row.finish
+        finish = "cancelled"
+    return text.strip(), finish, tokens

@@ -34,30 +34,18 @@ class PromptFormat:
         ids = self.tokenizer(self._before + text, add_special_tokens=False)["input_ids"]
         return tuple(ids)
 
-    def conversation(self, turns: Sequence[tuple[str, str]], text: str) -> str:
-        """Write turns that were answered, (user, assistant), and a new one as a prompt's text.
+    def encode_conversation(self, history: Sequence[tuple[str, str]], text: str) -> tuple[int, ...]:
+        """Encode (role, text) of earlier turns, and the user's text, up to the preference.
 
-        It is what the chat template makes of all of them, between the two pieces that
-        `encode_prompt` and `encode_suffix` add: so that a preference stands in the last turn.
-
-        Raises ValueError for a template that does not tell turns one after the other.
+        Raises ValueError for turns that the chat template does not take.
         """
-        if not turns:
-            return text
-        messages = []
-        for user, assistant in turns:
-            messages += [
-                {"role": "user", "content": user},
-                {"role": "assistant", "content": assistant},
-            ]
-        messages.append({"role": "user", "content": _MARK})
-        whole = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-        before, mark, after = whole.rpartition(_MARK)
-        if not mark or after != self._after or not before.startswith(self._before):
-            raise ValueError("the tokenizer's chat template has no room for several turns")
-        return before[len(self._before) :] + text
+        try:
+            before, after = split_template(self.tokenizer, history)
+        except Exception as error:  # jinja2's own, whose classes are not at hand
+            raise ValueError(f"messages: the chat template does not take them ({error})") from error
+        if after != self._after:
+            raise ValueError("messages: the chat template ends otherwise after several turns")
+        return tuple(self.tokenizer(before + text, add_special_tokens=False)["input_ids"])
 
     def said(self, w: tuple[float, ...] | None) -> str:
         """Give the text by which the policy reads a preference; none: no text."""
@@ -79,13 +67,14 @@ class PromptFormat:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def split_template(tokenizer: Any) -> tuple[str, str]:
-    """Cut the chat template into the text before and after the user's (one turn, assistant's
-    header)."""
-    messages = [{"role": "user", "content": _MARK}]
+def split_template(tokenizer: Any, history: Sequence[tuple[str, str]] = ()) -> tuple[str, str]:
+    """Cut the chat template into the text before and after the user's last turn (the assistant's
+    header), behind the turns (role, text) of `history`."""
+    messages = [{"role": role, "content": said} for role, said in history]
+    messages.append({"role": "user", "content": _MARK})
     whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    before, mark, after = whole.partition(_MARK)
-    if not mark or _MARK in after:
+    before, mark, after = whole.rpartition(_MARK)
+    if not mark or (not history and _MARK in before):
         raise ValueError("the tokenizer's chat template does not hold the user's text exactly once")
     return before, after
 

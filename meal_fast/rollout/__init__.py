@@ -4,16 +4,19 @@ from .backends import backend, capable, open_backend, rollout
 from .engine import Engine, Row, engine
 from .protocol import Backend, Capability
 from .rejection_sampler import Kept, rejection_sample
-from .sequence import Request, Sampling
+from .sequence import Delta, Request, Sampling
+from .service import Service
 
 __all__ = [
     "Backend",
     "Capability",
+    "Delta",
     "Engine",
     "Kept",
     "Request",
     "Row",
     "Sampling",
+    "Service",
     "backend",
     "capable",
     "engine",

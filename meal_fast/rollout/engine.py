@@ -27,7 +27,17 @@ from .memory import Memory, default_budget, memory_of
 from .model_runner import ModelRunner
 from .protocol import Capability
 from .scheduler import Scheduler
-from .sequence import Counts, Drawn, Request, Row, Sampling, encode, gathered
+from .sequence import (
+    Counts,
+    Delta,
+    Drawn,
+    Request,
+    Row,
+    Sampling,
+    TextStream,
+    encode,
+    gathered,
+)
 
 
 class Engine:
@@ -120,6 +130,22 @@ class Engine:
         )
 
     sample = generate  # the name that it had
+
+    def stream(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Delta]:
+        """Sample every request, and yield what each step adds to each row.
+
+        A row's texts together are what `generate` gives for it. Whoever stops asking cancels what
+        is left. Raises ValueError as `generate` does, at once. For many callers: `Service`.
+        """
+        rows = self.rows(requests, sampling.max_new_tokens)
+        texts = {id(row): TextStream(self.policy) for row in rows}
+
+        def deltas() -> Iterator[Delta]:
+            for _ in self.draw(rows, sampling):
+                for row in self.live:
+                    yield Delta(row, texts[id(row)].more(row), row.finish)
+
+        return deltas()
 
     @torch.no_grad()
     def draw(self, rows: Iterable[Row], sampling: Sampling) -> Iterator[list[Row]]:

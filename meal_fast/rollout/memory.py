@@ -54,17 +54,29 @@ class Memory:
         """
         suffix = max(len(row.suffix) for row in rows)
         longest = (suffix + new, max(len(row.prompt) for row in rows), suffix)
-        least_rooms = tuple(map(rounded, longest))
         prompts = {row.prefix for row in rows}
         pairs = {(row.prefix, row.suffix) for row in rows if row.suffix}
+        slots = min(max_rows, len(rows))
+        need = (slots, len(prompts | self.prompts.keys), len(pairs | self.suffixes.keys))
+        self.reserve(need, longest, least=(slots, len(prompts), len(pairs)), most=max_rows)
+
+    def reserve(
+        self,
+        need: tuple[int, int, int],  # slots, places of prompts, of suffixes
+        longest: tuple[int, int, int],  # tokens of each
+        *,
+        least: tuple[int, int, int] | None = None,  # where nothing that is known is kept
+        most: int | None = None,  # slots
+    ) -> None:
+        """Make memory of these sizes: as much of it as the budget allows. No row may be live.
+
+        Raises ValueError for a budget that does not hold one of each.
+        """
+        least, most = least or need, most or need[0]
+        least_rooms = tuple(map(rounded, longest))
         here = (self.tails, self.prompts, self.suffixes)
         have, rooms = tuple(x.places for x in here), tuple(x.room for x in here)
         del here  # what is replaced below must not live on
-        need = (
-            min(max_rows, len(rows)),
-            len(prompts | self.prompts.keys),
-            len(pairs | self.suffixes.keys),
-        )
         roomy = all(r >= least for r, least in zip(rooms, least_rooms, strict=True))
         enough = all(h >= n for h, n in zip(have, need, strict=True))
         some = all(h or not n for h, n in zip(have, need, strict=True))
@@ -75,16 +87,16 @@ class Memory:
         old = max(n * r * token for n, r in zip(have[1:], rooms[1:], strict=True))
         counts, rooms = tuple(map(max, have, need)), tuple(map(max, rooms, least_rooms))
         if self.kept:
-            ample = (min(max_rows, _power(counts[0])), *map(_power, counts[1:]))
+            ample = (min(most, _power(counts[0])), *map(_power, counts[1:]))
             wide = tuple(rounded(room, _KEPT_MULTIPLE) for room in rooms)
             if _tokens(ample, wide) * token + old <= self.max_bytes:
                 counts, rooms = ample, wide
         if _tokens(counts, rooms) * token + old > self.max_bytes:
             self.release()
-            need, rooms = (need[0], len(prompts), len(pairs)), least_rooms
+            rooms = least_rooms
             sizes = tuple(room * token for room in rooms)
-            counts = shares(self.max_bytes, wanted=need, each=sizes)
-            self._limited = counts != need
+            counts = shares(self.max_bytes, wanted=least, each=sizes)
+            self._limited = counts != least
         self.prompts = self.prompts.resized(counts[1], rooms[1])
         self.suffixes = self.suffixes.resized(counts[2], rooms[2])
         self.tails = Tails(self.shape, counts[0], rooms[0])

@@ -36,8 +36,11 @@ class ModelRunner:
         self._stop = policy.stop_ids
         self._staging: Staging | None = None  # of rows that have just been admitted
 
-    def step(self, of: Scheduler, sampling: Sampling) -> None:
-        """Draw the next token of each row that has a slot; free slots are filled on the way."""
+    def step(self, of: Scheduler, sampling: Sampling | None) -> None:
+        """Draw the next token of each row that has a slot; free slots are filled on the way.
+
+        `sampling`: of the rows that have none of their own; None: each has.
+        """
         fixed: FixedStep | None = None
         hidden: list[Tensor] = []
         if of.live:
@@ -71,32 +74,43 @@ class ModelRunner:
         hidden: list[Tensor],  # in parts, (R, D) together
         key_R: Tensor,
         position_R: Tensor,
-        sampling: Sampling,
+        sampling: Sampling | None,
     ) -> None:
-        token, logp, _ = ops.sample(
-            self.network.logits(hidden[0] if len(hidden) == 1 else torch.cat(hidden)),
-            seed=sampling.seed,
-            row=key_R,
-            position=position_R,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-        )
+        logits = self.network.logits(hidden[0] if len(hidden) == 1 else torch.cat(hidden))
+        alike: dict[tuple[Any, ...], list[int]] = {}  # the rows that one call can draw
+        for r, row in enumerate(live):
+            own = _own(row, sampling)
+            how = (own.seed, own.temperature, own.top_k, own.top_p, own.min_p)
+            alike.setdefault(how, []).append(r)
         self.counts.sampled += len(live)
-        for row, t, lp in zip(live, *_read(token, logp), strict=True):
-            row.tokens.append(t)
-            row.logp.append(lp)
-            if t in self._stop or (sampling.stop and sampling.said_stop(self.policy, row.tokens)):
+        for (seed, temperature, top_k, top_p, min_p), rows in alike.items():
+            at = slice(None) if len(alike) == 1 else torch.tensor(rows, device=logits.device)
+            token, logp, _ = ops.sample(
+                logits[at],
+                seed=seed,
+                row=key_R[at],
+                position=position_R[at],
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+            )
+            for r, t, lp in zip(rows, *_read(token, logp), strict=True):
+                live[r].tokens.append(t)
+                live[r].logp.append(lp)
+        for row in live:
+            own = _own(row, sampling)
+            if row.tokens[-1] in self._stop or own.said_stop(self.policy, row.tokens):
                 row.finish = "stop"
-            elif len(row.tokens) == sampling.max_new_tokens:
+            elif len(row.tokens) == own.max_new_tokens:
                 row.finish = "length"
 
-    def _name(self, rows: list[Row], sampling: Sampling) -> None:
+    def _name(self, rows: list[Row], sampling: Sampling | None) -> None:
         """Give ids to rows that have none: they are new, or were cut."""
         for row in rows:
             if row.key < 0:
-                row.key = row_id(sampling.rng_key, row.request, row.sample, row.attempt)
+                own = _own(row, sampling)
+                row.key = row_id(own.rng_key, row.request, row.sample, row.attempt)
 
     def _keys(self, live: list[Row]) -> tuple[Tensor, Tensor]:
         """Each row's id, and the number of the token that it draws next."""
@@ -178,6 +192,12 @@ class ModelRunner:
             for both in suffixes:
                 memory.suffixes.drop(both)
             raise
+
+
+def _own(row: Row, sampling: Sampling | None) -> Sampling:
+    own = row.sampling or sampling
+    assert own is not None
+    return own
 
 
 def _passes(items: list[Any], tokens: Callable[[Any], int], most: int) -> list[list[Any]]:

@@ -25,6 +25,15 @@ class Request:
     samples: int = 1
     task_id: int = 0  # whose answers they are, where the policy is stacked
     rng_key: tuple[int | str, ...] = ()  # of its own, behind Sampling's
+    history: tuple[tuple[str, str], ...] = ()  # (role, text) of the turns before the prompt
+
+    def encoded(self, policy: Policy) -> tuple[Tokens, Tokens]:
+        """Encode what stands before the preference, and the preference's suffix."""
+        if self.history:
+            prompt = policy.encode_conversation(self.history, self.prompt.text)
+        else:
+            prompt = policy.encode_prompt(self.prompt.text)
+        return prompt, policy.encode_suffix(self.w)
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ def encode(
             raise ValueError(f"samples={q.samples}: must be at least 1")
         if not q.prompt.text.strip():
             raise ValueError(f"prompt {q.prompt.id}: is empty")
-        prompt, suffix = policy.encode_prompt(q.prompt.text), policy.encode_suffix(q.w)
+        prompt, suffix = q.encoded(policy)
         length = len(prompt) + len(suffix)
         if length + max_new_tokens > policy.context:
             raise ValueError(
@@ -122,9 +131,7 @@ def gathered(
 ) -> Rollout:
     device = policy.device
     group = [b for b, q in enumerate(requests) for _ in range(q.samples)]
-    prefixes = tuple(
-        policy.encode_prompt(q.prompt.text) + policy.encode_suffix(q.w) for q in requests
-    )
+    prefixes = tuple(sum(q.encoded(policy), ()) for q in requests)
     uniform = (1.0 / len(policy.names),) * len(policy.names)
     tokens_RT = torch.zeros(0, 0, dtype=torch.int64, device=device)
     mask_RT = tokens_RT.bool()
@@ -168,6 +175,7 @@ class Row:
     finish: str = ""  # "stop", "length" or "cancelled"; "" while it waits or grows
     place: int = -1
     key: int = -1  # its id, once it has been drawn from
+    sampling: Sampling | None = None  # its own; None: the drawing's
 
     @property
     def prefix(self) -> Prefix:
@@ -176,7 +184,15 @@ class Row:
 
     def another(self, sample: int, attempt: int) -> Row:
         """Make a new row of the same request, behind the same prefix."""
-        return Row(self.request, self.index, sample, self.prompt, self.suffix, attempt)
+        return Row(
+            self.request,
+            self.index,
+            sample,
+            self.prompt,
+            self.suffix,
+            attempt,
+            sampling=self.sampling,
+        )
 
     def cut(self, keep: int) -> None:
         """Drop all but the first `keep` tokens; what follows them is drawn anew.
@@ -188,6 +204,35 @@ class Row:
         del self.tokens[keep:], self.logp[keep:]
         self.attempt += 1
         self.finish, self.key = "", -1
+
+
+class TextStream:
+    """The text of a row as it grows, in parts that together are the text of the whole row.
+
+    A character whose bytes are not all there yet is held back until they are, or the row ends.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy, self._said = policy, ""
+
+    def more(self, row: Row) -> str:
+        """Give what can be said of the row beyond what was given before."""
+        text = self._policy.decode(row.tokens)
+        if not row.finish:
+            text = text.rstrip("\ufffd")  # what stands for bytes that are no character (yet)
+        if not text.startswith(self._said):  # a decoder that tidies up behind itself: wait
+            return ""
+        new, self._said = text[len(self._said) :], text
+        return new
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a step added to a row."""
+
+    row: Row  # `row.index` of its request, `row.sample` of that, `row.tokens` so far
+    text: str  # "" where a step completed no character
+    finish: str  # "", or with the row's last one "stop" or "length"
 
 
 @dataclass

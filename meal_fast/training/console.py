@@ -15,7 +15,8 @@ from rich.text import Text
 
 from meal_fast.common import printable
 
-ANSWERS_EVERY = 5  # updates between those whose answers are shown
+ANSWERS_EVERY = 5  # updates between those whose answers are shown, and of short ones more:
+ANSWERS_SECONDS = 5.0  # as many seconds at least
 TIMED = 2  # updates, behind the first, which warms up, before the time left is said
 STAGE_EVERY = 10.0  # seconds between two lines of one stage, where there is no terminal
 PLAIN_WIDTH = 120  # of a line of an answer there
@@ -51,6 +52,7 @@ class Display:
         self._told = ("", -STAGE_EVERY)  # the last stage that was printed, and when
         self._pace = Pace()
         self._ends: dict[str, Mapping[str, Any]] = {}
+        self._answered = -ANSWERS_SECONDS  # when answers were shown
 
     def __enter__(self) -> Display:
         if self._live:
@@ -90,7 +92,9 @@ class Display:
             counted = self._counted(done, progress)
             line = f"update {counted}  {self._line.plain}" + (f"  {left}" if left else "")
             print(line, file=sys.stderr, flush=True)
-        if done == 1 or done % ANSWERS_EVERY == 0:
+        waited = time.monotonic() - self._answered
+        if done == 1 or (done % ANSWERS_EVERY == 0 and waited >= ANSWERS_SECONDS):
+            self._answered = time.monotonic()
             told: list[Mapping[str, Any]] = []
             for name, row in self._ends.items():
                 if not any(row is other for other in told):  # all were asked for one preference

@@ -24,11 +24,13 @@ def run(tmp_path_factory):
     return folder, policy
 
 
+ROLES = ("user", "assistant")
 GREEDY = ["--temperature", "0", "--max-new-tokens", "6"]
 
 
 def greedy(policy, text, w, length=6, turns=()):
-    requests = [Request(Prompt("x", policy.conversation(turns, text)), w)]
+    history = [(role, said) for turn in turns for role, said in zip(ROLES, turn, strict=True)]
+    requests = [Request(Prompt("x", text), w, history=tuple(history))]
     out = rollout(policy, requests, max_new_tokens=length, temperature=0.0, seed=0)
     return out.texts[0].strip()
 

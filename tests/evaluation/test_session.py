@@ -144,7 +144,7 @@ def test_a_text_is_streamed_whole_whatever_its_characters(session, text, monkeyp
     tokens = session.policy.tokenizer.encode(text, add_special_tokens=False)
 
     def draw(self, rows, sampling):
-        (row,) = rows
+        (row,) = self.scheduler.live = list(rows)
         for token in tokens:
             row.tokens.append(token)
             row.finish = "stop" if len(row.tokens) == len(tokens) else ""
@@ -178,22 +178,26 @@ def test_what_an_interrupt_ends_is_kept_and_the_session_goes_on(session):
     assert session.answer(TEXT, (0.8, 0.2), 0) == whole
 
 
-def test_turns_are_what_the_chat_template_makes_of_them(session):
-    policy = session.policy
-    turns = [("One?", "Yes."), ("Two?", "No.")]
+def test_turns_are_what_the_chat_template_makes_of_them(session, monkeypatch):
+    asked, real = [], Engine.stream
+
+    def stream(self, requests, sampling):
+        asked.extend(requests)
+        return real(self, requests, sampling)
+
+    monkeypatch.setattr(Engine, "stream", stream)
+    session.answer("Three?", (0.8, 0.2), 0, [("One?", "Yes."), ("Two?", "No.")])
+    policy, said = session.policy, session.policy.said((0.8, 0.2))
+    turns = ["One?", "Yes.", "Two?", "No.", f"Three? {said}"]
     messages = [
-        {"role": role, "content": text}
-        for turn in turns
-        for role, text in zip(("user", "assistant"), turn, strict=True)
+        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)
     ]
-    said = policy.said((0.8, 0.2))
-    messages.append({"role": "user", "content": f"Three? {said}"})
     whole = policy.tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
     )
-    ids = policy.encode_prompt(policy.conversation(turns, "Three?"))
-    assert policy.tokenizer.decode(ids + policy.encode_suffix((0.8, 0.2))) == whole
-    assert policy.conversation([], "Three?") == "Three?"
+    (request,) = asked
+    prompt, suffix = request.encoded(policy)
+    assert policy.tokenizer.decode(prompt + suffix) == whole
 
 
 def test_turns_that_the_context_has_no_room_for_are_left_out_and_it_is_said(run):

@@ -159,6 +159,18 @@ def test_answers_at_the_ends_are_those_that_were_asked_for_most_and_last():
     assert extremes([row(0.9, "b"), row(0.9, "c")])["helpful"]["response"] == "b"  # not the best
 
 
+@pytest.mark.parametrize(("seconds", "shown"), [(0.0, [0, 4, 9, 14]), (1e9, [0])])
+def test_answers_are_shown_every_few_updates_and_not_too_often(capsys, monkeypatch, seconds, shown):
+    monkeypatch.setattr("meal_fast.training.console.ANSWERS_SECONDS", seconds)
+    with Display() as display:
+        display.begin(36, 0, 0.0)
+        for update in range(16):
+            display.answers([row(1.0, f"of {update}", update)])
+            display.update(at(update))
+    err = capsys.readouterr().err
+    assert [int(n) for n in re.findall(r"helpful 1\.00 \| of (\d+)", err)] == shown
+
+
 def test_one_preference_in_all_updates_is_one_answer(capsys):
     with Display() as display:
         display.begin(36, 0, 0.0)
