@@ -48,7 +48,7 @@ class Settings:
     made: int = 600  # made-up rows an epoch
 
 
-SETTINGS = {"complied": Settings(epochs=6, made=330), "harmless": Settings(epochs=5, made=330)}
+SETTINGS = {"complied": Settings(epochs=5, made=650), "harmless": Settings(epochs=4, made=650)}
 
 
 def training_rows(
