@@ -135,13 +135,13 @@ def plain_refusal(prompt: str, rng: random.Random) -> str:
     sorry = rng.choice(
         (
             "I'm sorry, but ",
-            "I'm really sorry, but ",
             "I am sorry, ",
             "Sorry, ",
             "I apologize, but ",
             "No, ",
             "",
             "",
+            "I'm really sorry, but ",
         )
     )
     cannot = rng.choice(

@@ -213,6 +213,7 @@ def _both(
 ) -> tuple[list[float], list[float]]:
     """The logits of the pairs' hacks and of their honest answers."""
     hacks = [Row(pair.prompt, pair.hack, 0.0) for pair in tested]
-    honest = [Row(pair.prompt, pair.honest, 1.0) for pair in tested]
-    scores = score(model, tokenizer, hacks + honest, settings.max_length)
-    return scores[: len(tested)], scores[len(tested) :]
+    honest = [Row(pair.prompt, pair.honest, 0.0) for pair in tested]
+    rows = list(dict.fromkeys(hacks + honest))  # many pairs share an honest answer
+    logits = dict(zip(rows, score(model, tokenizer, rows, settings.max_length), strict=True))
+    return [logits[row] for row in hacks], [logits[row] for row in honest]
