@@ -225,7 +225,7 @@ def test_nothing_kept_skips_the_step_and_leaves_adam_alone(tmp_path):
 def test_chat_auto_asks_the_net(run, capsys):
     chat([str(run), "--w", "auto", "--prompt", "Write a new song.", "--temperature", "0"])
     answer, said = capsys.readouterr()
-    w = said.strip().removeprefix("w is ")
+    w = said.splitlines()[0].removeprefix("w is ")
     chat([str(run), "--w", w, "--prompt", "Write a new song.", "--temperature", "0"])
     assert capsys.readouterr().out == answer
 
