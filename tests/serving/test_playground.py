@@ -1,6 +1,5 @@
 """The page in headless Chromium: slide, stream, compare, a link; hostile text stays text."""
 
-import dataclasses
 import shutil
 import types
 
@@ -79,7 +78,9 @@ def test_sliding_asks_again_at_the_new_preference_and_a_link_holds_it(run, wide,
     page.click("#send")
     assert done(page, 1) == [greedy(run, (0.8, 0.2))]
     slide(page, 1)
-    page.wait_for_function("() => document.querySelector('h2').textContent === 'first 0 · second 1'")
+    page.wait_for_function(
+        "() => document.querySelector('h2').textContent === 'first 0 · second 1'"
+    )
     assert done(page, 1) == [greedy(run, (0.0, 1.0))]
     link = page.url
     assert all(url.startswith((wide.url, "data:")) for url in page.asked)
@@ -145,20 +146,15 @@ def test_hostile_text_stays_text(run, page):
 
         served.policy.decode = types.MethodType(decode, served.policy)
         served.unfinished, served.name = HOSTILE, HOSTILE
-        names = (HOSTILE, "second")
-        served.names, served.policy.names = names, names
-        objectives = (f"{HOSTILE}=world:first", "second=world:second")
-        served.rewards._config = dataclasses.replace(served.config, objectives=objectives)
 
     with serving(run.folder, ready=ready) as server:
         page.goto(server.url)
         page.fill("#prompt", SONG + HOSTILE)
         page.click("#send")
-        page.wait_for_function("() => document.querySelector('.text')?.textContent.includes('<img')")
-        page.wait_for_function("() => !document.querySelector('article.busy')")
-        assert HOSTILE in page.locator("h2").text_content()
+        (text,) = done(page, 1)
+        assert HOSTILE in text and HOSTILE in page.locator("h1").text_content()
         assert HOSTILE in page.locator("#notice").text_content()
-        assert page.locator("img").count() == 0 and "taken" not in page.title().split("'")[::2]
+        assert page.locator("img").count() == 0 and page.title() == f"{HOSTILE} · meal-fast"
         # And were it put in as markup, the page's own policy would not run it.
         page.evaluate("document.body.insertAdjacentElement('beforeend', new Image())")
         with pytest.raises(playwright.Error, match="TrustedHTML"):

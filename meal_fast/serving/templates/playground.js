@@ -73,14 +73,16 @@ async function* events(answer) {
 const named = (values) => Object.fromEntries(run.objectives.map((name, k) => [name, values[k]]));
 const said = (values) => run.objectives.map((name, k) => `${name} ${round(values[k])}`).join(" · ");
 
+const fine = (x) => Math.round(x * 1e4) / 1e4;
+
 function normalised(values) {
   const kept = values.map((x) => Math.max(x, 0));
   const sum = kept.reduce((a, b) => a + b, 0);
-  const shares = sum ? kept.map((x) => round(x / sum)) : kept.map(() => round(1 / kept.length));
+  const shares = sum ? kept.map((x) => fine(x / sum)) : kept.map(() => fine(1 / kept.length));
   // Rounded shares must still sum to 1: the largest takes what is left.
   const largest = shares.indexOf(Math.max(...shares));
   shares[largest] = 1 - shares.reduce((a, x, k) => (k === largest ? a : a + x), 0);
-  shares[largest] = Math.round(shares[largest] * 1e6) / 1e6;
+  shares[largest] = fine(shares[largest]);
   return shares;
 }
 
