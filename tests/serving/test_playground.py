@@ -153,7 +153,7 @@ def test_hostile_text_stays_text(run, page):
         page.click("#send")
         (text,) = done(page, 1)
         assert HOSTILE in text and HOSTILE in page.locator("h1").text_content()
-        assert HOSTILE in page.locator("#notice").text_content()
+        assert HOSTILE in page.locator("#state").text_content()
         assert page.locator("img").count() == 0 and page.title() == f"{HOSTILE} · meal-fast"
         # And were it put in as markup, the page's own policy would not run it.
         page.evaluate("document.body.insertAdjacentElement('beforeend', new Image())")
@@ -167,13 +167,14 @@ def test_an_unfinished_run_and_an_error_are_said(run, page):
 
     with serving(run.folder, ready=ready) as server:
         page.goto(server.url)
-        page.wait_for_selector("#notice:not([hidden])")
-        assert "not finished: 3 of 9 meta-steps" in page.locator("#notice").text_content()
+        page.wait_for_selector("#state:not([hidden])")
         page.fill("#prompt", SONG)
         page.locator("#length").evaluate("e => { e.value = 900000; }")
         page.click("#send")
         page.wait_for_selector("#notice.bad")
         assert "exceed the model's context" in page.locator("#notice").text_content()
+        assert "not finished: 3 of 9 meta-steps" in page.locator("#state").text_content()
+        assert page.locator("#state").is_visible()
 
 
 def test_a_token_is_asked_for_and_is_not_in_the_link(run, page):

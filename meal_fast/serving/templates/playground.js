@@ -336,7 +336,8 @@ async function begin() {
   at("run").textContent = models[0].id;
   document.title = models[0].id + " · meal-fast";
   at("about").textContent = "One model, steered between " + run.objectives.join(", ") + ".";
-  if (run.unfinished) notice(`This run is not finished: ${run.unfinished}.`);
+  at("state").textContent = `This run is not finished: ${run.unfinished}.`;
+  at("state").hidden = !run.unfinished;
   at("temperature").value = run.temperature;
   at("length").value = run.max_tokens;
   at("seed").value = 0;
