@@ -120,11 +120,11 @@ def measured(run: Path, side: str, threads: int, tokens: int) -> dict[str, Any]:
         load = Load(url, names, tokens)
         load.ask(client)  # warm
         found: dict[str, Any] = {
-            "first_token_seconds": [load.first_token(client) for _ in range(3)],
-            "five_seconds": [load.five(client) for _ in range(2)],
+            "first_token_seconds": [load.first_token(client) for _ in range(2)],
+            "five_seconds": [load.five(client)],
         }
         for count in CLIENTS:
-            found[f"clients_{count}"] = [load.clients(count, max(6, count))]
+            found[f"clients_{count}"] = [load.clients(count, max(4, count))]
     return found
 
 
@@ -169,7 +169,8 @@ def main() -> None:
         "bench": "serve",
         "commit": rows.commit(),
         "date": rows.now(),
-        **before,
+        "command": f"python -m bench.serve RUN --rounds {args.rounds}",
+        "machine": before,
         "threads": args.threads,
         "tokens": args.tokens,
         "rounds": args.rounds,
