@@ -98,9 +98,9 @@ def application(
         body = await _json(request)
         asked = parse(body, run, max_new_tokens=max_new_tokens, most=worker.most)
         answer = Answer(asked, run, worker)
-        await answer.begin()
+        await answer.begin(request.is_disconnected)
         if asked.stream:
-            return StreamingResponse(answer.events(), media_type="text/event-stream")
+            return Events(answer)
         return JSONResponse(await answer.whole(request))
 
     @app.post("/v1/rewards")
@@ -146,18 +146,33 @@ class Answer:
         self._prompt_tokens, self._tokens = 0, [0] * self._left
         self._first: Piece
 
-    async def begin(self) -> None:
-        """Wait until it is taken up, so that what is wrong with it has a status of its own."""
+    async def begin(self, gone: Callable[[], Awaitable[bool]]) -> None:
+        """Wait until it is taken up, so that what is wrong with it has a status of its own.
+
+        `gone`: whether the client is, which then loses its place in the line.
+        """
         try:
             self.worker.submit(self._parts)
         except QueueFull as full:
             raise Refused(429, f"{full}; ask again later") from None
         try:
-            self._first = await self._pieces.get()
-        except asyncio.CancelledError:
+            self._first = await self._next(gone)
+        except BaseException:
             self.cancel()
             raise
-        _check(self._first, self)
+
+    async def _next(self, gone: Callable[[], Awaitable[bool]] | None) -> Piece:
+        """Give the next piece. Raises Refused for an error, and where the client is gone."""
+        while True:
+            try:
+                piece = await asyncio.wait_for(self._pieces.get(), 1.0 if gone else None)
+                break
+            except TimeoutError:
+                if gone and await gone():
+                    raise Refused(499, "the client has gone") from None
+        if piece.error:
+            raise Refused(500 if piece.fault else 400, piece.error)
+        return piece
 
     def cancel(self) -> None:
         """Give back its slots."""
@@ -178,14 +193,7 @@ class Answer:
                             w=piece.w)  # fmt: skip
                 if not self._left:
                     return
-                while True:
-                    try:
-                        piece = await asyncio.wait_for(self._pieces.get(), 1.0 if gone else None)
-                        break
-                    except TimeoutError:
-                        if gone and await gone():
-                            raise Refused(499, "the client has gone") from None
-                _check(piece, self)
+                piece = await self._next(gone)
         finally:
             self.cancel()
 
@@ -241,10 +249,18 @@ class Answer:
         }
 
 
-def _check(piece: Piece, answer: Answer) -> None:
-    if piece.error:
-        answer.cancel()
-        raise Refused(500 if piece.fault else 400, piece.error)
+class Events(StreamingResponse):
+    """An answer as it is written; a client that goes, at whatever point, frees its slots."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.events(), media_type="text/event-stream")
+        self._answer = answer
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.cancel()
 
 
 def _check_origin(request: Request, hosts: frozenset[str] | None) -> None:

@@ -49,7 +49,8 @@ def names_of(host: str, port: int) -> frozenset[str] | None:
     if host not in LOOPBACK:
         return None
     names = [f"[{name}]" if ":" in name else name for name in LOOPBACK]
-    return frozenset(f"{name}:{port}" for name in names)
+    bare = names if port == 80 else []  # browsers leave that port out
+    return frozenset([*(f"{name}:{port}" for name in names), *bare])
 
 
 def serve(

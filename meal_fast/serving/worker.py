@@ -127,6 +127,12 @@ class Worker:
             self._held.close()
 
     def _drop_cancelled(self) -> None:
+        with self._change:
+            gone = [asked for asked in self._line if asked.cancelled]
+            for asked in gone:
+                self._line.remove(asked)
+        for asked in gone:
+            self._ended(asked, asked.left)
         for row, asked in list(self._rows.items()):
             if asked.cancelled:
                 assert self._service is not None
@@ -142,16 +148,13 @@ class Worker:
                     return
                 asked = self._line[0]
             try:
-                if not asked.cancelled and not self._joined(asked):
+                if not self._joined(asked):
                     return
             except ValueError as error:
                 self._failed(asked, str(error), fault=False)
             except Exception as error:
                 logging.getLogger("meal_fast").exception("a request failed")
                 self._failed(asked, f"{type(error).__name__}: {error}", fault=True)
-            else:
-                if asked.cancelled:
-                    self._ended(asked, asked.left)
             with self._change:
                 self._line.popleft()
 

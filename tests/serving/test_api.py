@@ -245,6 +245,20 @@ def test_a_client_that_hangs_up_on_a_whole_answer_frees_its_slot(run):
         until(lambda: (gate.steps.release(), server.worker.outstanding == 0)[1])
 
 
+def test_who_goes_while_waiting_in_line_leaves_it(run):
+    with serving(run.folder, slots=1, waiting=4) as server:
+        endless(server)
+        gate = Gate(server.worker)
+        url = f"{server.url}/v1/chat/completions"
+        body = {"messages": ASK, "stream": True} | ENDLESS
+        with httpx.stream("POST", url, json=body, timeout=60):
+            with pytest.raises(httpx.ReadTimeout):  # needs another network: not taken up
+                httpx.post(url, json=body | {"model": "base"}, timeout=0.5)
+            assert server.worker.outstanding == 2
+            until(lambda: (gate.steps.release(), server.worker.outstanding == 1)[1])
+        until(lambda: (gate.steps.release(), server.worker.outstanding == 0)[1])
+
+
 def test_many_clients_at_once_each_get_their_own(server, run):
     wanted = {}
     for seed in range(12):

@@ -1,11 +1,14 @@
 """Runs of every kind are served: models of their own, a guide, a net, rewards in the prompt."""
 
 import threading
+from contextlib import nullcontext
 
 import pytest
 
 from meal_fast import train
-from meal_fast.evaluation.session import Session
+from meal_fast.data_types import Prompt
+from meal_fast.models.model_soup import load_served
+from meal_fast.rollout import Request, Sampling, engine
 from tests.serving.conftest import serving
 from tests.serving.test_api import ASK, ask
 
@@ -18,7 +21,7 @@ def named(w):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_is_served_as_chat_answers(recipe, tmp_path):
+def test_every_recipe_is_served_as_the_engine_answers(recipe, tmp_path):
     folder = tmp_path / "run"
     train.main(["tiny", "--recipe", recipe, "--meta.steps", "1", "--no-evaluate",
                 "--out", str(folder)])  # fmt: skip
@@ -41,6 +44,9 @@ def test_every_recipe_is_served_as_chat_answers(recipe, tmp_path):
         texts = [c["message"]["content"] for c in five.json()["choices"]]
         assert texts == [found[w] for w in WEIGHTS]
         config = server.served.config
-    with Session(folder, config, print, max_new_tokens=6, temperature=0.0, seed=0) as session:
-        for turn, w in enumerate(WEIGHTS):
-            assert session.answer(ASK[0]["content"], w, turn) == found[w].strip()
+    policy, family = load_served(folder, config)
+    request = Prompt("chat", ASK[0]["content"])
+    for w in WEIGHTS:
+        with nullcontext() if family is None else family.at(policy, w), engine(policy) as sampler:
+            alone = sampler.generate([Request(request, w)], Sampling(6, 0.0, seed=0))
+        assert alone.texts[0] == found[w]
