@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -44,7 +43,7 @@ def server(run: Path, slots: int, threads: int) -> Iterator[str]:
         lines = iter(process.stderr.readline, "")
         yield next(m[1] for line in lines if (m := re.search(r"playground at (\S+)/,", line)))
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         process.communicate()
 
 
