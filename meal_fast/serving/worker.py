@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from meal_fast.data.preferences import Preference
-from meal_fast.rollout import Engine, Request, Row, Sampling, Service
+from meal_fast.rollout import Request, Row, Sampling, Service, engine
 
 from .run import ServedRun, Way
 
@@ -172,8 +172,13 @@ class Worker:
                 return False
             self._close_network()
             network = self._held.enter_context(self.served.network(way))
-            engine = Engine(self.served.policy, network, self.slots, self._cache_bytes)
-            self._service, self._open = Service(engine), way
+            sampler = engine(
+                self.served.policy,
+                network=network,
+                max_rows=self.slots,
+                max_cache_bytes=self._cache_bytes,
+            )
+            self._service, self._open = Service(self._held.enter_context(sampler)), way
         assert self._service is not None
         rows = self._service.add([asked.request], asked.sampling)
         for n, row in enumerate(rows):
