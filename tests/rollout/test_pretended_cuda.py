@@ -28,7 +28,7 @@ from meal_fast.data.toy import build_world
 from meal_fast.data_types import Prompt
 from meal_fast.models import shared_prefix
 from meal_fast.models.policy import Policy, load_policy
-from meal_fast.rollout import Request, Sampling, engine, kv_cache
+from meal_fast.rollout import Request, Sampling, Service, engine, kv_cache
 from meal_fast.training.losses import sequences
 from meal_fast.training.trainer import Trainer
 from tests.data.test_objectives import bert_tokenizer, save
@@ -322,6 +322,30 @@ def test_a_decode_step_launches_and_waits_no_more_than_it_did(tmp_path, monkeypa
     assert 0 < (three - one) / 2 <= LAYER_LAUNCHES[dtype]
     assert 0 < outside <= STEP_LAUNCHES
     assert 0 < syncs <= STEP_SYNCS
+
+
+def test_rows_that_come_and_go_are_served_on_the_device(tmp_path):
+    config = PolicyConfig(path=deep(tmp_path / "1", 1), device="cuda", lora_rank=4)
+    asked = [Sampling(9, 1.0, 1), Sampling(4, 0.7, 2, top_k=9), Sampling(12, 0.0, 1)]
+    requests = [Request(Prompt(x, f"Write {x}."), (0.5, 0.5), 2) for x in ("a", "b", "c")]
+    with pretend.device():
+        policy = load_policy(config, ("first", "second"))
+        with engine(policy, max_rows=4) as sampler:
+            wanted = [
+                text
+                for request, sampling in zip(requests, asked, strict=True)
+                for text in sampler.generate([request], sampling).texts
+            ]
+            service, rows = Service(sampler), []
+            texts: dict[object, str] = {}
+            for request, sampling in zip(requests, asked, strict=True):
+                rows += service.add([request], sampling)
+                for delta in service.step():
+                    texts[delta.row] = texts.get(delta.row, "") + delta.text
+            while service.busy:
+                for delta in service.step():
+                    texts[delta.row] = texts.get(delta.row, "") + delta.text
+        assert [texts[row] for row in rows] == wanted
 
 
 # ---- what an update costs beside its model's layers

@@ -1,0 +1,1 @@
+"""A run behind a local address: a playground for people, an API for OpenAI's clients."""
