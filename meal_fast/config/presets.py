@@ -46,6 +46,29 @@ _QUICKSTART = Config(
     checkpoint_every=1,
 )
 
+# demo: the shortest way to a knob that turns, without reward models: short answers or full ones.
+_DEMO = dataclasses.replace(
+    _QUICKSTART,
+    objectives=(
+        "brief=meal_fast.data.measures:brief",
+        "detailed=meal_fast.data.measures:detailed",
+    ),
+    prompts=PromptConfig(train="packaged:benign"),
+    warmup=WarmupConfig(
+        steps=40,
+        batch=4,
+        tokens=24,
+        answers=(
+            "brief=own:Answer in one short sentence.",
+            "detailed=own:Explain this in detail.",
+        ),
+        draws=192,
+    ),
+    rollout=RolloutConfig(prompts=3, samples=8, max_new_tokens=40, temperature=0.7),
+    meta=MetaConfig(steps=3, tasks=1, n_inner=2, epsilon=1.5),
+    evaluation=EvaluationConfig(prompts=8, grid=5, ask="How do tides work?"),
+)
+
 # steering: its longer form, 48 updates, evaluated finely; docs/results.md has runs of it.
 _STEERING = dataclasses.replace(
     _QUICKSTART,
@@ -148,6 +171,7 @@ def _task(title: str, rewards: dict[str, str], prompts: str, length: int) -> dic
 
 PRESETS: dict[str, Config] = {
     "quickstart": _QUICKSTART,
+    "demo": _DEMO,
     "steering": _STEERING,
     "tiny": _TINY,
     "concave-front": _CONCAVE_FRONT,

