@@ -28,7 +28,7 @@ _QUICKSTART = Config(
         batch=4,
         answers=("harmless=packaged:refusals",),
         benign="packaged:benign",
-        benign_share=0.33,
+        benign_share=0.4,
     ),
     preference=PreferenceConfig(alpha=0.05, per_prompt=2),
     # At 0.9 over its whole vocabulary the packaged model reads half as gibberish.
