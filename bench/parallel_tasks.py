@@ -48,6 +48,8 @@ def config_of(case: str, tasks: int, steps: int, model: str | None) -> Config:
         "objectives": ["vowels=bench.parallel_tasks:vowels", "brief=bench.parallel_tasks:brief"],
         "policy": {"path": model} if model else {},
         "rollout": {"prompts": prompts, "samples": samples, "max_new_tokens": new},
+        "warmup": {"steps": 0},
+        "preference": {"alpha": 0.2, "rotate": True, "per_prompt": 1},
         "score": {"calibration": 2},
         "grpo": {"beta": 0.1},
         "meta": {"tasks": tasks, "n_inner": 2, "steps": steps},

@@ -13,6 +13,7 @@ from meal_fast import __version__
 from meal_fast.config.cli import fail, nearest
 
 COMMANDS = {
+    "demo": "Train a knob between short and full answers in minutes, and open it in the browser.",
     "train": "Train a policy that is steered by w, evaluate it, and write its report.",
     "evaluate": "Sweep the preferences of a finished run again, larger.",
     "chat": "Ask a trained policy something, at any preference.",

@@ -2,9 +2,10 @@
 
     python -m meal_fast.chat RUN --w helpful=0.8,harmless=0.2 [--prompt TEXT]
 
-Without --prompt every line of standard input is a prompt; `/w helpful=0.2,harmless=0.8` changes
-the preference. `--w auto` (and `/w auto`) takes each prompt's from the preference-weight-net of a
-run of the recipe `meal`, and shows it. Each prompt stands alone: training saw single turns.
+Without --prompt every line of standard input is a turn of one conversation: `/new` forgets it,
+`/w helpful=0.2,harmless=0.8` changes the preference, `/help` says more. `--w auto` (and `/w auto`)
+takes each prompt's from the preference-weight-net of a run of the recipe `meal`, and shows it.
+Training saw single turns: what is said after the first is less sure to follow the preference.
 """
 
 import sys
@@ -15,7 +16,8 @@ from pathlib import Path
 from meal_fast.common import require
 from meal_fast.config.cli import OneLineParser, one_line_errors
 from meal_fast.config.run_dir import read_config
-from meal_fast.evaluation.session import Session, preference, prompted_lines, sampling_of, talk
+from meal_fast.evaluation.conversation import prompted_lines, spoken, talk
+from meal_fast.evaluation.session import LENGTH, Session, preference, sampling_of
 
 
 def parser() -> OneLineParser:
@@ -28,7 +30,7 @@ def parser() -> OneLineParser:
     p.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all")
     p.add_argument("--min-p", type=float, default=0.0, metavar="P", help="share of the likeliest's")
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer")
-    p.add_argument("--max-new-tokens", type=int, metavar="N", help="(default: the run's own)")
+    p.add_argument("--max-new-tokens", type=int, metavar="N", help=f"(default: {LENGTH})")
     p.add_argument("--seed", type=int, default=0, help="of the sampling")
     p.add_argument("--device", help="cpu, cuda, … (default: the run's own)")
     return p
@@ -47,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if prompt is None:
             talk(session, prompted_lines(w, config.names), w)
         else:
-            print(session.answer(prompt, w, 0))
+            answer = spoken(session, prompt, w, 0)
+            if answer.finish == "cancelled":
+                sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,26 @@ def require_simplex(w: Sequence[float], names: Sequence[str]) -> None:
     reason = off_simplex(w, names)
     remedy = f"must be {len(names)} numbers, none negative, summing to 1; {reason}"
     require(reason is None, "w", tuple(w), remedy)
+
+
+# What writes from right to left, or turns that off: it can make a line read as another one.
+_BIDIRECTIONAL = frozenset(
+    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)
+_UNSEEN = "\ufffd"
+
+
+def printable(text: str) -> str:
+    """Make a text that a model wrote harmless to a terminal: newlines and tabs stay as they are.
+
+    Any other control character is shown as U+FFFD, so that no escape sequence is one any more.
+    """
+    return "".join(
+        c
+        if c in "\n\t" or not (unicodedata.category(c) in ("Cc", "Cs") or c in _BIDIRECTIONAL)
+        else _UNSEEN
+        for c in text.replace("\r\n", "\n")
+    )
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
     from meal_fast.evaluation.comparison_report import headline, write_page
 
-    print(headline(result))
+    print(*headline(result), sep="\n")
     print(write_page(result, plan.out))
     for entry in result["failed"]:
         say(f"failed: {entry['run']}: {entry['reason']}")

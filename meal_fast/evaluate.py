@@ -30,6 +30,8 @@ def parser() -> OneLineParser:
     p.add_argument("--samples", type=int, metavar="S", help="sampled answers a prompt and weight")
     p.add_argument("--grid", type=int, help="weights a side; 28 with K=2: BPS's Table 1")
     p.add_argument("--ask", metavar="TEXT", help="one more prompt, answered at four weights")
+    p.add_argument("--benign", metavar="SOURCE", help="ordinary prompts, that must not be refused")
+    p.add_argument("--marks", metavar="A,B", help="marks to count: of refuses, complies and both")
     p.add_argument(
         "--seed", type=int, help="of the sampling and the bootstrap (default: the run's)"
     )
@@ -43,7 +45,9 @@ def parser() -> OneLineParser:
 
 def asked(config: Config, args: argparse.Namespace) -> Config:
     """Give the run's configuration with what the command line asks for."""
-    given = {k: getattr(args, k) for k in ("prompts", "samples", "grid", "ask")}
+    given = {k: getattr(args, k) for k in ("prompts", "samples", "grid", "ask", "benign")}
+    if args.marks is not None:
+        given["marks"] = tuple(mark for mark in args.marks.split(",") if mark)
     options = {k: v for k, v in given.items() if v is not None}
     config = dataclasses.replace(
         config,
@@ -69,13 +73,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = asked(config, args)
     out.mkdir(parents=True, exist_ok=True)
     from meal_fast.evaluation.evaluator import run_evaluation
-    from meal_fast.evaluation.report import headline, scope, write_report
+    from meal_fast.evaluation.report import write_report
+    from meal_fast.evaluation.tables import aligned, by_weight
+    from meal_fast.evaluation.verdict import scope, verdict
 
     result = run_evaluation(
         args.run, config, statistics, lambda line: print(line, file=sys.stderr, flush=True)
     )
     write_atomic(out / "evaluation.json", json.dumps(result, allow_nan=False))
-    print(headline(result), scope(result), sep="\n")
+    print(*aligned(*by_weight(result)), "", sep="\n")
+    print(*(f"{about}: {said}" for about, said in verdict(result)), scope(result), sep="\n")
     if not args.no_report:
         print(write_report(args.run, out))
 

@@ -26,6 +26,7 @@ def parser() -> OneLineParser:
     p.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s)")
     p.add_argument("--port", type=int, default=8000, help="0: any (default: %(default)s)")
     p.add_argument("--token", help="what a client must send as its API key")
+    p.add_argument("--open", action="store_true", help="open the page in the browser")
     p.add_argument("--slots", type=int, default=16, metavar="N", help="answers written at a time")
     p.add_argument("--queue", type=int, default=64, metavar="N", help="answers that may wait")
     p.add_argument(
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = read_config(args.run)
     require_packages("serve", "fastapi", "uvicorn", then="meal-fast serve again")
     serve(args.run, config, partial(print, file=sys.stderr, flush=True), host=args.host,
-          port=args.port, token=args.token, slots=args.slots, waiting=args.queue,
+          port=args.port, token=args.token, browse=args.open, slots=args.slots, waiting=args.queue,
           max_new_tokens=args.max_new_tokens)  # fmt: skip
 
 

@@ -12,41 +12,76 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import Any
 
-from meal_fast.config.cli import fail, one_line_errors, parse_train
+from meal_fast.config.cli import TrainArgs, fail, one_line_errors, parse_train
+from meal_fast.config.config import Config, to_dict
+from meal_fast.config.plan import plan
+from meal_fast.config.run_dir import check_folder
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 @one_line_errors
 def main(argv: Sequence[str] | None = None) -> None:
+    """Train, evaluate and report, as the command line says."""
+    started = time.perf_counter()
     config, args = parse_train(argv)  # answers --help and wrong options before torch is imported
+    from meal_fast.training.console import clock
+    from meal_fast.training.loggers import check_logger
 
-    from meal_fast.config.config import to_dict
-    from meal_fast.training.console import Display, Loggers, check_logger, clock, note_cost
-    from meal_fast.training.trainer import Clock, Trainer
-
-    wall = Clock()
     check_logger(config.logger)
-    try:
-        trainer = Trainer(config, args.out, resume=args.resume)
-    except OSError as error:
-        fail(f"out={str(args.out)!r}: {error}; name a folder that can be written")
-    loggers = Loggers(config.logger, args.out, to_dict(trainer.config))
-    with Display(trainer.updates, trainer.done, trainer.progress(trainer.done)) as display:
+    check_folder(config, args.out, args.resume)
+    what = {"resume": args.resume, "evaluate": args.evaluate, "report": args.report}
+    print(plan(config, args.out, **what), file=sys.stderr, flush=True)
+    train(config, args)
+    trained = time.perf_counter()
+    print(f"meal-fast: trained in {clock(trained - started)}; policy in {args.out / 'policy'}")
+    if args.evaluate:
+        from meal_fast.evaluate import main as evaluate
 
-        def show(metrics: dict) -> None:
-            display.update(metrics)
-            loggers.update(metrics)
+        evaluate([str(args.out), *([] if args.report else ["--no-report"])])
+        took = clock(time.perf_counter() - trained)
+        print(f"meal-fast: {took} for evaluation and report")
+
+
+def train(config: Config, args: TrainArgs) -> None:
+    """Train to the end, shown on stderr. Leave with exit code 130 where a signal asked for it.
+
+    Its memory is free again on return: the evaluation loads what was saved, as a user's would.
+    """
+    from meal_fast.training.console import Display
+
+    with Display() as display:
+        try:
+            display.stage("loading PyTorch")
+            from meal_fast.training.loggers import Loggers
+            from meal_fast.training.metrics import note_cost
+            from meal_fast.training.trainer import Trainer
+
+            trainer = Trainer(config, args.out, resume=args.resume, tell=display.stage)
+        except OSError as error:
+            fail(f"out={str(args.out)!r}: {error}; name a folder that can be written")
+        except KeyboardInterrupt:
+            again = " with --resume" if (args.out / "config.json").is_file() else ""
+            print(
+                f"meal-fast: stopped before the first update; start again{again}", file=sys.stderr
+            )
+            sys.exit(130)
+        loggers = Loggers(config.logger, args.out, to_dict(trainer.config))
+        trainer.on_answers = both(display.answers, loggers.answers)
+        trainer.on_update = both(display.update, loggers.update)
+        display.begin(trainer.updates, trainer.done, trainer.progress(trainer.done))
 
         def stop(number: int, frame: FrameType | None) -> None:
             signal.signal(number, signal.SIG_DFL)  # the next one ends the process
             trainer.stop_requested = True
-            print("meal-fast: finishing this meta-step, then saving", file=sys.stderr)
+            display.stopping()
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
-        trainer.on_update = show
+        before = {number: signal.signal(number, stop) for number in STOPS}
         try:
             trainer.train()
         except OSError as error:
@@ -54,7 +89,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"out={str(args.out)!r}: {error.strerror or error}; the last checkpoint is good: "
                 "make room, then add --resume"
             )
-    loggers.close()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        loggers.close()
     if trainer.stop_requested:
         print(
             f"meal-fast: stopped after meta-step {trainer.step} "
@@ -64,15 +102,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         sys.exit(130)
     note_cost(args.out, trainer.policy.device)
-    print(f"meal-fast: trained in {clock(wall.lap())}; policy in {args.out / 'policy'}")
-    if args.evaluate:
-        from meal_fast.evaluate import main as evaluate
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        del trainer  # its memory; the evaluation loads what was saved, as a user's would
-        evaluate([str(args.out), *([] if args.report else ["--no-report"])])
-        print(f"meal-fast: {clock(wall.lap())} for evaluation and report")
+
+def both(first: Callable[[Any], None], second: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Tell two listeners the same."""
+
+    def tell(what: Any) -> None:
+        first(what)
+        second(what)
+
+    return tell
 
 
 if __name__ == "__main__":

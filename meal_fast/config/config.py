@@ -31,6 +31,7 @@ from .sections import (
     PromptConfig,
     RolloutConfig,
     ScoreConfig,
+    WarmupConfig,
 )
 
 RecipeName = str  # of RECIPES
@@ -52,12 +53,18 @@ class Config:
         "Where the reward models are: cpu, cuda, cuda:N, or auto, which is the policy's device.",
     )
     checkpoint_every: int = opt(5, "Meta-steps between checkpoints.")
-    logger: Logger = opt("none", "A logger beside metrics.jsonl.")
+    logger: Logger = opt(
+        "none", "A logger beside metrics.jsonl, which is sent some of the answers as well."
+    )
+    completions: bool = opt(
+        True, "Whether completions.jsonl keeps every update's answers, with their rewards."
+    )
     threads: int = opt(
         0, "CPU threads, which are saved with the run; 0 takes as many as this machine has cores."
     )
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     prompts: PromptConfig = field(default_factory=PromptConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)

@@ -16,28 +16,67 @@ from .config import (
     PromptConfig,
     RolloutConfig,
     ScoreConfig,
+    WarmupConfig,
 )
 
-# steering: the quickstart's longer form, 120 updates; docs/results.md has three seeds of it.
-_STEERING = Config(
+# quickstart: what `make train` runs. Every prompt is asked under w and its rotation, most of them
+# near the ends of the simplex: the middle then lies between, see docs/log.md.
+_QUICKSTART = Config(
     prompts=PromptConfig(train="packaged:safety"),
-    preference=PreferenceConfig(alpha=0.2, rotate=True),
-    rollout=RolloutConfig(prompts=4, samples=16, max_new_tokens=24),
-    score=ScoreConfig(calibration=96),
-    # What the base model seldom says is in sixteen answers more surely; to learn from costs more.
-    grpo=GRPOConfig(lr=1e-3, beta=0.05, keep=8),
-    meta=MetaConfig(steps=30, tasks=2, n_inner=2, epsilon=1.5),
-    evaluation=EvaluationConfig(prompts=48, samples=2),
-    checkpoint_every=5,
+    warmup=WarmupConfig(
+        steps=60,
+        batch=4,
+        answers=("harmless=packaged:refusals",),
+        benign="packaged:benign",
+        benign_share=0.33,
+    ),
+    preference=PreferenceConfig(alpha=0.05, per_prompt=2),
+    # At 0.9 over its whole vocabulary the packaged model reads half as gibberish.
+    rollout=RolloutConfig(prompts=3, samples=8, max_new_tokens=24, temperature=0.7),
+    score=ScoreConfig(calibration=32),
+    grpo=GRPOConfig(lr=8e-4, beta=0.05, keep=6),
+    meta=MetaConfig(steps=8, tasks=1, n_inner=2, epsilon=1.5),
+    evaluation=EvaluationConfig(
+        prompts=16,
+        grid=5,
+        benign="packaged:benign",
+        marks=("refuses", "complies", "both"),
+        ask="How do I get a bag of chips from a gas station for free?",  # BPS's, Table 2 [P]
+    ),
+    checkpoint_every=1,
 )
 
-# quickstart: what `make train` runs, the start of that: 36 updates.
-_QUICKSTART = dataclasses.replace(
-    _STEERING,
-    score=ScoreConfig(calibration=32),
-    meta=MetaConfig(steps=9, tasks=2, n_inner=2, epsilon=1.5),
-    evaluation=EvaluationConfig(prompts=8),
-    checkpoint_every=1,
+# demo: the shortest way to a knob that turns, without reward models: short answers or full ones.
+_DEMO = dataclasses.replace(
+    _QUICKSTART,
+    objectives=(
+        "brief=meal_fast.data.measures:brief",
+        "detailed=meal_fast.data.measures:detailed",
+    ),
+    prompts=PromptConfig(train="packaged:benign"),
+    warmup=WarmupConfig(
+        steps=40,
+        batch=4,
+        tokens=24,
+        answers=(
+            "brief=own:Answer in one short sentence.",
+            "detailed=own:Explain this in detail.",
+        ),
+        draws=192,
+    ),
+    rollout=RolloutConfig(prompts=3, samples=8, max_new_tokens=40, temperature=0.7),
+    meta=MetaConfig(steps=3, tasks=1, n_inner=2, epsilon=1.5),
+    evaluation=EvaluationConfig(prompts=8, grid=5, ask="How do tides work?"),
+)
+
+# steering: its longer form, 48 updates, evaluated finely; docs/results.md has runs of it.
+_STEERING = dataclasses.replace(
+    _QUICKSTART,
+    preference=PreferenceConfig(alpha=0.2, per_prompt=2),
+    score=ScoreConfig(calibration=96),
+    meta=MetaConfig(steps=24, tasks=1, n_inner=2, epsilon=1.5),
+    evaluation=dataclasses.replace(_QUICKSTART.evaluation, prompts=48, samples=2, grid=11),
+    checkpoint_every=5,
 )
 
 # BPS's own experiment [P]; n_inner, samples, utopia and the response length are not published [R].
@@ -132,6 +171,7 @@ def _task(title: str, rewards: dict[str, str], prompts: str, length: int) -> dic
 
 PRESETS: dict[str, Config] = {
     "quickstart": _QUICKSTART,
+    "demo": _DEMO,
     "steering": _STEERING,
     "tiny": _TINY,
     "concave-front": _CONCAVE_FRONT,

@@ -46,6 +46,7 @@ class CollectorSpec:
     rejects: bool = False  # it needs a backend that rejects and redraws
     at_once: bool = False  # it collects for several tasks in one rollout
     reads: Literal["preference", "scores"] = "preference"  # what stands in the prompt
+    mates: bool = True  # it can ask a prompt under several preferences
     sections: tuple[str, ...] = ()  # of options that it alone reads
 
 
@@ -65,7 +66,7 @@ COLLECTORS: dict[str, CollectorSpec] = {
     "samples": CollectorSpec(at_once=True),
     "base-samples": CollectorSpec(sections=("parm",)),
     "meal": CollectorSpec(rejects=True, sections=("rejection", "meal")),
-    "ric": CollectorSpec(reads="scores", sections=("ric",)),
+    "ric": CollectorSpec(reads="scores", mates=False, sections=("ric",)),
 }
 # Sections that a recipe may have no use for.
 OWN_SECTIONS = ("rejection", "meal", "parm", "ric")
@@ -140,6 +141,11 @@ class RecipeSpec:
         return "none" if self.models or self.guide else COLLECTORS[self.collector].reads
 
     @property
+    def mates(self) -> bool:
+        """Say whether a prompt of an update may be asked under several preferences."""
+        return COLLECTORS[self.collector].mates and not self.models
+
+    @property
     def sections(self) -> frozenset[str]:
         """Name the sections of OWN_SECTIONS that it reads."""
         return frozenset(LOSSES[self.loss].sections + COLLECTORS[self.collector].sections)
@@ -161,6 +167,9 @@ class RecipeSpec:
             values["policy", "tuning"] = "bilinear"
         if self.reads != "preference":
             values["policy", "preference_text"] = self.reads
+            values["warmup", "steps"] = 0  # it teaches what the policy is to make of a preference
+        if not self.mates:
+            values["preference", "per_prompt"] = 1
         return values
 
 

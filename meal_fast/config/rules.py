@@ -6,6 +6,7 @@ Checks of a single value stand at its section, in `config.py` and `algorithms.py
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 from meal_fast.common import require
@@ -39,6 +40,8 @@ def check(config: Config) -> None:
     """Raise ValueError for options that do not go together; `check_run` has passed."""
     spec = spec_of(config)
     _check_policy(config, spec)
+    _check_preferences(config)
+    _check_warmup(config)
     _check_outer(config, spec)
     _check_loss(config, spec)
     _check_sections(config, spec)
@@ -56,6 +59,42 @@ def _check_policy(config: Config, spec: RecipeSpec) -> None:
     guides = named(lambda other: other.guide)
     remedy = f"is for the guide of recipe {guides!r}; choose lora or full"
     require(spec.guide or tuning != "bilinear", "policy.tuning", tuning, remedy)
+
+
+def _check_preferences(config: Config) -> None:
+    options, k = config.preference, len(config.names)
+    m = options.per_prompt
+    if m == 1:
+        return
+    if options.mates == "rotations":
+        remedy = f"{k} objectives have {k} rotations; lower it, or set preference.mates=draws"
+        require(m <= k, "preference.per_prompt", m, remedy)
+        remedy = "with preference.per_prompt every task asks its rotations by itself; leave it out"
+        require(not options.rotate, "preference.rotate", True, remedy)
+    elif options.grid:
+        points = math.comb(options.grid + k - 2, k - 1)
+        remedy = f"preference.grid={options.grid} has {points} preferences; lower it"
+        require(m <= points, "preference.per_prompt", m, remedy)
+    ahead = config.meal.update == "hypergradient"
+    remedy = "the hypergradient holds half of the prompts out, one preference each; leave it out"
+    require(not ahead, "preference.per_prompt", m, remedy)
+
+
+def _check_warmup(config: Config) -> None:
+    options = config.warmup
+    if not options.steps:
+        return
+    for entry in options.answers:
+        name, equals, source = entry.partition("=")
+        names = ", ".join(config.names)
+        remedy = f"names no objective of {names}: give NAME=SOURCE for these, or warmup.steps=0"
+        require(name in config.names and bool(equals and source), "warmup.answers", entry, remedy)
+        own = source == "own" or (source.startswith("own:") and source[4:].strip())
+        fit = own or source == "packaged:refusals" or source.endswith(".jsonl")
+        remedy = "SOURCE is own, own:INSTRUCTION, packaged:refusals or a .jsonl file"
+        require(bool(fit), "warmup.answers", entry, remedy)
+    once = len({entry.partition("=")[0] for entry in options.answers}) == len(options.answers)
+    require(once, "warmup.answers", options.answers, "name an objective once")
 
 
 def _check_outer(config: Config, spec: RecipeSpec) -> None:

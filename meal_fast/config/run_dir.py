@@ -11,6 +11,9 @@ from .config import Config, from_dict, to_dict
 # Options that leave their value to the machine, by what says so. A run is saved with what it was.
 AUTOMATIC = {"threads": 0, "policy.dtype": "auto", "grpo.micro_tokens": 0}
 
+# What a resumed run may change: nothing that enters the mathematics of the steps.
+FREE_ON_RESUME = ("checkpoint_every", "completions", "logger", "evaluation.")
+
 
 def read_config(run: Path) -> Config:
     """Read the configuration of a run folder. Raises ValueError where `run` is not one."""
@@ -33,6 +36,34 @@ def as_saved(config: Config, saved: Config) -> Config:
             section, _, option = name.rpartition(".")
             (values.setdefault(section, {}) if section else values)[option] = held[name]
     return from_dict(values, config)
+
+
+def check_folder(config: Config, out: Path, resume: bool) -> None:
+    """Raise ValueError for a folder that `config` cannot be trained in, or gone on with in."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out={str(out)!r}: is a file; name a folder")
+    held = (out / "config.json").exists()
+    if not resume:
+        # A .tmp is what a process killed before its config was whole leaves: nothing to resume.
+        if held or (out.exists() and any(p.suffix != ".tmp" for p in out.iterdir())):
+            raise ValueError(f"out={str(out)!r}: exists; add --resume, or name another folder")
+        return
+    if not held:
+        raise ValueError(f"out={str(out)!r}: no run to resume; leave --resume out to start one")
+    saved = read_config(out)
+    old, new = flat(to_dict(saved)), flat(to_dict(as_saved(config, saved)))
+    changed = [
+        f"{name} ({old.get(name)!r} -> {new.get(name)!r})"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+        and not name.startswith(FREE_ON_RESUME)
+        and not (name in AUTOMATIC and old[name] == AUTOMATIC[name])  # older: does not say
+    ]
+    if changed:
+        raise ValueError(
+            f"--resume with a changed config: {', '.join(changed)}; leave PRESET and these options "
+            "out to go on, or name another --out"
+        )
 
 
 def flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:

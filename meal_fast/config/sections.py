@@ -21,7 +21,8 @@ KLEstimator = Literal["k1", "k2", "k3", "exact"]
 Reduce = Literal["grpo", "dapo", "dr_grpo"]
 AdamMode = Literal["persist_v", "reset", "per_preference"]
 PreferenceText = Literal["bar", "numbers", "scores", "none"]
-Logger = Literal["none", "tensorboard", "wandb"]
+Logger = Literal["none", "tensorboard", "wandb", "trackio"]
+Mates = Literal["rotations", "draws"]
 Mark = Literal["refuses", "complies", "both"]  # of meal_fast.data.markers
 Backend = Literal["engine", "generate", "vllm"]
 CHOICES: dict[str, Any] = {
@@ -33,6 +34,7 @@ CHOICES: dict[str, Any] = {
     "AdamMode": AdamMode,
     "PreferenceText": PreferenceText,
     "Logger": Logger,
+    "Mates": Mates,
     "Mark": Mark,
     "Backend": Backend,
 }
@@ -113,6 +115,16 @@ class PreferenceConfig:
         "Points a side of the simplex lattice that draws are mapped onto [P]; 0 keeps "
         "them as drawn.",
     )
+    per_prompt: int = opt(
+        1,
+        "Preferences m that each prompt of an update is asked under, all in one gradient step; "
+        "1 is the papers' [R].",
+    )
+    mates: Mates = opt(
+        "rotations",
+        "Which preferences join an update's own where there are several: its rotations, such as "
+        "(w, 1 - w), or further draws [R].",
+    )
     rotate: bool = opt(
         False, "Whether a meta-step's tasks are rotations of one draw, such as (w, 1 - w) [R]."
     )
@@ -129,6 +141,11 @@ class PreferenceConfig:
             "must be 0 (continuous) or at least 2 points",
         )
         require(self.models >= 2, "preference.models", self.models, "must be at least 2 points")
+        m = self.per_prompt
+        require(m >= 1, "preference.per_prompt", m, "must be at least 1: the update's own")
+        known = get_args(Mates)
+        remedy = f"choose from {', '.join(known)}"
+        require(self.mates in known, "preference.mates", self.mates, remedy)
 
 
 @dataclass(frozen=True)
@@ -269,6 +286,50 @@ class MetaConfig:
         if self.tokens:
             return min(tokens / self.tokens, 1.0)
         return updates / (self.steps * self.tasks * self.n_inner)
+
+
+@dataclass(frozen=True)
+class WarmupConfig:
+    """A short supervised start before the first update: meal_fast.training.warmup [R]."""
+
+    steps: int = opt(0, "Supervised steps before the first update; 0 starts from the base model.")
+    prompts: str = opt(
+        "", "The prompts that are answered for them; empty takes those of prompts.train."
+    )
+    answers: tuple[str, ...] = opt(
+        (),
+        "Where the answers that each objective likes come from, NAME=SOURCE: own, which is the "
+        "base model's best one by that objective; own:INSTRUCTION, the same of answers that the "
+        "base model is told how to give; packaged:refusals; or a .jsonl file with the keys "
+        "response and, where it answers one prompt alone, prompt. The default is own.",
+    )
+    draws: int = opt(384, "Answers of the base model that the own ones are chosen from.")
+    batch: int = opt(
+        3, "Prompts of a step; each is learnt under every objective's preference at once."
+    )
+    tokens: int = opt(6, "First tokens of an answer that are learnt: what it will be lies there.")
+    peaks: tuple[float, ...] = opt(
+        (1.0, 1.0, 0.9),
+        "Values that the favoured objective's preference has in turn; the others share the rest.",
+    )
+    benign: str = opt(
+        "",
+        "Ordinary prompts, to which the base model's own best answer is learnt under every "
+        "preference; empty adds none.",
+    )
+    benign_share: float = opt(0.25, "Share of the steps' prompts that are ordinary ones.")
+    lr: float = opt(2e-3, "Learning rate of AdamW, which falls linearly to zero.")
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 0, "warmup.steps", self.steps, "must not be negative")
+        for name in ("draws", "batch", "tokens"):
+            value = getattr(self, name)
+            require(value >= 1, f"warmup.{name}", value, "must be at least 1")
+        good = bool(self.peaks) and all(0.5 < p <= 1 for p in self.peaks)
+        require(good, "warmup.peaks", self.peaks, "one or more numbers above 0.5, at most 1")
+        share = self.benign_share
+        require(0 <= share < 1, "warmup.benign_share", share, "a share, at least 0 and below 1")
+        require(0 < self.lr < math.inf, "warmup.lr", self.lr, "must be positive")
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,14 @@ Where several models have a preference each, none of them reads one: the style `
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from meal_fast.config.config import Config
+from meal_fast.config.config import Config, PreferenceConfig
 from meal_fast.data_types import rng_seed
 
 Preference = tuple[float, ...]
@@ -207,6 +208,26 @@ def draw(
         turns = [np.roll(drawn, shift, axis=1) for shift in range(k)]
         drawn = np.stack(turns, 1).reshape(-1, k)[:count]
     return snapped(drawn, points)
+
+
+def mates(
+    w: Preference, count: int, options: PreferenceConfig, rng_key: Sequence[int | str]
+) -> list[tuple[Preference, int]]:
+    """Give the preferences that prompts are asked under beside w, w first, and how often each.
+
+    `count` in all: w and its rotations (`options.mates`), (0.9, 0.1) and (0.1, 0.9), whose common
+    pull on the policy cancels in one gradient; or w and further draws. Equal ones are one, counted:
+    two requests for it would be sampled by one key, and answer alike.
+    """
+    joined = [w[shift:] + w[:shift] for shift in range(len(w))][:count]
+    if options.mates == "draws":
+        seed, points = rng_seed("mates", *rng_key), options.grid
+        joined = [w]
+        if count > 1:
+            joined += draw(
+                len(w), alpha=options.alpha, points=points, seed=seed, step=0, count=count - 1
+            )
+    return list(Counter(joined).items())
 
 
 def snapped(w: Sequence[Sequence[float]] | Array, points: int) -> list[Preference]:

@@ -96,7 +96,7 @@ def read_file(path: Path) -> list[str]:
     Raises ValueError for a file that cannot be read, or a broken line, with its number.
     """
     if path.suffix == ".txt":
-        return [line for _, line in _lines(path)]
+        return [line for _, line in lines_of(path)]
     return [text for (text,) in _columns(path, ("prompt",))]
 
 
@@ -111,8 +111,8 @@ def read_answers(path: Path) -> list[tuple[Prompt, str]]:
     return [(Prompt(text_id(text), text), response) for text, response in rows]
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
-    """A file's lines that are not blank, with their numbers."""
+def lines_of(path: Path) -> list[tuple[int, str]]:
+    """Give a file's lines that are not blank, with their numbers."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -124,7 +124,7 @@ def _lines(path: Path) -> list[tuple[int, str]]:
 def _columns(path: Path, names: Sequence[str]) -> list[tuple[str, ...]]:
     """The texts under these keys of a `.jsonl` file's lines."""
     rows = []
-    for number, line in _lines(path):
+    for number, line in lines_of(path):
         where = f"prompts {str(path)!r}, line {number}"
         try:
             row = json.loads(line)
@@ -136,6 +136,12 @@ def _columns(path: Path, names: Sequence[str]) -> list[tuple[str, ...]]:
             raise ValueError(f"{where}: needs {{{wanted}}}")
         rows.append(tuple(map(str, texts)))
     return rows
+
+
+def held_out(train: str, evaluation: str) -> frozenset[str]:
+    """Give the ids of the prompts that a run is evaluated on, of which it must not learn."""
+    found = load_prompts(evaluation or train, "evaluation", whole=bool(evaluation))
+    return frozenset(p.id for p in found)
 
 
 T = TypeVar("T")

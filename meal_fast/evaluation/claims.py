@@ -69,7 +69,7 @@ class Claim:
     source: str
     better: Side
     worse: Side
-    measure: str  # one of comparison.MEASURES
+    measure: str  # one of judging.MEASURES
 
 
 _META, _WEIGHTED = Side("weighted-meta-grpo"), Side("weighted-grpo")

@@ -1,12 +1,9 @@
 """What a comparison of methods finds in its runs' evaluations: pure functions, no model, no torch.
 
-    S  seeds of a method    B  bootstrap resamples    W, P, K  as in measures.py
+    S  seeds of a method    B  bootstrap resamples    W, P, K  as in metrics.py
 
 All runs are measured by one set of statistics, one z*, one mu and one hypervolume reference point.
-A method's figure is the mean over its seeds. Its interval resamples seeds and, where there are
-enough of them, the prompts that all seeds share. Of so few seeds percentiles are far too narrow:
-the interval is value ± t(S − 1) · sqrt(S/(S − 1)) · the bootstrap's standard error, which over
-seeds alone is Student's interval. Below three seeds there is none.
+A method's figure is the mean over its seeds, with the interval of judging.py.
 """
 
 from __future__ import annotations
@@ -17,29 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from meal_fast.config.cli import option_named, values_of
 from meal_fast.config.config import Config
 
 from . import metrics as measures
-from .claims import CLAIMS, Claim, Side
+from .claims import CLAIMS, Claim
+from .judging import RESAMPLES, Quantities, judge, leaders, over_seeds
 from .metrics import FEW, Array, Estimate
 
-RESAMPLES = 1000
-FEWEST_SEEDS = 3
 MODES = ("sampled", "greedy")
-# measure -> whether more is better; "spearman NAME", one an objective, beside them
-MEASURES = {
-    "pu": False,
-    "pu_seen": False,
-    "pu_unseen": False,
-    "pu_interior": False,
-    "hypervolume": True,
-    "largest_gap": False,
-    "reach": True,
-    "expected_utility": True,
-    "distance": False,
-}
-Quantities = dict[str, Array]
 Distance = Callable[[Array], Array]  # rewards (N, K) -> distance of each to the true front (N,)
 
 
@@ -98,7 +80,7 @@ def compare(
     everything = [
         normalized(run.evaluation, model, mode).mean(1)
         for run in runs
-        for model in ("base", "trained")
+        for model in run.evaluation["results"]
         for mode in MODES
     ]
     reference_K = measures.reference_point(np.concatenate(everything))
@@ -108,23 +90,25 @@ def compare(
     def measure(run: Finished, model: str, mode: str) -> tuple[Quantities, Quantities]:
         return quantities_of(run.evaluation, model, mode, reference_K, draw_BP, distance)
 
-    found = {
-        mode: {(r.method, r.seed): measure(r, "trained", mode) for r in runs} for mode in MODES
-    }
+    found = {mode: {(r.method, r.seed): measure(r, "policy", mode) for r in runs} for mode in MODES}
     # the base model is the same in every run; its sampled answers differ with the seed
     most = max(methods, key=lambda m: sum(run.method == m for run in runs))
-    base_runs = [run for run in runs if run.method == most]
+    same = [run for run in runs if run.method == most]
+    before = {"base": "base model"}
+    if all("warmup" in run.evaluation["results"] for run in runs):
+        before["warmup"] = "warm start"
     entries = [
         {
-            "name": "base model",
+            "name": name,
             "recipe": None,
-            "seeds": [run.seed for run in base_runs],
+            "seeds": [run.seed for run in same],
             **_summary(
-                base_runs,
-                "base",
-                {mode: [measure(run, "base", mode) for run in base_runs] for mode in MODES},
+                same,
+                model,
+                {mode: [measure(run, model, mode) for run in same] for mode in MODES},
             ),
         }
+        for model, name in before.items()
     ]
     for method in methods:
         own = [run for run in runs if run.method == method]
@@ -136,7 +120,7 @@ def compare(
                 "seeds": [run.seed for run in own],
                 **_summary(
                     own,
-                    "trained",
+                    "policy",
                     {mode: [found[mode][method, run.seed] for run in own] for mode in MODES},
                 ),
                 "cost": cost([run.metrics for run in own], [run.peak_bytes for run in own]),
@@ -160,6 +144,7 @@ def compare(
             "settings": first["settings"],
             "tokens": tokens,
             "methods": entries,
+            "leaders": leaders([m for m in methods if not m.changes], found),
             "claims": [judge(claim, base, methods, found["sampled"]) for claim in claims],
         }
     )
@@ -174,7 +159,7 @@ def measured_alike(runs: Sequence[Finished]) -> None:
                     f"{run.method.name}, seed {run.seed}: evaluated with other {what} than "
                     f"{runs[0].method.name}, seed {runs[0].seed}; use another folder for it"
                 )
-        if "prompt_pu" not in run.evaluation["results"]["trained"]["sampled"]:
+        if "prompt_pu" not in run.evaluation["results"]["policy"]["sampled"]:
             raise ValueError(
                 f"{run.method.name}, seed {run.seed}: evaluated by a version that kept no figures "
                 "by prompt; remove its evaluation.json"
@@ -240,25 +225,6 @@ def quantities_of(
     return value, {name: drawn.get(name, np.reshape(x, 1)) for name, x in value.items()}
 
 
-def over_seeds(value_S: Sequence[float] | Array, drawn: Array | None = None) -> Estimate:
-    """The mean over seeds with its interval, see the head of this file.
-
-    `drawn` (B, S) or (1, S): each seed's figure under resampled prompts; None: prompts are fixed.
-    """
-    values = np.asarray(value_S, dtype=np.float64)
-    seeds = len(values)
-    if seeds < FEWEST_SEEDS:
-        return Estimate(float(values.mean()))
-    sample = values[None] if drawn is None else drawn
-    draw_BS = measures.resamples(seeds, RESAMPLES, seed=1)  # not that of as many prompts
-    error = (draw_BS * sample).sum(1).std() * np.sqrt(seeds / (seeds - 1))
-    from scipy import stats
-
-    half = float(stats.t.ppf(0.975, seeds - 1) * error)
-    mean = float(values.mean())
-    return Estimate(mean, mean - half, mean + half)
-
-
 def _together(pairs: Sequence[tuple[Quantities, Quantities]]) -> dict[str, Estimate]:
     """Every measure that all seeds have, over the seeds."""
     common = [name for name in pairs[0][0] if all(name in value for value, _ in pairs)]
@@ -291,9 +257,42 @@ def _summary(
         ]
     return {
         "points": points,
+        "marks": _marks([r.evaluation["results"][model]["sampled"] for r in runs]),
+        "benign": _marks([_of_benign(r.evaluation, model) for r in runs]),
         "measures": {mode: _together(pairs[mode]) for mode in MODES},
         "by_seed": {mode: [value for value, _ in pairs[mode]] for mode in MODES},
     }
+
+
+def _of_benign(evaluation: dict[str, Any], model: str) -> dict[str, Any]:
+    benign = evaluation.get("benign")
+    return benign["results"][model] if benign else {}
+
+
+def _marks(sweeps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The shares of sampled answers that bear each mark, at each weight; none were counted: []."""
+    if not all("prompt_marks" in sweep for sweep in sweeps):
+        return []
+    share = [  # a seed: mark -> (W,), means over prompts
+        {mark: np.asarray(by_WP).mean(1) for mark, by_WP in sweep["prompt_marks"].items()}
+        for sweep in sweeps
+    ]
+    return [
+        {
+            "w": point["w"],
+            "marks": {
+                mark: _within(over_seeds([of[mark][i] for of in share])) for mark in share[0]
+            },
+        }
+        for i, point in enumerate(sweeps[0]["points"])
+    ]
+
+
+def _within(e: Estimate) -> Estimate:
+    """A share's interval has no part below 0 and above 1."""
+    if e.low is None or e.high is None:
+        return e
+    return Estimate(e.value, max(0.0, e.low), min(1.0, e.high))
 
 
 def cost(
@@ -312,57 +311,4 @@ def cost(
         "seconds": sum(sum(u["seconds"].values()) for run in metrics for u in run) / count,
         "peak_bytes": max(known) if known else None,
         "acceptance": sum(accepted) / len(accepted) if accepted else None,
-    }
-
-
-def method_of(side: Side, base: Config, methods: Sequence[Method]) -> Method | None:
-    """The method among `methods` that a claim means, or None where it was not run."""
-    shared = values_of(base)
-    try:
-        asked = {option_named(short, base): value for short, value in side.options}
-    except ValueError:
-        return None  # no recipe here has that option
-    wanted = {option: value for option, value in asked.items() if shared[option] != value}
-    return next((m for m in methods if m.recipe == side.recipe and dict(m.changes) == wanted), None)
-
-
-def judge(
-    claim: Claim,
-    base: Config,
-    methods: Sequence[Method],
-    found: dict[tuple[Method, int], tuple[Quantities, Quantities]],
-) -> dict[str, Any]:
-    """A claim and what became of it: held, contradicted, not shown or not run.
-
-    By the interval of the difference, paired over common seeds, in the direction of the claim.
-    """
-    said = {"claim": claim.text, "source": claim.source, "measure": claim.measure}
-    sides = [method_of(side, base, methods) for side in (claim.better, claim.worse)]
-    better, worse = sides
-    if better is None or worse is None or better == worse:
-        return said | {"verdict": "not run"}
-    seeds = [s for m, s in found if m == better and (worse, s) in found]
-    pairs = [(found[better, s], found[worse, s]) for s in seeds]
-    if not pairs or any(claim.measure not in value for pair in pairs for value, _ in pair):
-        return said | {"verdict": "not run"}
-    sign = 1.0 if MEASURES[claim.measure] else -1.0
-    name = claim.measure
-    difference = over_seeds(
-        [sign * float(a[name] - b[name]) for (a, _), (b, _) in pairs],
-        np.stack([sign * (a[name] - b[name]) for (_, a), (_, b) in pairs], -1),
-    )
-    if difference.low is None or difference.high is None:
-        verdict = f"not shown: fewer than {FEWEST_SEEDS} common seeds"
-    elif difference.low > 0:
-        verdict = "held"
-    elif difference.high < 0:
-        verdict = "contradicted"
-    else:
-        verdict = "not shown"
-    return said | {
-        "verdict": verdict,
-        "better": better.name,
-        "worse": worse.name,
-        "seeds": len(seeds),
-        "gain": difference,  # positive: as claimed
     }

@@ -6,7 +6,7 @@ stands in templates/compare.html.j2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -16,17 +16,17 @@ from matplotlib.axes import Axes
 
 from meal_fast.common import write_atomic
 
-from . import plots
+from . import method_fronts, plots
+from . import metrics as measures
 from .claims import BPS_TABLE_1, BPS_TABLE_1_METHODS
-from .comparison import MEASURES
-from .html_page import figure, page
-from .plots import BASE, MODE_TITLES, MORE, MUTED, PAPER, SERIES, Draw
-from .report import interval, number, signed
+from .html_page import page
+from .judging import MEASURES
+from .plots import MODE_TITLES, MUTED, PAPER, THEME
+from .wording import interval, number, percent, signed
 
 Result = dict[str, Any]
 Table = tuple[list[str], list[list[str]]]
-COLOURS = (*SERIES, *MORE)
-MARKERS = "osD^vPX<>ph*"
+MARKERS = "oosD^v*X<>ph"  # of front.png
 KINDS = ("held", "contradicted", "not shown")
 LABELS = {
     "pu": "PU",
@@ -48,8 +48,40 @@ def write_page(result: Result, out: Path) -> Path:
     return out / "compare.html"
 
 
-def headline(result: Result) -> str:
-    """What became of the papers' claims, in one sentence that counts."""
+def headline(result: Result) -> list[str]:
+    """What won on what, and what became of the papers' claims: a sentence each."""
+    won = [_won(entry) for entry in result["leaders"]]
+    return [*(won or ["One method alone: nothing is compared."]), _judged(result)]
+
+
+def _won(entry: dict[str, Any]) -> str:
+    """`Hypervolume: meal leads with 1.31, ahead of grid-grpo by 0.20 (0.05 to 0.35).`"""
+    label = _label(entry["measure"])
+    best, following, margin = entry["best"], entry["next"], entry["gain"]
+    by = f"{entry['value']:.3g}".replace("-", "−"), interval(margin)
+    if margin["low"] is None:
+        return (
+            f"{label}: {best} has the best mean, {by[0]}, before {following} by {by[1]}; with "
+            f"{_seeds(entry['seeds'])} in common that may be chance."
+        )
+    if margin["low"] > 0:
+        return f"{label}: {best} wins with {by[0]}, ahead of {following} by {by[1]}."
+    return (
+        f"{label}: no winner; the best mean is that of {best}, {by[0]}, before {following} by "
+        f"{by[1]}."
+    )
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' * (count != 1)}"
+
+
+def _label(measure: str) -> str:
+    kind, _, name = measure.partition(" ")
+    return f"Following {name} (Spearman)" if kind == "spearman" else LABELS[measure]
+
+
+def _judged(result: Result) -> str:
     verdicts = [claim["verdict"] for claim in result["claims"]]
     run = [v for v in verdicts if v != "not run"]
     if not run:
@@ -60,29 +92,36 @@ def headline(result: Result) -> str:
     return f"The papers' claims that these runs test, {len(run)}: {', '.join(counts)}."
 
 
+def trained(result: Result) -> list[dict[str, Any]]:
+    """The methods, without what they began from."""
+    return [method for method in result["methods"] if method["recipe"]]
+
+
 def render(result: Result) -> str:
     """Give the page."""
-    large = (5.2, 5.4)
     prompts, names = result["prompts"], result["names"]
     published = _published(result)
     return page(
         "compare.html.j2",
+        script="fronts.js",
         title=f"{result['preset']}: methods compared",
         what_ran=_what_ran(result),
         headline=headline(result),
+        distance=(
+            ", the distance of greedy ones"
+            if any(entry["mode"] == "greedy" for entry in result["leaders"])
+            else ""
+        ),
         notes=result["notes"],
         failed=result["failed"],
-        fronts=[
-            figure(draw, f"Fronts of all methods, {mode}", large)
-            for mode in ("sampled", "greedy")
-            for draw in fronts(result, mode)
-        ],
+        fronts=method_fronts.figure(result, _unchanged(result), ("sampled", "greedy")),
         first=names[0],
         measures=list(_measures(result)),
+        marks=_marks(result),
         and_prompts=" and prompts" if prompts >= 5 else "",
         costs=_costs(result),
         claims=_claims(result),
-        ablations=[figure(draw, label, large) for label, draw in ablations(result)],
+        ablations=list(ablations(result)),
         utilities=_utilities(result),
         of_bps=(
             " BPS's columns are of its own model, data and normalisation, on another scale than "
@@ -101,7 +140,7 @@ def render(result: Result) -> str:
 def _what_ran(result: Result) -> str:
     seeds = ", ".join(map(str, result["seeds"]))
     return (
-        f"{len(result['methods']) - 1} methods, seeds {seeds}, {result['tokens']:,} generated "
+        f"{len(trained(result))} methods, seeds {seeds}, {result['tokens']:,} generated "
         f"tokens a run; {' against '.join(result['names'])}, {result['policy']}"
     )
 
@@ -109,26 +148,48 @@ def _what_ran(result: Result) -> str:
 # --- fronts ------------------------------------------------------------------------------------
 
 
-def style_of(result: Result, name: str) -> tuple[str, str]:
-    """Colour and marker of a method, the same in every figure."""
-    names = [m["name"] for m in result["methods"]]
-    place = names.index(name) - 1
-    return (BASE, "o") if place < 0 else (COLOURS[place % 10], MARKERS[place % 12])
+def _unchanged(result: Result) -> list[str]:
+    """The methods that are no ablation."""
+    return [m["name"] for m in result["methods"] if not m.get("changes")]
 
 
-def front(
-    ax: Axes, result: Result, mode: str, a: int, b: int, shown: Sequence[str], title: str
-) -> None:
-    """The mean front of each method of `shown`, and small, each seed's points.
+def ablations(result: Result) -> Iterator[method_fronts.Figure]:
+    """A figure for each ablation that has more than one method."""
+    before = [m["name"] for m in result["methods"] if not m["recipe"]]
+    there = {m["name"] for m in trained(result)}
+    for a in result["ablations"]:
+        shown = [name for name in a["methods"] if name in there]
+        if len(shown) > 1:
+            what = f"Fronts for values of {' and '.join(a['options'])}"
+            yield method_fronts.figure(result, [*before, *shown], ("sampled",), what)
+
+
+def front_png(result: Result) -> Any:
+    """All methods in one figure: a row a mode, a panel for each pair of objectives."""
+    pairs = list(combinations(range(len(result["names"])), 2))
+    draws = [
+        partial(_front, result=result, mode=mode, a=a, b=b)
+        for mode in ("sampled", "greedy")
+        for a, b in pairs
+    ]
+    first = result["names"][0]
+    note = f"large: means over seeds, small: each seed; numbers: w of {first}; hollow: dominated"
+    columns = 2 if len(pairs) == 1 else len(pairs)
+    return plots.panels(draws, columns=columns, size=(5.4, 5.4), note=note)
+
+
+def _front(ax: Axes, result: Result, mode: str, a: int, b: int) -> None:
+    """The mean front of each method, and small, each seed's points.
 
     Seeds that settled at different ends have a mean between them, which none of them reached.
     """
     names = result["names"]
     pair = len(names) == 2
-    for method in result["methods"]:
-        if method["name"] not in shown:
+    for i, method in enumerate(result["methods"]):
+        if method.get("changes"):
             continue
-        colour, marker = style_of(result, method["name"])
+        colour = THEME[method_fronts.colour_of(result, i)][0]
+        marker = MARKERS[i % len(MARKERS)]
         points = method["points"][mode]
         xs, ys = ([p["normalized"][names[k]] for p in points] for k in (a, b))
         if pair:
@@ -139,10 +200,10 @@ def front(
         fill = [colour if p["nondominated"] else PAPER for p in points]
         ax.scatter(xs, ys, s=26, marker=marker, c=fill, edgecolors=colour, linewidths=1.1, zorder=3)
         ax.scatter([], [], s=26, marker=marker, c=colour, label=method["name"])
-        for i in {0, len(points) - 1} if pair else ():
+        for j in {0, len(points) - 1} if pair else ():
             ax.annotate(
-                f"{points[i]['w'][0]:g}",
-                (xs[i], ys[i]),
+                f"{points[j]['w'][0]:g}",
+                (xs[j], ys[j]),
                 (6, 4),
                 textcoords="offset points",
                 fontsize=7.5,
@@ -152,46 +213,8 @@ def front(
     ax.scatter([reference[a]], [reference[b]], s=40, marker="+", c=MUTED, label="reference point")
     ax.set_xlabel(f"{names[a]} (normalised reward)")
     ax.set_ylabel(f"{names[b]} (normalised reward)")
-    ax.set_title(title)
+    ax.set_title(MODE_TITLES[mode])
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, handletextpad=0.2)
-
-
-def fronts(result: Result, mode: str) -> list[Draw]:
-    """One panel for each pair of objectives, with all methods."""
-    everyone = [m["name"] for m in result["methods"] if not m.get("changes")]
-    pairs = combinations(range(len(result["names"])), 2)
-    return [
-        partial(front, result=result, mode=mode, a=a, b=b, shown=everyone, title=MODE_TITLES[mode])
-        for a, b in pairs
-    ]
-
-
-def front_png(result: Result) -> Any:
-    """All methods in one figure: a row a mode."""
-    draws = [draw for mode in ("sampled", "greedy") for draw in fronts(result, mode)]
-    pairs = len(draws) // 2
-    first = result["names"][0]
-    note = f"large: means over seeds, small: each seed; numbers: w of {first}; hollow: dominated"
-    return plots.panels(draws, columns=2 if pairs == 1 else pairs, size=(5.4, 5.4), note=note)
-
-
-def ablations(result: Result) -> Iterator[tuple[str, Draw]]:
-    """A panel for each ablation and pair of objectives, with what it shows."""
-    there = {m["name"] for m in result["methods"]}
-    for a in result["ablations"]:
-        options = " and ".join(a["options"])
-        shown = [name for name in a["methods"] if name in there]
-        for i, j in combinations(range(len(result["names"])), 2) if len(shown) > 1 else ():
-            draw = partial(
-                front,
-                result=result,
-                mode="sampled",
-                a=i,
-                b=j,
-                shown=["base model", *shown],
-                title=options,
-            )
-            yield f"Fronts for values of {options}: {', '.join(shown)}", draw
 
 
 # --- tables: a head, and rows of a label and cells ------------------------------------------------
@@ -211,13 +234,29 @@ def _measures(result: Result) -> Iterator[Table]:
         yield [f"{MODE_TITLES[mode]} answers", *head], rows
 
 
+def _marks(result: Result) -> Table | None:
+    """The share of sampled answers that bear each mark, at five weights; benign prompts apart."""
+    weights = [tuple(w) for w in result["weights"]]
+    some = [weights[i] for i in measures.five_weights(weights)]
+    rows = []
+    for key, what in (("marks", ""), ("benign", ", benign prompts")):
+        counted = [m for m in result["methods"] if m[key]]
+        for mark in counted[0][key][0]["marks"] if counted else ():
+            for m in counted:
+                there = {tuple(p["w"]): percent(p["marks"][mark]) for p in m[key]}
+                rows.append([f"{mark}{what}", m["name"], *(there[w] for w in some)])
+    first = result["names"][0]
+    head = [f"{first}={w[0]:.2g}" if len(w) == 2 else " ".join(f"{x:.2g}" for x in w) for w in some]
+    return (["mark", "method", *head], rows) if rows else None
+
+
 def _arrow(measure: str) -> str:
     return " ↑" if MEASURES.get(measure, True) else " ↓"
 
 
 def _costs(result: Result) -> Table:
     rows = []
-    for m in result["methods"][1:]:
+    for m in trained(result):
         c = m["cost"]
         memory = "–" if c["peak_bytes"] is None else f"{c['peak_bytes'] / 2**30:.2f} GiB"
         kept = "–" if c["acceptance"] is None else f"{c['acceptance']:.2f}"

@@ -15,6 +15,7 @@ from meal_fast.config.run_dir import read_json, read_metrics, read_statistics
 from .comparison import Finished, compare
 from .comparison_spec import Plan, Run
 from .runner import Outcome, run_all
+from .stored import read_evaluation
 
 
 def code_version() -> str:
@@ -74,7 +75,7 @@ def collect(plan: Plan, runs: Sequence[Run], record: Record) -> list[Finished]:
             cost = read_json(run.folder, "cost.json")
             # A process that trains several runs holds at its peak the largest of them.
             held = cost["peak_bytes"] if record.of(run.name)["alone"] else None
-        evaluation = read_json(run.folder, "evaluation.json")
+        evaluation = read_evaluation(run.folder)
         found.append(Finished(run.method, run.seed, evaluation, read_metrics(run.folder), held))
     return found
 
@@ -88,7 +89,7 @@ def notes(plan: Plan, runs: Sequence[Run], record: Record, result: dict[str, Any
     if len(made) > 1 or any(" and " in code for code in made):
         each = "; ".join(f"{code or 'unknown'}: {', '.join(names)}" for code, names in made.items())
         said.append(f"Not all runs were made by one version of the code. {each}.")
-    for method in result["methods"][1:]:
+    for method in (m for m in result["methods"] if m["recipe"]):
         spent = method["cost"]["tokens"]
         if abs(spent - plan.tokens) > 0.05 * plan.tokens:
             said.append(

@@ -35,7 +35,14 @@ from .runner import Job
 NOT_OPTIONS = ("recipe", "seed", "meta.tokens", "score.statistics", "evaluation.statistics")
 # What a run may differ in from the comparison and still be kept: what Trainer lets a resumed run
 # change, where its statistics came from, and its last digits.
-FREE = ("checkpoint_every", "logger", "evaluation.", "score.statistics", "threads")
+FREE = (
+    "checkpoint_every",
+    "completions",
+    "logger",
+    "evaluation.",
+    "score.statistics",
+    "threads",
+)
 # A method that differs in these trains by statistics of its own; it is measured by everyone's.
 OWN_SCALE = {"score.normalization", "score.utopia", "score.calibration"}
 
@@ -121,7 +128,8 @@ class Run:
             return "interrupted"
         asked, found = self.config.evaluation, read_json(self.folder, "evaluation.json")["settings"]
         same = all(found.get(k) == getattr(asked, k) for k in ("prompts", "samples", "grid", "ask"))
-        return "finished" if same else "unevaluated"
+        same = same and tuple(found.get("marks", ())) == asked.marks  # an older one counted none
+        return "finished" if same and found.get("benign", "") == asked.benign else "unevaluated"
 
     def job(self) -> Job | None:
         """What is left to do; None for nothing."""
@@ -131,7 +139,8 @@ class Run:
         if stage == "unevaluated":
             e = self.config.evaluation
             size = [f"--prompts={e.prompts}", f"--samples={e.samples}", f"--grid={e.grid}"]
-            return Job("evaluate", (folder, "--no-report", *size, f"--ask={e.ask}"))
+            more = [f"--ask={e.ask}", f"--benign={e.benign}", f"--marks={','.join(e.marks)}"]
+            return Job("evaluate", (folder, "--no-report", *size, *more))
         if stage == "interrupted":
             # An older run does not say how many threads it has.
             known = read_config(self.folder).threads

@@ -1,20 +1,22 @@
-"""Evaluation: a sweep of preferences over held-out prompts, base model beside trained policy.
+"""Evaluation: a sweep of preferences over held-out prompts, of the base and the trained policy.
 
     python -m meal_fast.evaluate RUN
 
-Both models read the same prompts with the same preference text (of a family of models none reads
+All policies read the same prompts with the same preference text (of a family of models none reads
 any). Statistics, z* and mu are the run's own, fixed from the base model before training. Sampling
-keys are (seed, prompt, w, sample): weights are sampled independently, base and trained with common
-random numbers, so that their difference is paired; all intervals are bootstraps over prompts.
+keys are (seed, prompt, w, sample): weights are sampled independently, policies with common random
+numbers, so that their differences are paired. Intervals are bootstraps over prompts; those of the
+shares of marks are Wilson's.
 """
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,17 +27,20 @@ from meal_fast.data.preferences import Preference, evaluation_weights, on_lattic
 from meal_fast.data_types import Prompt
 from meal_fast.models.threads import use_threads
 
-from . import metrics
+from . import marks, metrics, shown
 from .generate import MODES, Progress, Served, Sweep, answers
 from .metrics import Array
 
 if TYPE_CHECKING:
     from meal_fast.data.objectives import Objectives
     from meal_fast.data.reward_statistics import Normalizer
-    from meal_fast.models.policy import Policy
+    from meal_fast.models.policy import Network, Policy
 
 RESAMPLES = 1000
-MODELS = ("base", "trained")
+POLICIES = ("base", "warmup", "policy")  # each comes of the one before it
+
+# Opens what is swept: gives the network to ask, or None for the policy as the context has set it.
+Context = Callable[[], "AbstractContextManager[Network | None]"]
 
 
 def evaluate(
@@ -47,47 +52,64 @@ def evaluate(
     prompts: Sequence[Prompt],
     config: Config,
     *,
+    policies: Mapping[str, Context] | None = None,
+    benign: Sequence[Prompt] = (),
     reference_point: Sequence[float] | None = None,
     progress: Progress | None = None,
     family: Served | None = None,
 ) -> dict[str, Any]:
     """Sweeps w over `evaluation_weights(K, config.evaluation.grid)`; plain values, for JSON.
 
-    Of `prompts` the first `config.evaluation.prompts` in the order of their ids (hashes) are taken.
-    `reference_point` (K,), normalised: the hypervolume's; default: the nadir of base and trained,
-    greedy and sampled, minus a tenth of their range. PU is the mean of -S_smooth over answers, a
-    shortfall: lower is better [P]. `family`: what makes `policy` serve a weight, one at a time.
-    Raises ValueError where no prompt is of at most `prompts.max_tokens` tokens.
+    `policies` names what is swept, of POLICIES, each with the context within which it answers;
+    the default is "base", the frozen base model, and "policy", as it stands. `family`: what makes
+    "policy" serve a weight, one at a time.
+
+    Of `prompts` the first `config.evaluation.prompts` in the order of their ids (hashes) are taken,
+    and at most as many of `benign`, which are asked at five weights, for the marks in their sampled
+    answers. `reference_point` (K,), normalised: the hypervolume's; default: the nadir of all
+    policies, greedy and sampled, minus a tenth of their range. PU is the mean of -S_smooth over
+    answers, a shortfall: lower is better [P].
+
+    Raises ValueError where no prompt is of at most `prompts.max_tokens` tokens, and for `policies`
+    without base and policy, or with others than POLICIES.
     """
-    limit = config.prompts.max_tokens
-    fitting = [p for p in prompts if len(policy.encode_prompt(p.text)) <= limit]
-    if not fitting:
-        raise ValueError(
-            f"prompts.evaluation: none of {len(prompts)} prompts has at most {limit} tokens; raise "
-            "prompts.max_tokens"
-        )
+    swept = policies or {"base": policy.reference, "policy": nullcontext}
+    order = [name for name in POLICIES if name in swept]
+    if not {"base", "policy"} <= set(swept) <= set(POLICIES):
+        raise ValueError(f"policies={', '.join(swept)}: name base and policy, and warmup if any")
+    from meal_fast.training.reward_hacking import own_marks
+
     started = time.perf_counter()
     say = progress or (lambda line: None)
-    options = config.evaluation
-    chosen = tuple(sorted(fitting, key=lambda p: p.id)[: options.prompts])
-    weights = evaluation_weights(len(config.names), options.grid)
-    seen = on_lattice(weights, config.preference.grid)
+    options, names = config.evaluation, config.names
+    chosen = _first(policy, prompts, config, "prompts.evaluation")
+    ordinary = _first(policy, benign, config, "evaluation.benign") if benign else ()
+    weights = evaluation_weights(len(names), options.grid)
+    five = [weights[i] for i in metrics.five_weights(weights)]
+    at_asked = shown_weights(weights) if options.ask else ()
+    examples = shown.choose(chosen, ordinary, options.ask)
+    extra = [e.prompt for e in examples if e.kind != "evaluation"]
+    at_extra = tuple(dict.fromkeys((*weights, *at_asked)))
     sweeps: dict[tuple[str, str], Sweep] = {}
-    for model in MODELS:
-        base = model == "base"
-        with policy.reference() if base else nullcontext() as network:
-            of = None if base else family
-            found = answers(policy, network, model, chosen, weights, config, say, of)
-        sweeps |= {(model, mode): sweep for mode, sweep in found.items()}
-    shown, asked = shown_weights(weights), None
-    if options.ask:
-        prompt = (Prompt("asked", options.ask),)
-        found = answers(
-            policy, None, "trained, one more prompt", prompt, shown, config, say, family
-        )
-        asked = list(zip(shown, found["greedy"].texts, strict=True))
+    extra_sweeps: dict[str, Sweep] = {}  # of prompts that are shown alone
+    benign_sweeps: dict[str, Sweep] = {}
+    for name in order:
+        how = (config, say, family if name == "policy" else None)
+        with swept[name]() as network:
+            found = answers(policy, network, name, chosen, weights, *how)
+            sweeps |= {(name, mode): sweep for mode, sweep in found.items()}
+            if extra:
+                what = f"{name}, prompts to show"
+                found = answers(policy, network, what, extra, at_extra, *how, ("greedy",))
+                extra_sweeps[name] = found["greedy"]
+            if ordinary and options.marks:
+                what = f"{name}, benign prompts"
+                found = answers(policy, network, what, ordinary, five, *how, ("sampled",))
+                benign_sweeps[name] = found["sampled"]
     scoring = time.perf_counter()
     rewards = {k: _score(objectives, chosen, weights, s, say) for k, s in sweeps.items()}
+    of_extra = {k: _score(objectives, extra, at_extra, s, say) for k, s in extra_sweeps.items()}
+    meant = own_marks(objectives, normalizer, names, chosen, options.marks)
     scoring = time.perf_counter() - scoring
     normalized = {k: _normalize(normalizer, r) for k, r in rewards.items()}
     # one point a weight: the mean over prompts and samples
@@ -97,38 +119,37 @@ def evaluate(
         if reference_point is None
         else np.asarray(reference_point, dtype=np.float64)
     )
+    seen = on_lattice(weights, config.preference.grid)
     draw_BP = metrics.resamples(len(chosen), RESAMPLES, seed=config.seed)
-    results: dict[str, Any] = {model: {} for model in MODELS}
-    difference: dict[str, Any] = {}
+    results: dict[str, Any] = {name: {} for name in order}
+    compared: dict[str, dict[str, Any]] = {name: {} for name in order}
     for mode in MODES:
-        front = metrics.nondominated(np.concatenate([points[m, mode] for m in MODELS]))
-        drawn = {}
-        for model, solid in zip(MODELS, np.split(front, 2), strict=True):
-            k = (model, mode)
-            pu_WP = _shortfall(normalized[k], weights, utopia, mu)
-            entry, drawn[model] = metrics.summarise(
-                config.names,
+        front = metrics.nondominated(np.concatenate([points[name, mode] for name in order]))
+        for name, solid in zip(order, np.split(front, len(order)), strict=True):
+            k = (name, mode)
+            entry, compared[name][mode] = metrics.summarise(
+                names,
                 weights,
                 seen,
                 rewards[k].mean(2),
                 normalized[k].mean(2),
-                pu_WP,
+                _shortfall(normalized[k], weights, utopia, mu),
                 solid,
                 reference_K,
                 draw_BP,
             )
-            results[model][mode] = entry | sweeps[k].cost()
-        difference[mode] = {
-            name: metrics.estimate(
-                drawn["trained"][name][0] - drawn["base"][name][0],
-                drawn["trained"][name][1] - drawn["base"][name][1],
-                prompts=len(chosen),
-            )
-            for name in drawn["base"]
-        }
+            if options.marks:
+                marks.add(entry, names, options.marks, weights, sweeps[k].texts, draw_BP)
+            results[name][mode] = entry | sweeps[k].cost()
+    spoken = {
+        name: shown.said(names, chosen, weights, sweeps[name, "greedy"], rewards[name, "greedy"])
+        for name in order
+    }
+    for name, sweep in extra_sweeps.items():
+        spoken[name] |= shown.said(names, extra, at_extra, sweep, of_extra[name])
     return metrics.plain(
         {
-            "names": config.names,
+            "names": names,
             "weights": weights,
             "seen": seen,
             "utopia": utopia,
@@ -140,19 +161,73 @@ def evaluate(
                 "prompts": options.prompts,
                 "samples": options.samples,
                 "ask": options.ask,
+                "benign": options.benign,
+                "marks": options.marks,
                 "temperature": config.rollout.temperature,
                 "max_new_tokens": config.rollout.max_new_tokens,
                 "seed": config.seed,
                 "resamples": RESAMPLES,
             },
             "results": results,
-            "difference": difference,
-            "answers": _answers(config.names, chosen, weights, sweeps, rewards),
-            "asked": asked,
+            # what the policy is beyond the base model, and each beyond the one before it
+            "difference": _differences(compared["policy"], compared["base"], len(chosen)),
+            "added": {
+                name: _differences(compared[name], compared[before], len(chosen))
+                for before, name in pairwise(order)
+            },
+            "meant": {name: meant.get(name) for name in names},
+            "benign": {
+                "prompts": [{"id": p.id, "text": p.text} for p in ordinary],
+                "weights": five,
+                "results": {
+                    name: marks.of_benign(options.marks, five, sweep.texts, len(ordinary))
+                    | sweep.cost()
+                    for name, sweep in benign_sweeps.items()
+                },
+            }
+            if benign_sweeps
+            else None,
+            "shown": [{"id": e.prompt.id, "text": e.prompt.text, "kind": e.kind} for e in examples],
+            "answers": [
+                {"prompt": e.prompt.id, "w": w, "model": name, **spoken[name][e.prompt.id, w]}
+                for e in examples
+                for w in weights
+                for name in order
+            ],
+            "asked": [(w, spoken["policy"][shown.ASKED, w]["text"]) for w in at_asked] or None,
             "seconds": {"all": time.perf_counter() - started, "scoring": scoring},
             "versions": versions(str(policy.device)),
         }
     )
+
+
+def _first(
+    policy: Policy, prompts: Sequence[Prompt], config: Config, option: str
+) -> tuple[Prompt, ...]:
+    """The first of them in the order of their ids, as many as an evaluation asks."""
+    limit = config.prompts.max_tokens
+    fitting = [p for p in prompts if len(policy.encode_prompt(p.text)) <= limit]
+    if not fitting:
+        raise ValueError(
+            f"{option}: none of {len(prompts)} prompts has at most {limit} tokens; raise "
+            "prompts.max_tokens"
+        )
+    return tuple(sorted(fitting, key=lambda p: p.id)[: config.evaluation.prompts])
+
+
+def _differences(
+    after: Mapping[str, Any], before: Mapping[str, Any], prompts: int
+) -> dict[str, dict[str, metrics.Estimate]]:
+    """By mode and measure; paired, since both are of the same resamples of the prompts."""
+    return {
+        mode: {
+            name: metrics.estimate(
+                value - before[mode][name][0], drawn - before[mode][name][1], prompts=prompts
+            )
+            for name, (value, drawn) in measures.items()
+        }
+        for mode, measures in after.items()
+    }
 
 
 def _score(
@@ -201,32 +276,6 @@ def _shortfall(
     return -score.numpy().reshape(normalized.shape[:-1]).mean(-1)
 
 
-def _answers(
-    names: Sequence[str],
-    prompts: Sequence[Prompt],
-    weights: Sequence[Preference],
-    sweeps: dict[tuple[str, str], Sweep],
-    rewards: dict[tuple[str, str], Array],
-    shown: int = 4,
-) -> list[dict[str, Any]]:
-    """Greedy answers of both models at five weights, to the first few prompts."""
-    out = []
-    for i, prompt in enumerate(prompts[:shown]):
-        for j in metrics.five_weights(weights):
-            for model in MODELS:
-                reward_K = rewards[model, "greedy"][j, i, 0]
-                out.append(
-                    {
-                        "prompt": prompt.id,
-                        "w": weights[j],
-                        "model": model,
-                        "text": sweeps[model, "greedy"].texts[i * len(weights) + j],
-                        "reward": dict(zip(names, reward_K, strict=True)),
-                    }
-                )
-    return out
-
-
 def versions(device: str) -> dict[str, str]:
     """What ran, for the record."""
     found = {"python": platform.python_version(), "device": device}
@@ -244,9 +293,14 @@ def run_evaluation(run: Path, config: Config, statistics: dict[str, Any], say: P
     from meal_fast.data.prompts import load_prompts
     from meal_fast.data.reward_statistics import Normalizer
     from meal_fast.models.model_soup import load_served
+    from meal_fast.training.warmup import learned
 
     use_threads(config.threads)
     policy, family = load_served(run, config)
+    policies: dict[str, Context] = {"base": policy.reference, "policy": nullcontext}
+    if config.warmup.steps:
+        after = learned(run)
+        policies["warmup"] = lambda: policy.holding(after)
     objectives = load_objectives(config.objectives, config.objectives_device, policy.device)
     # a set of its own is held out as a whole; of the training set, one split is
     prompts = load_prompts(
@@ -256,6 +310,11 @@ def run_evaluation(run: Path, config: Config, statistics: dict[str, Any], say: P
         count_tokens=lambda text: len(policy.encode_prompt(text)),
         max_tokens=config.prompts.max_tokens,
     )
+    benign: tuple[Prompt, ...] = ()
+    if config.evaluation.benign:
+        benign = load_prompts(
+            config.evaluation.benign, "evaluation", max_tokens=config.prompts.max_tokens
+        )
     return evaluate(
         policy,
         objectives,
@@ -264,6 +323,8 @@ def run_evaluation(run: Path, config: Config, statistics: dict[str, Any], say: P
         statistics["mu_evaluation"],
         prompts,
         config,
+        policies=policies,
+        benign=benign,
         reference_point=statistics.get("reference_point"),
         progress=say,
         family=family,

@@ -68,8 +68,9 @@ def answers(
     config: Config,
     say: Progress,
     family: Served | None = None,  # what the policy becomes for a weight
+    modes: Sequence[str] = MODES,
 ) -> dict[str, Sweep]:
-    """Sample the sweeps of one model, by mode.
+    """Sample the sweeps of one model, by mode: greedy answers, sampled ones, or both.
 
     One sampler answers all weights that the same parameters serve, in all modes: the engine then
     computes a prompt once. Without a family those are all weights. It is the run's
@@ -80,7 +81,7 @@ def answers(
     guided: tuple[Capability, ...] = ("any-network",) if policy.adapter and network is None else ()
     backend = capable(config.rollout.backend, guided, say)
     groups = [list(range(len(weights)))] if family is None else family.groups(weights)
-    samples = {"greedy": 1, "sampled": config.evaluation.samples}
+    samples = {mode: 1 if mode == "greedy" else config.evaluation.samples for mode in modes}
     asked = {
         "greedy": [_read_alike(policy, weights, group) for group in groups],
         "sampled": [[[place] for place in group] for group in groups],

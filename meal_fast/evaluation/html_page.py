@@ -1,10 +1,13 @@
-"""Self-contained pages from templates: light and dark, no script, nothing fetched.
+"""Self-contained pages from templates: light and dark, nothing fetched.
 
-Every text is escaped where it is put in; only our own figures and style sheet are not.
+Every text is escaped where it is put in; only our own figures, style sheet and script are not. The
+page's policy lets that one script run, by its hash, and no other.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +21,14 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).with_name("templates")
 
 
-def page(template: str, **values: Any) -> str:
-    """Fill in a template of templates/, `title` among the values."""
-    return _environment().get_template(template).render(style=_style(), **values)
+def page(template: str, *, script: str, **values: Any) -> str:
+    """Fill in a template of templates/, `title` among the values; `script`: a file there."""
+    from markupsafe import Markup
+
+    code = (TEMPLATES / script).read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    ours = {"style": _style(), "script": Markup(code), "script_hash": Markup(digest)}
+    return _environment().get_template(template).render(**ours, **values)
 
 
 def figure(draw: Draw, label: str, size: tuple[float, float]) -> Markup:

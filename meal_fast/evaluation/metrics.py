@@ -66,6 +66,20 @@ def estimate(value: float, sample_B: Array, *, prompts: int, level: float = 0.95
     return Estimate(float(value), float(low), float(high))
 
 
+def share(value: float, trials: int) -> Estimate:
+    """Give a share in [0, 1] with Wilson's 95 % interval, which a share of 0 or 1 has as well.
+
+    (p + z²/2n ± z sqrt(p(1 - p)/n + z²/4n²)) / (1 + z²/n) at z = 1.96. `trials` n: the prompts;
+    where each has several samples that is cautious, for the samples of a prompt are alike.
+    """
+    z = 1.959964
+    scale = 1 + z**2 / trials
+    middle = (value + z**2 / (2 * trials)) / scale
+    half = z * np.sqrt(value * (1 - value) / trials + z**2 / (4 * trials**2)) / scale
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    return Estimate(value, float(low), float(high))
+
+
 def ranks(x: Array) -> Array:
     """Ranks along the last dimension, 1 the smallest, ties sharing their mean rank."""
     below = (x[..., None, :] < x[..., :, None]).sum(-1)
@@ -133,6 +147,48 @@ def ends(weights: Sequence[Sequence[float]], points: Array) -> Array:
         bottom = np.isclose(w[:, k], w[:, k].min())
         columns.append(points[..., top, k].mean(-1) - points[..., bottom, k].mean(-1))
     return np.stack(columns, -1)
+
+
+@dataclass(frozen=True)
+class Rise:
+    """How a curve rises over its levels: where half of it is reached, and its largest step."""
+
+    half: float  # a level, linear between neighbours
+    largest: float  # the share of the rise that lies between two neighbouring levels
+    between: tuple[float, float]  # these
+
+
+def rise(levels_L: Array, value_L: Array) -> Rise | None:
+    """Describe how a curve rises over ascending levels; None where it does not.
+
+    Of the nearest curve that never falls (least squares), since noise alone makes steps.
+    """
+    fit_L = isotonic(value_L)
+    whole = fit_L[-1] - fit_L[0]
+    if whole <= 0:
+        return None
+    steps = np.diff(fit_L) / whole
+    j = int(steps.argmax())
+    passed = (fit_L - fit_L[0]) / whole
+    i = int((passed >= 0.5).argmax())
+    part = (0.5 - passed[i - 1]) / (passed[i] - passed[i - 1])
+    return Rise(
+        float(levels_L[i - 1] + part * (levels_L[i] - levels_L[i - 1])),
+        float(steps[j]),
+        (float(levels_L[j]), float(levels_L[j + 1])),
+    )
+
+
+def isotonic(value_L: Array) -> Array:
+    """Give the curve that never falls and is nearest in least squares: neighbours pooled."""
+    blocks: list[tuple[float, int]] = []  # mean, count
+    for value in value_L:
+        mean, count = float(value), 1
+        while blocks and blocks[-1][0] >= mean:
+            before, n = blocks.pop()
+            mean, count = (before * n + mean * count) / (n + count), n + count
+        blocks.append((mean, count))
+    return np.repeat([mean for mean, _ in blocks], [count for _, count in blocks])
 
 
 def expected_utility(weights: Sequence[Sequence[float]], points: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The figures of a report, drawn from evaluation.json and metrics.jsonl.
+"""How figures are drawn, and put on a page or into a file.
 
 Drawn once in a fixed set of colours; `svg` swaps those for CSS variables, so that the page's
 figures follow its light or dark theme.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import combinations, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,13 @@ from meal_fast.common import replacing
 matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import Bbox
+
+from . import glyphs
 
 INK, MUTED, GRID, PAPER = "#1b1f24", "#6b7480", "#dde1e6", "#fefefe"
 BASE = "#8d96a0"
 SERIES = ("#0b62c4", "#c4500b", "#1f8a5b", "#8a4bbd", "#b0892b", "#c02f6b")
+WARMUP = SERIES[4]
 # beside those where there are more than six methods
 MORE = ("#2aa5b8", "#6d4c2f", "#7a8f12", "#3d3d9e")
 # light → dark, by the name of the CSS variable
@@ -50,6 +49,7 @@ THEME = {
 STYLE: dict[Any, Any] = {
     "font.size": 9.0,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a dollar is a dollar
     "axes.edgecolor": MUTED,
     "axes.facecolor": "none",
     "axes.grid": True,
@@ -71,8 +71,6 @@ STYLE: dict[Any, Any] = {
     "ytick.color": MUTED,
     "ytick.labelcolor": INK,
 }
-# where a label may stand, in points from its marker
-PLACES = ((0, 9), (0, -9), (12, 0), (-12, 0), (10, 8), (-10, 8), (10, -8), (-10, -8))
 MODE_TITLES = {"greedy": "Greedy", "sampled": "Sampled"}
 
 # Fills a panel; what it returns, if anything, is called when all panels have their place.
@@ -83,7 +81,7 @@ def panels(
     draws: Sequence[Draw], *, columns: int, size: tuple[float, float], note: str = ""
 ) -> Figure:
     """Panels of `size` inches each, row by row."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), glyphs.left_to_the_browser():
         rows = -(-len(draws) // columns)
         fig = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
         if note:
@@ -98,7 +96,7 @@ def panels(
 def svg(fig: Figure, label: str) -> str:
     """The figure as inline SVG in the page's colours, with `label` for who cannot see it."""
     out = io.StringIO()
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}), glyphs.left_to_the_browser():
         fig.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]
@@ -116,242 +114,7 @@ def svg(fig: Figure, label: str) -> str:
 
 
 def save_png(fig: Figure, path: Path) -> None:
-    """Whole or not at all, as everything in a run folder."""
+    """Whole or not at all, as everything in a run folder; with the fonts that its texts need."""
+    glyphs.complete(fig)
     with replacing(path) as file:
         fig.savefig(file, format="png", dpi=170, facecolor="white")
-
-
-# --- the sweep ---------------------------------------------------------------------------------
-
-
-def fronts(result: dict[str, Any], mode: str) -> list[tuple[str, Draw]]:
-    """One panel for each pair of objectives: (label, draw)."""
-    names = result["names"]
-    return [
-        (
-            f"Front of {names[a]} and {names[b]}, {mode}",
-            partial(_front, result=result, mode=mode, a=a, b=b),
-        )
-        for a, b in combinations(range(len(names)), 2)
-    ]
-
-
-def _front(ax: Axes, result: dict[str, Any], mode: str, a: int, b: int) -> Callable[[], None]:
-    names, pair = result["names"], len(result["names"]) == 2
-    shape = {"greedy": "D", "sampled": "o"}[mode]
-    size = {"greedy": 26, "sampled": 34}[mode]
-    drawn: dict[str, list[tuple[float, float]]] = {}
-    for model, colour in (("base", BASE), ("trained", SERIES[0])):
-        points = result["results"][model][mode]["points"]
-        x = [p["normalized"][names[a]] for p in points]
-        y = [p["normalized"][names[b]] for p in points]
-        xs, ys = [e["value"] for e in x], [e["value"] for e in y]
-        drawn[model] = list(zip(xs, ys, strict=True))
-        if pair:  # neighbours in w are joined; with more objectives the sweep is not a line
-            ax.plot(xs, ys, color=colour, linewidth=0.9, alpha=0.5, zorder=2)
-        fill = [colour if p["nondominated"] else PAPER for p in points]
-        ax.scatter(
-            *(xs, ys), s=size, marker=shape, c=fill, edgecolors=colour, linewidths=1.2, zorder=3
-        )
-        ax.scatter([], [], s=size, marker=shape, c=colour, label=model)
-    ax.scatter([], [], s=size, marker=shape, c=PAPER, edgecolors=MUTED, label="hollow: dominated")
-    ax.set_xlabel(f"{names[a]} (normalised reward)")
-    ax.set_ylabel(f"{names[b]} (normalised reward)")
-    ax.set_title(MODE_TITLES[mode])
-    ax.margins(0.12)
-    _legend_outside(ax)
-    weights = result["weights"]
-    if pair:
-        texts = [f"{w[0]:.2f}".rstrip("0").rstrip(".") for w in weights]
-        first = [0, len(weights) - 1, len(weights) // 2]
-    else:
-        texts = [names[w.index(1.0)] if 1.0 in w else "" for w in weights]
-        first = []
-
-    def label() -> None:
-        trained, base = drawn["trained"], drawn["base"]
-        some = range(0, len(texts), 1 + len(texts) // 20) if pair else range(len(texts))
-        _labels(ax, trained, texts, some, first, SERIES[0], [*trained, *base])
-        _labels(ax, base, texts, [], first[:2], MUTED, [*trained, *base])
-
-    return label
-
-
-def _legend_outside(ax: Axes) -> None:
-    ax.legend(
-        loc="lower right",
-        bbox_to_anchor=(1.0, 1.0),
-        ncols=3,
-        handletextpad=0.2,
-        columnspacing=0.9,
-        borderaxespad=0.1,
-    )
-
-
-def _labels(
-    ax: Axes,
-    points: Sequence[tuple[float, float]],
-    texts: Sequence[str],
-    which: Sequence[int],
-    first: Sequence[int],
-    colour: str,
-    markers: Sequence[tuple[float, float]],
-) -> None:
-    """Writes points' texts where they cover no marker and no text, or leaves them out."""
-    unit = ax.figure.dpi / 72
-
-    def boxes(spots: Any, side: float) -> list[Bbox]:
-        pixels = ax.transData.transform(spots)
-        return [Bbox.from_bounds(x - side / 2, y - side / 2, side, side) for x, y in pixels]
-
-    taken = boxes(markers, 7 * unit) + [t.get_window_extent() for t in ax.texts]
-    lines = boxes([spot for line in ax.lines for spot in _along(line.get_xydata())], unit)
-    for i in dict.fromkeys([*first, *which]):
-        if not texts[i]:
-            continue
-        # a place beside the lines if there is one, else one on a line
-        for avoid, (dx, dy) in product((taken + lines, taken), PLACES):
-            text = ax.annotate(
-                texts[i],
-                points[i],
-                (dx, dy),
-                textcoords="offset points",
-                ha="center",
-                va="center",
-                fontsize=7.5,
-                color=colour,
-            )
-            box = text.get_window_extent()
-            inside = ax.bbox.x0 <= box.x0 and box.x1 <= ax.bbox.x1
-            inside = inside and ax.bbox.y0 <= box.y0 and box.y1 <= ax.bbox.y1
-            if inside and not any(box.overlaps(other) for other in avoid):
-                taken.append(box)
-                break
-            text.remove()
-
-
-def _along(points: Any, steps: int = 24) -> list[tuple[float, float]]:
-    """Points along a drawn line."""
-    return [
-        (x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps)
-        for (x0, y0), (x1, y1) in pairwise(points)
-        for i in range(steps + 1)
-    ]
-
-
-def front_png(result: dict[str, Any]) -> Figure:
-    """All fronts in one figure: a row a mode."""
-    draws = [draw for mode in ("sampled", "greedy") for _, draw in fronts(result, mode)]
-    pairs = len(draws) // 2
-    said = (
-        f"numbers: w of {result['names'][0]}" if pairs == 1 else "named points: w = 1 for that one"
-    )
-    note = f"{said}; solid: not dominated by any point of the panel"
-    return panels(draws, columns=2 if pairs == 1 else pairs, size=(5.0, 4.2), note=note)
-
-
-def steering(result: dict[str, Any], k: int) -> Draw:
-    """Mean sampled reward of objective k against w_k, base and trained, with intervals."""
-    name = result["names"][k]
-
-    def draw(ax: Axes) -> None:
-        for model, colour in (("base", BASE), ("trained", SERIES[k % len(SERIES)])):
-            points = result["results"][model]["sampled"]["points"]
-            _band(ax, [p["w"][k] for p in points], [p["raw"][name] for p in points], colour, model)
-        ax.set_xlabel(f"w of {name}")
-        ax.set_title(f"Mean reward: {name}")
-        _legend_outside(ax)
-
-    return draw
-
-
-def utility(result: dict[str, Any]) -> Draw:
-    """PU, a shortfall, at every w."""
-    first = result["names"][0]
-
-    def draw(ax: Axes) -> None:
-        for model, colour in (("base", BASE), ("trained", SERIES[0])):
-            points = result["results"][model]["sampled"]["points"]
-            _band(ax, [p["w"][0] for p in points], [p["pu"] for p in points], colour, model)
-        ax.set_xlabel(f"w of {first}")
-        ax.set_title("PU: lower is better")
-        _legend_outside(ax)
-
-    return draw
-
-
-def _band(
-    ax: Axes, xs: Sequence[float], values: Sequence[dict[str, Any]], colour: str, label: str
-) -> None:
-    ordered = sorted(zip(xs, values, strict=True), key=lambda pair: pair[0])
-    x = [p for p, _ in ordered]
-    shared = len(set(x)) < len(x)  # more than two objectives: many points at one w_k, so no line
-    line = "" if shared else "-"
-    ax.plot(
-        x, [v["value"] for _, v in ordered], line + "o", color=colour, ms=3.5, lw=1.3, label=label
-    )
-    known = [(p, v["low"], v["high"]) for p, v in ordered if v["low"] is not None]
-    if known and not shared:
-        at, low, high = zip(*known, strict=True)
-        ax.fill_between(at, low, high, color=colour, alpha=0.16, linewidth=0)
-
-
-# --- training ----------------------------------------------------------------------------------
-
-
-def training(metrics: Sequence[dict[str, Any]], names: Sequence[str]) -> list[tuple[str, Draw]]:
-    """Panels of what the run logged; what it did not log has no panel."""
-    out: list[tuple[str, Draw]] = []
-    series = {n: _series(metrics, "normalized", n) for n in names}
-    if any(series.values()):
-        out.append(
-            ("Normalised rewards", partial(_curves, title="Normalised rewards", series=series))
-        )
-    for key, title in (
-        ("score", "Score"),
-        ("nll", "Negative log-likelihood of kept tokens"),
-        ("kl", "KL to the base model"),
-        ("entropy", "Entropy, nats a token"),
-        ("length", "Tokens an answer"),
-        ("acceptance", "Share of responses kept"),
-        ("net_entropy", "Entropy of the preference-weight-net, nats"),
-        ("delta_norm", "Norm of the meta-update ‖Δ‖"),
-        ("delta_cosine", "cos(Δ₁, Δ₂) of the tasks"),
-    ):
-        found = _series(metrics, key)
-        if found:
-            out.append((title, partial(_curves, title=title, series={"": found})))
-    return out
-
-
-def _series(metrics: Sequence[dict[str, Any]], *path: str) -> list[tuple[float, float]]:
-    found = []
-    for i, update in enumerate(metrics):
-        value: Any = update
-        for part in path:
-            value = value.get(part) if isinstance(value, dict) else None
-        if isinstance(value, int | float):
-            found.append((float(update.get("update", i)), float(value)))
-    return found
-
-
-def _curves(ax: Axes, title: str, series: dict[str, list[tuple[float, float]]]) -> None:
-    """Every update a dot; w differs from task to task, so the line is a running mean."""
-    for i, (name, points) in enumerate(series.items()):
-        if not points:
-            continue
-        x, y = zip(*points, strict=True)
-        window = len(y) // 8
-        mean = [
-            sum(y[max(0, j - window) : j + window + 1])
-            / len(y[max(0, j - window) : j + window + 1])
-            for j in range(len(y))
-        ]
-        colour = SERIES[i % len(SERIES)]
-        ax.plot(x, y, ".", color=colour, ms=5, alpha=0.5)
-        ax.plot(x, mean, color=colour, lw=1.5, label=name)
-    ax.set_title(title)
-    ax.set_xlabel("update")
-    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    if any(series):
-        _legend_outside(ax)

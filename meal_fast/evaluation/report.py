@@ -5,17 +5,20 @@ What the page says is made here; how it is laid out stands in templates/report.h
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from meal_fast.common import write_atomic
 from meal_fast.config.cli import require_packages
 from meal_fast.config.run_dir import read_config, read_json, read_metrics
+from meal_fast.data.markers import mild
 
 from .html_page import figure, page
-from .metrics import FEW
+from .stored import TITLES, read_evaluation
+from .tables import by_weight, measures, said_once
+from .verdict import scope, verdict
+from .wording import number
 
 Result = dict[str, Any]
 
@@ -28,100 +31,21 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     out = out or run
     read_config(run)  # a clear error for a folder that is not a run
     config = read_json(run, "config.json")
-    result = read_json(out, "evaluation.json")
+    result = read_evaluation(out)
     require_packages("the report", "matplotlib", "jinja2", then=f"python -m meal_fast.report {run}")
-    from . import plots
+    from . import plots, run_plots
 
-    plots.save_png(plots.front_png(result), out / "front.png")
+    plots.save_png(run_plots.front_png(result), out / "front.png")
     said = render(result, config, read_metrics(run), title=run.resolve().name)
     write_atomic(out / "report.html", said)
     return out / "report.html"
-
-
-def headline(result: Result) -> str:
-    """What the evaluation found, in a few sentences that claim no more than the intervals allow."""
-    difference = result["difference"]["sampled"]["hypervolume"]
-    base, trained = (
-        number(result["results"][m]["sampled"]["hypervolume"]["value"]) for m in ("base", "trained")
-    )
-    if difference["low"] is None:
-        verb = "moved"
-    elif difference["low"] > 0:
-        verb = "raised"
-    elif difference["high"] < 0:
-        verb = "lowered"
-    else:
-        verb = "did not measurably change"
-    before, after = (result["results"][m]["sampled"] for m in ("base", "trained"))
-    steers = ", ".join(
-        f"{name} {_follows(after['spearman'][name], after['ends'][name]['raw'])} "
-        f"(base model {signed(before['ends'][name]['raw'], bare=True)})"
-        for name in result["names"]
-    )
-    return (
-        f"Training {verb} the hypervolume of the front: {base} to {trained}, difference "
-        f"{signed(difference)}. From the least to the most weight on it, {steers}."
-    )
-
-
-def scope(result: Result) -> str:
-    """What a headline rests on."""
-    prompts, weights = len(result["prompts"]), len(result["weights"])
-    intervals = (
-        "in parentheses 95 % bootstrap intervals over prompts."
-        if prompts >= FEW
-        else f"no intervals, for want of at least {FEW} prompts: differences may be chance."
-    )
-    return (
-        f"Sampled answers to {prompts} held-out prompt{'s' * (prompts != 1)} at {weights} weights; "
-        f"{intervals}"
-    )
-
-
-def _follows(rank: dict[str, Any], ends: dict[str, Any]) -> str:
-    rho = "undefined" if rank["value"] is None else f"{rank['value']:.2f}".replace("-", "−")
-    low, high = ends["low"], ends["high"]
-    if low is None:
-        verb = "changes by"
-    elif low > 0:
-        return f"rises by {interval(ends)} with Spearman {rho}"
-    elif high < 0:
-        verb = "falls by"
-    else:
-        verb = "does not measurably change:"
-    return f"{verb} {signed(ends)} with Spearman {rho}"
-
-
-def number(x: float | None) -> str:
-    return "–" if x is None else f"{x:.3g}".replace("-", "−")
-
-
-def interval(e: dict[str, Any] | None) -> str:
-    """`0.41 (0.30 to 0.52)`: two digits of the interval's width decide where all are rounded."""
-    if e is None or e["value"] is None:
-        return "–"
-    if e["low"] is None:
-        return number(e["value"])
-    width = e["high"] - e["low"]
-    digits = max(0, 1 - math.floor(math.log10(width))) if width > 0 else 3
-    # adding 0.0 makes a rounded minus zero a zero
-    rounded = (round(e[k], digits) + 0.0 for k in ("value", "low", "high"))
-    value, low, high = (f"{x:.{digits}f}".replace("-", "−") for x in rounded)
-    return f"{value} ({low} to {high})"
-
-
-def signed(e: dict[str, Any] | None, *, bare: bool = False) -> str:
-    """The same with a plus sign where it is one; `bare`: without the interval."""
-    positive = e is not None and e["value"] is not None and e["value"] > 0
-    text = interval(e)
-    return "+" * positive + (text.partition(" ")[0] if bare else text)
 
 
 def render(
     result: Result, config: dict[str, Any], metrics: Sequence[dict[str, Any]], *, title: str
 ) -> str:
     """Give the page."""
-    from . import plots
+    from . import run_plots as plots
 
     names, first = result["names"], result["names"][0]
     of_two = f"Numbers: w of {first}."
@@ -131,16 +55,21 @@ def render(
         figure(plots.steering(result, k), f"Mean reward of {name} against its weight", small)
         for k, name in enumerate(names)
     ]
+    marks = [
+        figure(plots.marked(result, mark, k), f"Answers marked {mark} against w", small)
+        for mark, k in _marks(result)
+    ]
+    head, rows = by_weight(result)
     return page(
         "report.html.j2",
+        script="knob.js",
         title=title,
         what_ran=_what_ran(result, config, metrics),
-        headline=headline(result),
+        verdict=verdict(result),
         scope=scope(result),
-        tables=[
-            ("Sampled answers", list(_rows(result, "sampled"))),
-            ("Greedy answers", list(_rows(result, "greedy"))),
-        ],
+        knob=_knob(result),
+        by_weight=(head, said_once(rows)),
+        measures=[measures(result, mode) for mode in ("sampled", "greedy")],
         reference_point=", ".join(
             f"{n} {number(v)}" for n, v in zip(names, result["reference_point"], strict=True)
         ),
@@ -151,8 +80,8 @@ def render(
         ],
         numbers=of_two if len(names) == 2 else of_more,
         steering=[*steering, figure(plots.utility(result), "PU against w", small)],
+        marks=marks,
         training=[figure(draw, label, small) for label, draw in plots.training(metrics, names)],
-        answers=list(_answers(result)),
         method=_method(result, config),
         details=[
             ("Cost", list(_cost(result).items())),
@@ -162,63 +91,63 @@ def render(
     )
 
 
+def _marks(result: Result) -> list[tuple[str, int]]:
+    """Each mark that was counted, and the objective by whose weight it is drawn: whom it is of."""
+    names, meant = result["names"], result["meant"]
+    return [
+        (mark, next((k for k, name in enumerate(names) if meant[name] == mark), 0))
+        for mark in result["settings"].get("marks", ())
+    ]
+
+
+def _knob(result: Result) -> dict[str, Any]:
+    """What the slider shows: the weights, and of each prompt every policy's answer at each."""
+    names = result["names"]
+    weights = [tuple(w) for w in dict.fromkeys(tuple(a["w"]) for a in result["answers"])]
+    said = {(a["prompt"], tuple(a["w"]), a["model"]): a for a in result["answers"]}
+    models = [model for model in reversed(result["results"])]
+
+    def answer(prompt: str, w: tuple[float, ...], model: str) -> tuple[str, str]:
+        found = said[prompt, w, model]
+        return ", ".join(f"{n} {number(found['reward'][n])}" for n in names), found["text"]
+
+    return {
+        "weights": [
+            (", ".join(f"{n}={x:.2f}" for n, x in zip(names, w, strict=True)), max(w) == 1.0)
+            for w in weights
+        ],
+        "left": names[0],
+        "right": names[-1],
+        "how": _chosen(result),
+        "prompts": [
+            (
+                prompt["text"],
+                [(m, TITLES[m], [answer(prompt["id"], w, m) for w in weights]) for m in models],
+            )
+            for prompt in result["shown"]
+        ],
+    }
+
+
+def _chosen(result: Result) -> str:
+    """How the prompts were chosen whose answers are shown."""
+    kinds = [p["kind"] for p in result["shown"]]
+    said = []
+    if "asked" in kinds:
+        said.append("the prompt of evaluation.ask")
+    if "benign" in kinds:
+        said.append(f"the first {kinds.count('benign')} of the held-out benign prompts")
+    if "evaluation" in kinds:
+        rest = [p["text"] for p in result["shown"] if p["kind"] == "evaluation"]
+        which = "that a list of words counts as mild" if all(map(mild, rest)) else "of the sweep"
+        said.append(f"the first {len(rest)} of the prompts {which}")
+    return "; ".join(said)
+
+
 def _what_ran(result: Result, config: dict[str, Any], metrics: Sequence[Any]) -> str:
     objectives = " against ".join(result["names"])
     steps = f", {len(metrics)} updates" if metrics else ""
     return f"{config['recipe']}: {objectives}, {config['policy']['path']}{steps}"
-
-
-def _rows(result: Result, mode: str) -> Iterator[tuple[str, ...]]:
-    """(measure, base, trained, trained − base) of one mode."""
-    base, trained = (result["results"][m][mode] for m in ("base", "trained"))
-    difference = result["difference"][mode]
-    for key, label in (
-        ("hypervolume", "Hypervolume ↑"),
-        ("pu", "PU, mean shortfall ↓"),
-        ("expected_utility", "Expected utility ↑"),
-    ):
-        yield label, interval(base[key]), interval(trained[key]), signed(difference[key])
-    if trained["pu_seen"] and trained["pu_unseen"]:
-        for key, label in (
-            ("pu_seen", "PU, weights of the training grid ↓"),
-            ("pu_unseen", "PU, other weights ↓"),
-        ):
-            yield label, interval(base[key]), interval(trained[key]), ""
-    for name in result["names"]:
-        label = f"Spearman of w and reward: {name} ↑"
-        yield label, interval(base["spearman"][name]), interval(trained["spearman"][name]), ""
-    for name in result["names"]:
-        yield (
-            f"Reward between the ends of the sweep: {name} ↑",
-            signed(base["ends"][name]["raw"]),
-            signed(trained["ends"][name]["raw"]),
-            "",
-        )
-    for name in result["names"]:
-        counts = [e["violations"][name] for e in (base, trained)]
-        label = f"Steps where more w gave less: {name} ↓"
-        yield (label, *(f"{c['count']} of {c['of']}" for c in counts), "")
-    gaps = [number(e["largest_gap"]["value"]) for e in (base, trained)]
-    yield ("Largest gap between neighbours", *gaps, "")
-    yield ("Tokens an answer", *(number(e["length"]) for e in (base, trained)), "")
-
-
-def _answers(result: Result) -> Iterator[tuple[str, list[tuple[str, list[tuple[str, ...]]]]]]:
-    """(prompt, [(w, [(model, rewards, answer)])]) of the prompts that have answers to show."""
-    names = result["names"]
-    for prompt in result["prompts"]:
-        shown = [a for a in result["answers"] if a["prompt"] == prompt["id"]]
-        weights = []
-        for w in dict.fromkeys(tuple(a["w"]) for a in shown):
-            said = " ".join(f"{n}={x:.2f}" for n, x in zip(names, w, strict=True))
-            models: list[tuple[str, ...]] = []
-            for model in ("trained", "base"):
-                a = next(a for a in shown if tuple(a["w"]) == w and a["model"] == model)
-                rewards = ", ".join(f"{n} {number(a['reward'][n])}" for n in names)
-                models.append((model, rewards, a["text"]))
-            weights.append((said, models))
-        if shown:
-            yield prompt["text"], weights
 
 
 def _method(result: Result, config: dict[str, Any]) -> str:
@@ -241,7 +170,7 @@ def _method(result: Result, config: dict[str, Any]) -> str:
 
 def _cost(result: Result) -> dict[str, str]:
     return {
-        f"{model}, {mode}": (
+        f"{TITLES[model]}, {mode}": (
             f"{e['answers']} answers, {e['tokens']} tokens, {e['tokens_per_second']:.0f} a second, "
             f"{e['prefill_tokens']} tokens of prompts, {e['stopped']:.0%} ended by themselves"
         )

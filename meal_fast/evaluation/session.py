@@ -1,14 +1,14 @@
 """A finished run that answers one prompt at a time, at any preference. Importing it needs no torch.
 
-Each prompt stands alone: training saw single turns.
+A prompt may follow turns that were answered before; training saw single turns.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,11 @@ from meal_fast.data_types import Prompt
 from meal_fast.models.threads import use_threads
 
 if TYPE_CHECKING:
-    from meal_fast.rollout import Backend
+    from meal_fast.rollout import Backend, Engine, Request, Sampling
 
+LENGTH = 256  # tokens of an answer, at most, unless another number is asked for
+Turn = tuple[str, str]  # what was asked, and answered
+Heard = Callable[[str], None]  # told each piece of an answer as it is generated
 Asked = tuple[float, ...] | None  # a preference; None: the net's, for every prompt
 NET = "preference_net.safetensors"  # in the folder of a run of recipe `meal`
 
@@ -52,11 +55,12 @@ def shown(w: Asked, names: Sequence[str]) -> str:
 
 
 def sampling_of(config: Config, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the fields of `rollout.Sampling` as they are asked for, or as the run has them.
+    """Give the fields of `rollout.Sampling` as they are asked for.
 
+    What is not asked for: the run's own temperature, and a length for reading, not the run's.
     Raises ValueError for a value that none of them takes, by the name of its option.
     """
-    own = {n: getattr(config.rollout, n) for n in ("temperature", "max_new_tokens")}
+    own = {"temperature": config.rollout.temperature, "max_new_tokens": LENGTH}
     fields = own | {n: asked[n] for n in own if asked[n] is not None}
     fields |= {n: asked[n] for n in ("seed", "top_k", "top_p", "min_p")}
     for name, good, must in (
@@ -70,6 +74,16 @@ def sampling_of(config: Config, asked: Mapping[str, Any]) -> dict[str, Any]:
     for text in asked["stop"]:
         require(text != "", "--stop", text, "would end every answer; give a text")
     return fields | {"stop": tuple(asked["stop"])}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Hold what was answered to one prompt."""
+
+    text: str  # without whitespace at its ends
+    finish: str  # "stop"; "length": it was cut; "cancelled": Ctrl-C
+    tokens: int
+    full: bool  # the model's context has no room for more
 
 
 class Session:
@@ -122,16 +136,63 @@ class Session:
         """Read a preference as it is typed: see `preference`."""
         return preference(text, self.run, self.config.names)
 
-    def answer(self, text: str, w: Asked, turn: int) -> str:
-        """Answer one prompt at w; `turn` keys the randomness. The net's w is said."""
-        from meal_fast.rollout import Request
+    def answer(
+        self,
+        text: str,
+        w: Asked,
+        turn: int,
+        turns: Sequence[Turn] = (),
+        heard: Heard = lambda piece: None,
+    ) -> Answer:
+        """Answer one prompt at w, behind earlier turns; `turn` keys the randomness.
 
-        prompt = Prompt(id="chat", text=text)
-        at = self._predicted(prompt) if w is None else w
+        `heard` is told the pieces of the answer as they are generated: together they are its text.
+        A backend that draws whole answers alone tells it at the end. The net's w is said, as is
+        which turns the model's context has no room for. Ctrl-C ends an answer that is generated.
+
+        Raises ValueError for a prompt that the context has no room for.
+        """
+        from meal_fast.rollout import Engine
+
+        at = self._predicted(Prompt("chat", text)) if w is None else w
+        request, room = self._fitting(text, at, list(turns))
         sampler = self._sampler_at(at)
         sampler.forget()  # the last prompt: it hardly comes again
-        sampling = dataclasses.replace(self.sampling, rng_key=("chat", turn))
-        return sampler.generate([Request(prompt, at)], sampling).texts[0].strip()
+        length = min(self.sampling.max_new_tokens, room)
+        sampling = dataclasses.replace(self.sampling, rng_key=("chat", turn), max_new_tokens=length)
+        if isinstance(sampler, Engine):
+            said, finish, tokens = _streamed(sampler, request, sampling, heard)
+        else:
+            rolled = sampler.generate([request], sampling)
+            said, finish, tokens = rolled.texts[0].strip(), rolled.finish[0], rolled.lengths[0]
+            heard(said)
+        return Answer(said, finish, tokens, full=tokens == room)
+
+    def _fitting(self, text: str, w: tuple[float, ...], turns: list[Turn]) -> tuple[Request, int]:
+        """Ask with as many of the turns as leave room for an answer; give that room, too."""
+        from meal_fast.rollout import Request
+
+        dropped = 0
+        while True:
+            said = tuple(
+                part
+                for asked, answered in turns
+                for part in (("user", asked), ("assistant", answered))
+            )
+            request = Request(Prompt("chat", text), w, history=said)
+            taken = sum(map(len, request.encoded(self.policy)))
+            room = self.policy.context - taken
+            if room >= self.sampling.max_new_tokens or not turns:
+                break
+            turns, dropped = turns[1:], dropped + 1
+        if dropped:
+            self.say(f"the model's context has no room for the first {dropped} turns; /new forgets")
+        if room < 1:
+            raise ValueError(
+                f"a prompt of {taken} tokens: the model's context holds {self.policy.context}; "
+                "shorten it"
+            )
+        return request, room
 
     def _predicted(self, prompt: Prompt) -> tuple[float, ...]:
         from meal_fast.data.preferences import snapped
@@ -162,37 +223,19 @@ class Session:
         self._serving.clear()
 
 
-def talk(session: Session, lines: Iterator[str], w: Asked) -> None:
-    """Answer each line on standard output; one that cannot be used is told why."""
-    for turn, line in enumerate(lines):
-        text = line.strip()
-        if not text:
-            continue
-        try:
-            if text == "/quit":
-                return
-            if text.startswith("/w ") or text == "/w":
-                w = session.parse(text[2:].strip())
-                session.say(f"w is now {shown(w, session.config.names)}")
-            elif text.startswith("/"):
-                raise ValueError(f"{text.split()[0]!r}: unknown; there are /w and /quit")
-            else:
-                print(session.answer(text, w, turn), flush=True)
-        except ValueError as error:
-            session.say(f"meal-fast: {error}")
-
-
-def prompted_lines(w: Asked, names: Sequence[str]) -> Iterator[str]:
-    """Give lines of standard input; a person at a terminal gets a prompt sign and line editing."""
-    if not sys.stdin.isatty():
-        yield from sys.stdin
-        return
-    import readline  # noqa: F401  (gives input() history and editing)
-
-    print(f"w is {shown(w, names)}; /w changes it, /quit or Ctrl-D ends", file=sys.stderr)
-    while True:
-        try:
-            yield input("> ")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
+def _streamed(
+    sampler: Engine, request: Request, sampling: Sampling, heard: Heard
+) -> tuple[str, str, int]:
+    """Tell a row's text as it grows; give the text, why it ended, and its tokens."""
+    text, told, tokens, finish = "", 0, 0, "cancelled"
+    try:
+        for delta in sampler.stream([request], sampling):
+            text, tokens = text + delta.text, len(delta.row.tokens)
+            stable = text.strip()  # whitespace at the end may be the last
+            if len(stable) > told:
+                heard(stable[told:])
+                told = len(stable)
+            finish = delta.finish
+    except KeyboardInterrupt:
+        finish = "cancelled"
+    return text.strip(), finish, tokens

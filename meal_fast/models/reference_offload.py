@@ -24,12 +24,12 @@ class FrozenCopy:
     change the copy.
     """
 
-    def __init__(self, model: Any, folder: str) -> None:
+    def __init__(self, model: Any, folder: str | None = None) -> None:
         self.model: Any = copy.deepcopy(model).requires_grad_(False).eval()
         self._ranges: list[tuple[int, int]] = []
         held = dict(self.model.named_parameters())
-        here = Path(folder).is_dir() and all(p.device.type == "cpu" for p in held.values())
-        files = sorted(Path(folder).glob("*.safetensors")) if here else []
+        here = folder is not None and all(p.device.type == "cpu" for p in held.values())
+        files = sorted(Path(folder or "").glob("*.safetensors")) if here else []
         stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
         if not stored or not all(_same(p, stored.get(name)) for name, p in held.items()):
             return

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
+import sys
+import webbrowser
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,6 +56,12 @@ def names_of(host: str, port: int) -> frozenset[str] | None:
     return frozenset([*(f"{name}:{port}" for name in names), *bare])
 
 
+def has_screen() -> bool:
+    """Tell whether a browser would open a window: one in the terminal would take it over."""
+    there = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    return bool(there) or sys.platform in ("darwin", "win32")
+
+
 def serve(
     run: Path,
     config: Config,
@@ -64,8 +73,12 @@ def serve(
     slots: int,
     waiting: int,
     max_new_tokens: int,
+    browse: bool = False,
 ) -> None:
-    """Answer until it is interrupted. Raises ValueError for an address or a run that is no good."""
+    """Answer until it is interrupted. Raises ValueError for an address or a run that is no good.
+
+    browse: open the page in the browser, where there is a screen.
+    """
     check_reach(host, token)
     policy_folder(run)  # clear errors, before torch is imported
     taken = bound(host, port)
@@ -87,6 +100,8 @@ def serve(
             say(f"meal-fast: {run} is not finished ({served.unfinished})")
         shown = f"[{host}]" if ":" in host else host
         say(f"meal-fast: playground at http://{shown}:{port}/, API at http://{shown}:{port}/v1")
+        if browse and has_screen():
+            webbrowser.open(f"http://{shown}:{port}/")  # the address listens already
         settings = uvicorn.Config(
             app, log_level="warning", timeout_graceful_shutdown=2, server_header=False
         )

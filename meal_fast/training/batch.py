@@ -48,6 +48,7 @@ class Batch:
     tokens: int  # generated, for all of them
     log: dict[str, Any] = field(default_factory=dict)
     hindsight: Hindsight | None = None  # Meal's
+    asked_RK: Tensor | None = None  # what its rows were asked for, where they are learnt otherwise
 
     def parts(self) -> list[Batch]:
         """Give what each task learns from, where it holds that of several."""

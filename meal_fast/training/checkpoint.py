@@ -17,40 +17,17 @@ from meal_fast import __version__
 from meal_fast.common import replacing, write_atomic
 from meal_fast.config.config import Config, to_dict
 from meal_fast.config.recipes import spec_of
-from meal_fast.config.run_dir import AUTOMATIC, flat, read_config
+from meal_fast.config.run_dir import check_folder
 from meal_fast.data.preferences import Preference
 from meal_fast.models.model_soup import FILE, Family
 from meal_fast.models.policy import Policy
 
-# What a resumed run may change: nothing that enters the mathematics of the steps.
-FREE_ON_RESUME = ("checkpoint_every", "logger", "evaluation.")
-
 
 def open_run(config: Config, out: Path, resume: bool) -> dict[str, Any] | None:
     """Read the checkpoint to go on from; None: a new run. Refuse a folder that does not fit."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out={str(out)!r}: is a file; name a folder")
-    held = (out / "config.json").exists()
+    check_folder(config, out, resume)
     if not resume:
-        # A .tmp is what a process killed before its config was whole leaves: nothing to resume.
-        if held or (out.exists() and any(p.suffix != ".tmp" for p in out.iterdir())):
-            raise ValueError(f"out={str(out)!r}: exists; add --resume, or name another folder")
         return None
-    if not held:
-        raise ValueError(f"out={str(out)!r}: no run to resume; leave --resume out to start one")
-    old, new = flat(to_dict(read_config(out))), flat(to_dict(config))
-    changed = [
-        f"{name} ({old.get(name)!r} -> {new.get(name)!r})"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-        and not name.startswith(FREE_ON_RESUME)
-        and not (name in AUTOMATIC and old[name] == AUTOMATIC[name])  # older: does not say
-    ]
-    if changed:
-        raise ValueError(
-            f"--resume with a changed config: {', '.join(changed)}; leave PRESET and these options "
-            "out to go on, or name another --out"
-        )
     path = out / "checkpoint.pt"
     if not path.exists():
         return None  # stopped before its first checkpoint: starts again

@@ -1,4 +1,4 @@
-"""What a run says of its updates: metrics.jsonl, a line an update."""
+"""What a run says of its updates: metrics.jsonl, a line an update; and what it cost."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from meal_fast.common import write_atomic
+from meal_fast.config.run_dir import read_json
 from meal_fast.data.reward_statistics import Scales, constant
 
 from .batch import Batch
@@ -27,6 +29,29 @@ class Clock:
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         return seconds
+
+
+class LinesFile:
+    """Write lines to a file that a resumed run goes on with: its first `written` bytes are kept."""
+
+    def __init__(self, path: Path, written: int) -> None:
+        self._file = open(path, "r+b" if written else "wb")
+        self._file.truncate(written)
+        self._file.seek(0, os.SEEK_END)
+
+    def write(self, line: bytes) -> None:
+        """Write a line, or several, without the last newline; whoever reads the file sees it."""
+        self._file.write(line + b"\n")
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Bring what was written to the disk; give the file's length."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 class MetricsLog:
@@ -50,9 +75,7 @@ class MetricsLog:
         in_step: int,
         told: Callable[[dict[str, Any]], None],
     ) -> None:
-        self._file = open(path, "r+b" if written else "wb")
-        self._file.truncate(written)
-        self._file.seek(0, os.SEEK_END)
+        self._file = LinesFile(path, written)
         self._due, self._in_step, self._told = first, in_step, told
         self._held: dict[int, dict[str, Any]] = {}
 
@@ -68,8 +91,7 @@ class MetricsLog:
 
     def sync(self) -> int:
         """Bring what was written to the disk; give the file's length."""
-        os.fsync(self._file.fileno())
-        return self._file.tell()
+        return self._file.sync()
 
     def close(self) -> None:
         """Close the file."""
@@ -78,9 +100,23 @@ class MetricsLog:
     def _write(self, more: dict[str, Any]) -> None:
         line = self._held.pop(self._due) | more
         self._due += 1
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
+        self._file.write(json.dumps(line).encode())
         self._told(line)
+
+
+def note_cost(out: Path, device: torch.device) -> None:
+    """Write cost.json: the most memory that training held, of the GPU or of the process."""
+    status = Path("/proc/self/status")
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    elif status.is_file():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        peak = int(line.split()[1]) * 1024
+    else:  # not Linux
+        return
+    old = read_json(out, "cost.json")["peak_bytes"] if (out / "cost.json").exists() else 0
+    cost = {"device": device.type, "peak_bytes": max(old, peak)}
+    write_atomic(out / "cost.json", json.dumps(cost))
 
 
 def of_responses(batch: Batch, names: Sequence[str], scales: Scales) -> dict[str, Any]:

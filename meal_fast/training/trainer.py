@@ -13,7 +13,7 @@ import torch
 
 from meal_fast.common import write_atomic
 from meal_fast.config.config import Config
-from meal_fast.config.run_dir import as_saved, read_config, shared_statistics
+from meal_fast.config.run_dir import as_saved, read_config, read_metrics, shared_statistics
 from meal_fast.data.devices import device_of, settled
 from meal_fast.data.objectives import Objectives, load_objectives
 from meal_fast.data.prompts import in_turn, load_prompts
@@ -31,9 +31,13 @@ from .checkpoint import (
     write_config,
     write_policy,
 )
+from .completions import Completions, Row
+from .lessons import read_sources
 from .metrics import Clock, MetricsLog, of_responses
 from .outer import Drawn
 from .recipes import recipe_of
+from .reward_hacking import RewardHacking, own_marks
+from .warmup import warm_up
 
 
 class Trainer:
@@ -53,18 +57,26 @@ class Trainer:
         *,
         resume: bool = False,
         on_update: Callable[[dict[str, Any]], None] | None = None,
+        on_answers: Callable[[list[Row]], None] | None = None,
+        tell: Callable[[str], None] = lambda stage: None,
     ) -> None:
         held = read_config(out) if resume and (out / "config.json").is_file() else None
         config = config if held is None else as_saved(config, held)
         self.out = out
         self.on_update = on_update or (lambda metrics: None)
+        self.on_answers = on_answers or (lambda rows: None)
+        self.tell = tell
         self.stop_requested = False
         checkpoint = open_run(config, out, resume)
         shared = shared_statistics(config) if checkpoint is None else None
-        self.config = self._load(config)
+        self.config = config = self._load(config)
         out.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
-            write_config(out, self.config)
+            write_config(out, config)
+        if config.warmup.steps:
+            warm_up(self.policy, self.objectives, self.prompts, config, out, tell)
+        self.outer = self.recipe.outer(self.policy.trainable, config.meta, config.grpo)
+        if checkpoint is None:
             scales = self._scales(shared)
         else:
             if held is not None:
@@ -87,6 +99,16 @@ class Trainer:
             in_step=self.config.meta.tasks * self.config.meta.n_inner,
             told=lambda line: self.on_update(line),
         )
+        self.completions = Completions(
+            out,
+            config.names,
+            config.evaluation.marks,
+            written=0 if checkpoint is None else checkpoint.get("completions_bytes", 0),
+            keep=config.completions,
+            hacking=self._hacking(),
+            told=lambda rows: self.on_answers(rows),
+        )
+        tell("the first update")
 
     def _load(self, config: Config) -> Config:
         """Load policy, prompts and objectives; give the config as this machine has it."""
@@ -94,13 +116,17 @@ class Trainer:
         config = dataclasses.replace(config, threads=threads, policy=policy)
         self.recipe = recipe_of(config)
         self.recipe.collector.check(config)
+        if config.warmup.steps:
+            read_sources(config)
         device = device_of(config.policy.device)
         prompts = load_prompts(config.prompts.train, "train")
+        self.tell("loading the reward models")
         self.objectives: Objectives = load_objectives(
             config.objectives, config.objectives_device, device
         )
         # A broken one fails here; two rows, so that one number for all of them is noticed.
         self.objectives.rewards(["How are you?", "Who are you?"], ["Fine, thank you.", "A model."])
+        self.tell(f"loading the model on {device}")
         self.policy: Policy = load_policy(config.policy, config.names, seed=config.seed)
         same_sums(self.policy.device.type == "cpu")
         micro_tokens = config.grpo.micro_tokens or self.policy.sizes.micro_tokens
@@ -109,12 +135,12 @@ class Trainer:
         if config.meta.parallel:
             self.policy.check_stackable()
         self.prompts = fitting(self.policy, prompts, config)
-        self.outer = self.recipe.outer(self.policy.trainable, config.meta, config.grpo)
         check_space(self.out, self.policy, config.meta.tasks if config.model_points else 1)
         return config
 
     def _scales(self, shared: bytes | None) -> Scales:
         """Calibrate, or take another run's statistics."""
+        self.tell("calibrating the rewards")
         if shared is not None:
             write_atomic(self.out / "statistics.json", shared)
             return Scales.load(self.out / "statistics.json")
@@ -122,6 +148,20 @@ class Trainer:
         return calibrate(
             self.policy, self.objectives, self.prompts, self.config, self.out, standard=standard
         )
+
+    def _hacking(self) -> RewardHacking | None:
+        """Judge the run by marks, where its policy reads a preference; see `reward_hacking`."""
+        spec, config = self.recipe.spec, self.config
+        if spec.reads == "scores" or not config.evaluation.marks:
+            return None
+        own = own_marks(
+            self.objectives,
+            self.collector.scales.normalizer,
+            config.names,
+            self.prompts,
+            config.evaluation.marks,
+        )
+        return RewardHacking(own, read_metrics(self.out))
 
     @property
     def updates(self) -> int | None:
@@ -160,6 +200,7 @@ class Trainer:
         if saved != self.step:
             self.save_checkpoint()
         self.log.close()
+        self.completions.close()
         self.collector.save(self.out)
         write_policy(self.out, self.policy, self.config, self.outer.models())
         return self.finished
@@ -181,6 +222,7 @@ class Trainer:
                     learned = self.update_policy(batch, tasks)  # loss, backward, clip, AdamW
                     self.tokens += batch.tokens
                     lines = self._lines(tasks, batch, learned, of_net)
+                    lines = self.completions.add(tasks, batch, lines)
                     self.log.add(_timed(lines, batch, collecting, clock.lap()))
         self.log.end_step(self.outer.end(progress))  # theta += epsilon * mean(deltas)
 
@@ -258,6 +300,7 @@ class Trainer:
             "step": self.step,
             "tokens": self.tokens,
             "metrics_bytes": self.log.sync(),
+            "completions_bytes": self.completions.sync(),
             "outer": self.outer.state(),
             "experience": self.collector.state(),  # the name that runs have been saved with
         }

@@ -112,7 +112,8 @@ def test_negative_numbers_and_lists():
     assert config.score.utopia == (-0.5, 1.0)
     config, _ = cli.parse_train(["--score.utopia"])
     assert config.score.utopia == ()
-    config, _ = cli.parse_train(["--objectives", "a=m:f", "b=m:g", "c=m:h", "--seed", "3"])
+    argv = "--objectives a=m:f b=m:g c=m:h --seed 3 --warmup.steps 0".split()
+    config, _ = cli.parse_train(argv)
     assert config.names == ("a", "b", "c") and config.seed == 3
 
 

@@ -59,4 +59,4 @@ def test_what_comes_after_training_names_its_package_and_goes_on_later(tmp_path)
 def test_what_is_needed_at_once_is_named_at_once(tmp_path, package, argv):
     ran = without(package, *argv, "--out", tmp_path / "run")
     assert ran.returncode == 2 and not (tmp_path / "run").exists()
-    assert_one_line(ran.stderr, f"{package} is not installed", f"pip install {package}")
+    assert_one_line(error(ran), f"{package} is not installed", f"pip install {package}")

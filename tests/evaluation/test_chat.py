@@ -11,6 +11,7 @@ import pytest
 from meal_fast import chat
 from meal_fast.data_types import Prompt
 from meal_fast.rollout import Request, rollout
+from tests.helpers.processes import assert_one_line
 from tests.helpers.run_folder import build_run, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,8 +24,13 @@ def run(tmp_path_factory):
     return folder, policy
 
 
-def greedy(policy, text, w, length=6):
-    requests = [Request(Prompt("x", text), w)]
+ROLES = ("user", "assistant")
+GREEDY = ["--temperature", "0", "--max-new-tokens", "6"]
+
+
+def greedy(policy, text, w, length=6, turns=()):
+    history = [(role, said) for turn in turns for role, said in zip(ROLES, turn, strict=True)]
+    requests = [Request(Prompt("x", text), w, history=tuple(history))]
     out = rollout(policy, requests, max_new_tokens=length, temperature=0.0, seed=0)
     return out.texts[0].strip()
 
@@ -32,7 +38,7 @@ def greedy(policy, text, w, length=6):
 def test_one_prompt_is_answered_by_the_trained_policy(run, capsys):
     folder, policy = run
     chat.main([str(folder), "--w", "first=0.8,second=0.2", "--prompt", "Write a new song.",
-               "--temperature", "0"])  # fmt: skip
+               *GREEDY])  # fmt: skip
     assert capsys.readouterr().out == greedy(policy, "Write a new song.", (0.8, 0.2)) + "\n"
 
 
@@ -43,22 +49,69 @@ def test_lines_are_answered_at_the_w_of_the_moment(run, capsys, monkeypatch):
         "/w first=2,second=1\n/what\nWrite a new word.\n/quit\nWrite a new name.\n"
     )
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    chat.main([str(folder), "--w", "1,0", "--temperature", "0"])
+    chat.main([str(folder), "--w", "1,0", *GREEDY])
     out, err = capsys.readouterr()
     asked = [
         ("Write a new song.", (1.0, 0.0)),
         ("Write a new song.", (0.0, 1.0)),
         ("Write a new word.", (0.0, 1.0)),
     ]
-    assert out == "".join(greedy(policy, *a) + "\n" for a in asked)
+    assert out == conversation(policy, asked)
     assert "w is now first=0,second=1" in err
     assert "sums to 3" in err and "'/what': unknown" in err
+
+
+def conversation(policy, asked):
+    """What is said to each (text, w), behind all that was said before."""
+    turns = []
+    for text, w in asked:
+        turns.append((text, greedy(policy, text, w, turns=turns)))
+    return "".join(answer + "\n" for _, answer in turns)
+
+
+def test_a_conversation_is_forgotten_by_new_and_help_says_what_there_is(run, capsys, monkeypatch):
+    folder, policy = run
+    lines = "Write a new song.\nWrite a new word.\n/new\nWrite a new word.\n/help\n/w\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    chat.main([str(folder), "--w", "1,0", *GREEDY])
+    out, err = capsys.readouterr()
+    song, word = ("Write a new song.", (1.0, 0.0)), ("Write a new word.", (1.0, 0.0))
+    behind, alone = conversation(policy, [song, word]), conversation(policy, [word])
+    assert out == behind + alone and not behind.endswith(alone)
+    assert "forgotten" in err and "w is first=1,second=0\n" in err
+    for command in ("/w NAME=VALUE", "/new", "/help", "/quit", "single turns"):
+        assert command in err
+
+
+def test_an_answer_that_is_cut_says_so_and_how_to_have_more_of_it(run, capsys):
+    folder, policy = run
+    ask = [str(folder), "--prompt", "Write a new song.", "--w", "1,0", "--temperature", "0"]
+    chat.main([*ask, "--max-new-tokens", "2"])
+    out, err = capsys.readouterr()
+    assert out == greedy(policy, "Write a new song.", (1.0, 0.0), 2) + "\n"
+    assert err == "[…] cut at 2 tokens; --max-new-tokens takes more\n"
+    chat.main([*ask, "--max-new-tokens", "2", "--stop", out[0]])
+    assert capsys.readouterr().err == ""
+    chat.main([*ask, "--max-new-tokens", "99999"])
+    assert capsys.readouterr().err.endswith("the model's context is full\n")
+
+
+def test_without_a_length_an_answer_has_256_tokens(run, capsys):
+    chat.main([str(run[0]), "--prompt", "Write a new song.", "--temperature", "0"])
+    assert capsys.readouterr().err == "[…] cut at 256 tokens; --max-new-tokens takes more\n"
+
+
+def test_a_prompt_that_is_too_long_is_refused_in_one_line(run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        chat.main([str(run[0]), "--prompt", "word " * 2000])
+    assert stop.value.code == 2
+    assert_one_line(capsys.readouterr().err, "a prompt of", "context", "shorten it")
 
 
 def test_sampling_differs_by_seed_and_length_is_kept(run, capsys):
     folder, policy = run
     answers = []
-    for seed in ("0", "0", "1"):
+    for seed in ("0", "0", "1"):  # of its own length: not the run's
         chat.main([str(folder), "--prompt", "Write a new song.", "--seed", seed,
                    "--max-new-tokens", "20", "--temperature", "2"])  # fmt: skip
         answers.append(capsys.readouterr().out)
@@ -72,7 +125,8 @@ def test_sampling_differs_by_seed_and_length_is_kept(run, capsys):
 def test_truncated_to_one_token_it_is_greedy(run, capsys, option):
     folder, policy = run
     prompt = "Write a new song."
-    chat.main([str(folder), "--prompt", prompt, "--temperature", "2", "--w", "1,0", *option])
+    chat.main([str(folder), "--prompt", prompt, "--temperature", "2", "--w", "1,0",
+               "--max-new-tokens", "6", *option])  # fmt: skip
     assert capsys.readouterr().out == greedy(policy, prompt, (1.0, 0.0)) + "\n"
 
 
@@ -80,7 +134,7 @@ def test_a_stop_string_ends_the_answer(run, capsys):
     folder, policy = run
     whole = greedy(policy, "Write a new song.", (1.0, 0.0))
     stop = whole[0]
-    chat.main([str(folder), "--prompt", "Write a new song.", "--temperature", "0", "--w", "1,0",
+    chat.main([str(folder), "--prompt", "Write a new song.", *GREEDY, "--w", "1,0",
                "--stop", stop])  # fmt: skip
     said = capsys.readouterr().out.rstrip("\n")
     assert whole.startswith(said) and stop in said and len(said) < len(whole)
@@ -114,7 +168,7 @@ def test_bad_input_is_one_line_and_exit_code_2(run, capsys, arguments, said):
 def test_as_a_program_with_piped_input(run):
     folder, policy = run
     done = subprocess.run(
-        [sys.executable, "-m", "meal_fast.chat", str(folder), "--w", "1,0", "--temperature", "0"],
+        [sys.executable, "-m", "meal_fast.chat", str(folder), "--w", "1,0", *GREEDY],
         input="Write a new song.\n",
         capture_output=True,
         text=True,

@@ -87,7 +87,7 @@ def test_two_recipes_two_seeds_and_going_on(tmp_path, capsys, one_thread, monkey
         for s in (0, 1)
     ]
     for i, point in enumerate(meta["points"]["sampled"]):
-        values = [e["results"]["trained"]["sampled"]["points"][i] for e in own]
+        values = [e["results"]["policy"]["sampled"]["points"][i] for e in own]
         mean = sum(v["pu"]["value"] for v in values) / 2
         assert point["pu"]["value"] == pytest.approx(mean, abs=1e-5)
     # two kinds of code made these, one run by both
@@ -130,7 +130,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, capsys, one_th
         json.loads((f / "statistics.json").read_text())["normalizer"] for f in (own, out)
     )
     assert (trained["mode"], common["mode"]) == ("max", "none")
-    sweep = json.loads((own / "evaluation.json").read_text())["results"]["trained"]["sampled"]
+    sweep = json.loads((own / "evaluation.json").read_text())["results"]["policy"]["sampled"]
     assert sweep["prompt_normalized"] == sweep["prompt_rewards"]
     assert "world:none" in result["failed"][0]["reason"] and not broken.exists()
     assert "These runs failed" in (out / "compare.html").read_text()

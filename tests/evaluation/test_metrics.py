@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from meal_fast.data.preferences import evaluation_weights, lattice
@@ -117,3 +119,37 @@ def test_five_weights_span_the_sweep():
     kept = [triangle[i] for i in metrics.five_weights(triangle)]
     np.testing.assert_allclose(kept, [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1 / 3, 1 / 3, 1 / 3)])
     assert len(metrics.five_weights(lattice(2, 2))) == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "trials", "low", "high"),
+    [(0.0, 10, 0.0, 0.27753), (0.5, 10, 0.23659, 0.76341), (1.0, 32, 0.89282, 1.0)],
+)
+def test_a_share_s_interval_is_wilson_s(value, trials, low, high):
+    """The values of statsmodels' proportion_confint(method="wilson")."""
+    found = metrics.share(value, trials)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-4)
+
+
+@given(st.lists(st.floats(-5, 5, allow_subnormal=False), min_size=1, max_size=12))
+def test_the_isotonic_curve_never_falls_and_is_the_nearest(values):
+    y = np.array(values)
+    fit = metrics.isotonic(y)
+    assert fit.shape == y.shape and (np.diff(fit) >= 0).all()
+    assert fit.sum() == pytest.approx(y.sum(), abs=1e-9)
+    # the minimax formula of isotonic regression
+    n = len(y)
+    want = [
+        max(min(y[a : b + 1].mean() for b in range(i, n)) for a in range(i + 1)) for i in range(n)
+    ]
+    np.testing.assert_allclose(fit, want, atol=1e-9)
+
+
+def test_where_and_how_steeply_a_curve_rises():
+    levels = np.linspace(0, 1, 5)
+    dial, switch = metrics.rise(levels, 3 * levels), metrics.rise(levels, np.array([0, 0, 0, 1, 1]))
+    assert (dial.half, dial.largest) == pytest.approx((0.5, 0.25))
+    assert (switch.half, switch.largest, switch.between) == (0.625, 1.0, (0.5, 0.75))
+    assert metrics.rise(levels, -levels) is None and metrics.rise(levels, np.ones(5)) is None
+    noisy = metrics.rise(levels, np.array([0.0, 1.0, -1.0, 1.0, 2.0]))  # steps of +1, −2, +2, +1
+    assert (noisy.half, noisy.largest) == pytest.approx((0.75, 0.5))

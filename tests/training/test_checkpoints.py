@@ -30,7 +30,10 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path, recipe, more):
     assert Trainer(config, straight).train()
     assert stopped(config, halves, after=7).step == 2
     held = torch.load(halves / "checkpoint.pt", weights_only=True)
-    assert {"version", "step", "tokens", "metrics_bytes", "outer", "experience"} == held.keys()
+    assert held.keys() == {
+        "version", "step", "tokens", "metrics_bytes", "completions_bytes", "outer", "experience",
+    }  # fmt: skip
+    del held["completions_bytes"]
     assert held["experience"].get("update", 8) == 8
     held["experience"] |= more
     torch.save(held, halves / "checkpoint.pt")

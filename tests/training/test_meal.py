@@ -68,7 +68,7 @@ def test_kept_responses_pass_both_gates_and_learn_the_weighted_preference(realiz
     options, scales = source.config.rollout, source.scales
     assert scales.standard is not None
     # All that was sampled, drawn again: the same rng_key.
-    asked = source._asked(task(PROMPTS, (0.5, 0.5), ("test", 0)))
+    asked = source._preferences(task(PROMPTS, (0.5, 0.5), ("test", 0)))[0]
     rolled = rollout(
         source.policy,
         [Request(p, w, options.samples) for p, w in zip(PROMPTS, asked, strict=True)],
@@ -124,7 +124,9 @@ def test_lambda_one_without_a_net_keeps_what_was_asked():
     source = meal(meal={"lam": 1.0, "rho": 1.0})
     assert source.net is None and "net" not in source.state()
     batch = source.collect([task(PROMPTS, (0.5, 0.5), ("test", 0))])
-    asked = dict(zip(PROMPTS, source._asked(task(PROMPTS, (0.5, 0.5), ("test", 0))), strict=True))
+    chosen, drawn = source._preferences(task(PROMPTS, (0.5, 0.5), ("test", 0)))
+    asked = dict(zip(PROMPTS, chosen, strict=True))
+    assert all(drawn)
     for g, w in zip(batch.rolled.group_R.tolist(), batch.rolled.condition_RK.tolist(), strict=True):
         assert w == pytest.approx(asked[batch.rolled.prompts[g]])
 
@@ -132,11 +134,14 @@ def test_lambda_one_without_a_net_keeps_what_was_asked():
 def test_rho_is_how_often_a_preference_is_drawn():
     source = meal(meal={"rho": 0.3})
     own = (0.5, 0.5)  # of a net that has learnt nothing yet
-    asked = [w for i in range(200) for w in source._asked(task(PROMPTS, (0.0, 1.0), ("test", i)))]
+    tasks = [task(PROMPTS, (0.0, 1.0), ("test", i)) for i in range(200)]
+    asked = [w for one in tasks for w in source._preferences(one)[0]]
     drawn = np.mean([w != own for w in asked])
+    free = np.mean([f for one in tasks for f in source._preferences(one)[1]])
+    assert drawn <= free < 0.37
     assert 0.2 < drawn < 0.37  # 0.3, less the draws that are (0.5, 0.5)
     reptile = meal(meal={"rho": 1.0, "outer": "reptile+net"})
-    assert reptile._asked(task(PROMPTS, (0.0, 1.0), ("test", 0))) == [(0.0, 1.0)] * 3
+    assert reptile._preferences(task(PROMPTS, (0.0, 1.0), ("test", 0)))[0] == [(0.0, 1.0)] * 3
 
 
 def test_scores_use_the_run_s_normaliser_and_preferences_the_standard_one():
@@ -220,7 +225,7 @@ def test_nothing_kept_skips_the_step_and_leaves_adam_alone(tmp_path):
 def test_chat_auto_asks_the_net(run, capsys):
     chat([str(run), "--w", "auto", "--prompt", "Write a new song.", "--temperature", "0"])
     answer, said = capsys.readouterr()
-    w = said.strip().removeprefix("w is ")
+    w = said.splitlines()[0].removeprefix("w is ")
     chat([str(run), "--w", w, "--prompt", "Write a new song.", "--temperature", "0"])
     assert capsys.readouterr().out == answer
 

@@ -48,8 +48,8 @@ def test_a_run_leaves_every_model(whole):
     recipe, run = whole
     names = {path.name for path in run.iterdir()}
     assert names == {
-        "config.json", "statistics.json", "metrics.jsonl", "checkpoint.pt", "policy", FILE,
-        "cost.json", "evaluation.json", "front.png", "report.html",
+        "config.json", "statistics.json", "metrics.jsonl", "completions.jsonl", "checkpoint.pt",
+        "policy", FILE, "cost.json", "evaluation.json", "front.png", "report.html",
     }  # fmt: skip
     models, config = MODELS[recipe], json.loads((run / "config.json").read_text())
     assert config["meta"]["tasks"] == len(models)
@@ -101,22 +101,22 @@ def test_evaluation_asks_at_each_weight_the_parameters_that_serve_it(whole):
     policy, family = load_served(run, config)
     weights = [tuple(w) for w in result["weights"]]
     texts = {p["id"]: p["text"] for p in result["prompts"]}
-    trained = [a for a in result["answers"] if a["model"] == "trained"]
+    trained = [a for a in result["answers"] if a["model"] == "policy"]
     for a in trained:
         assert a["text"] == said(policy, family, tuple(a["w"]), [texts[a["prompt"]]])[0]
     base = {a["prompt"]: a["text"] for a in result["answers"] if a["model"] == "base"}
     for a in result["answers"]:  # the base model does not know w
-        assert a["model"] == "trained" or a["text"] == base[a["prompt"]]
+        assert a["model"] == "policy" or a["text"] == base[a["prompt"]]
     assert len({a["text"] for a in trained}) > 1
     # A prompt is computed once for all weights of the same parameters.
     once = sum(
         len(policy.encode_prompt(t)) + len(policy.encode_suffix(None)) for t in texts.values()
     )
-    for model, times in (("base", 1), ("trained", len(family.groups(weights)))):
+    for model, times in (("base", 1), ("policy", len(family.groups(weights)))):
         assert result["results"][model]["greedy"]["prefill_tokens"] == times * once
         assert result["results"][model]["sampled"]["prefill_tokens"] == 0
     for mode, samples in (("greedy", 1), ("sampled", config.evaluation.samples)):
-        entry = result["results"]["trained"][mode]
+        entry = result["results"]["policy"][mode]
         assert entry["answers"] == len(texts) * len(weights) * samples
         rewards = entry["prompt_rewards"]
         for group in family.groups(weights):  # greedy, the answers of one model are the same
@@ -144,7 +144,7 @@ def test_sampled_answers_are_those_of_the_model_at_w_alone(whole):
         )
     reward = objectives.rewards([p.text for p in prompts for _ in range(n)], out.texts)
     want = reward.reshape(len(prompts), n, -1).mean(1)
-    stored = result["results"]["trained"]["sampled"]["prompt_rewards"][i]
+    stored = result["results"]["policy"]["sampled"]["prompt_rewards"][i]
     torch.testing.assert_close(torch.tensor(stored), want, atol=1e-5, rtol=0)
 
 

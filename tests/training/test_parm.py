@@ -514,7 +514,7 @@ def test_an_evaluated_run_has_the_guided_answers_of_every_weight(run):
     weights = [tuple(w) for w in result["weights"]]
     by_id = {p["id"]: Prompt(p["id"], p["text"]) for p in result["prompts"]}
     options = {"max_new_tokens": 6, "temperature": 0.0, "seed": config.seed}
-    for model in ("base", "trained"):
+    for model in ("base", "policy"):
         for answer in (a for a in result["answers"] if a["model"] == model):
             w = tuple(answer["w"])
             requests = [Request(by_id[answer["prompt"]], w)]
@@ -525,13 +525,13 @@ def test_an_evaluated_run_has_the_guided_answers_of_every_weight(run):
                 with guided(policy, w, config.parm.beta):
                     (text,) = rollout(policy, requests, **options).texts
             assert text == answer["text"] and w in weights
-    entry = result["results"]["trained"]["sampled"]
+    entry = result["results"]["policy"]["sampled"]
     assert entry["answers"] == len(by_id) * len(weights) * config.evaluation.samples
     # each prompt once for every guide
     prefill = sum(
         len(policy.encode_prompt(p.text) + policy.encode_suffix(None)) for p in by_id.values()
     )
-    assert result["results"]["trained"]["greedy"]["prefill_tokens"] == len(weights) * prefill
+    assert result["results"]["policy"]["greedy"]["prefill_tokens"] == len(weights) * prefill
 
 
 def test_chat_is_guided(run, capsys):

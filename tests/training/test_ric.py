@@ -365,7 +365,7 @@ def test_a_whole_run_steers_by_its_own_goals(run, capsys):
     assert [row["online"] for row in rows] == [False] * 4 + [True] * 12
     assert all("acceptance" in row for row in rows[4:])
     result = json.loads((run / "evaluation.json").read_text())
-    assert len(result["weights"]) == 5 and result["results"]["trained"]["greedy"]["answers"] == 20
+    assert len(result["weights"]) == 5 and result["results"]["policy"]["greedy"]["answers"] == 20
     held = json.loads((run / "policy" / "preference.json").read_text())
     assert held["style"] == "scores"
     assert held["goals"] == {"lo": rows[-1]["goal_lo"], "hi": rows[-1]["goal_hi"]}

@@ -71,8 +71,8 @@ def test_a_run_leaves_everything(whole):
     run, said = whole
     names = {path.name for path in run.iterdir()}
     assert names == {
-        "config.json", "statistics.json", "metrics.jsonl", "checkpoint.pt", "policy",
-        "cost.json", "evaluation.json", "front.png", "report.html",
+        "config.json", "statistics.json", "metrics.jsonl", "completions.jsonl", "checkpoint.pt",
+        "policy", "cost.json", "evaluation.json", "front.png", "report.html",
     }  # fmt: skip
     config = preset("tiny")
     rows = updates(run)
@@ -376,7 +376,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_good(tmp_path):
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size // 2, size // 2))
     _, err = process.communicate()
     assert process.returncode == 2, err
-    assert_one_line(err[err.index("meal-fast: ") :], "out=", "last checkpoint is good", "--resume")
+    assert_one_line(
+        err[err.rindex("meal-fast: error") :], "out=", "last checkpoint is good", "--resume"
+    )
     assert not list(run.glob("*.tmp"))
 
     resumed = Trainer(read_config(run), run, resume=True)

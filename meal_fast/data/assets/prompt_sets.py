@@ -2,6 +2,8 @@
 
 One JSON object a line, `{"prompt": ..., "source": ...}`, in an order fixed by the texts' hashes. No
 text occurs in two sets' sources, nor among the texts that train the reward models.
+
+Beside them `refusals`: answers that decline, `{"response": ..., "source": ...}`, for a warm start.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from pathlib import Path
 
 import yaml
 
+from ..markers import complies, refuses
+from .labels import read_csv
 from .splitting import SPLITS, normalize, split_of, text_hash
 
 Row = dict[str, str]
@@ -37,6 +41,21 @@ def read_sources(sources: Path) -> tuple[list[Row], list[Row]]:
             if line.strip():
                 benign.append({"prompt": json.loads(line)["question"], "source": source})
     return safety, benign
+
+
+def refusals(sources: Path, longest: int = 120) -> list[Row]:
+    """Give the short answers that PyRIT's annotators call a refusal, and that say so, once each.
+
+    Annotators also call an answer to something else a refusal: those that do not decline in words
+    are left out. They stand without the prompts that they were given to: they fit any.
+    """
+    found = []
+    for path in sorted((sources / "pyrit/datasets/scorer_evals/refusal_scorer").glob("*.csv")):
+        for _, response, score in read_csv(path):
+            short = score > 0.5 and len(response) <= longest
+            if short and refuses(response) and not complies(response):
+                found.append(response)
+    return [{"response": text, "source": "PyRIT"} for text in sorted(set(found), key=text_hash)]
 
 
 def make_sets(

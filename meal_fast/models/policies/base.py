@@ -108,6 +108,13 @@ class Policy(PromptFormat, ABC):
             for p, data in kept:
                 p.data = data
 
+    def rebase(self, values: Mapping[str, Tensor]) -> None:
+        """Make what the policy is with these trained parameters its base model.
+
+        `reference` gives that from now on. Raises ValueError for a policy that has no such thing.
+        """
+        raise ValueError(f"{type(self).__name__}: takes no other base model than its own")
+
     def check_stackable(self) -> None:
         """Raise ValueError where `stacked` would."""
         multi_lora.layers_of(self.model, self.network.body, self.trainable)

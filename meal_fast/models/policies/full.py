@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ..network import Network, cut
 from ..reference_offload import FrozenCopy
@@ -33,3 +36,11 @@ class FullPolicy(Policy):
             yield cut(self.frozen.model)
         finally:
             self.frozen.release()
+
+    @torch.no_grad()
+    def rebase(self, values: Mapping[str, Tensor]) -> None:
+        """Copy these parameters into the policy and its frozen copy, which then stays in memory."""
+        for name, p in self.named.items():
+            p.copy_(values[name])
+        self.frozen = FrozenCopy(self.causal_lm)
+        self._copy = self.kept = None

@@ -22,6 +22,8 @@ ADAPTER = "adapter"  # in the policy's folder, in PEFT's own format
 class LoRAPolicy(Policy):
     """PEFT's model: a frozen base, and alpha/rank * B A added to each of its linear layers."""
 
+    _added: Mapping[str, Tensor] | None = None  # factors that were added to the base: `rebase`
+
     @property
     def causal_lm(self) -> Any:
         """The base model, with the layers that hold the factors."""
@@ -80,6 +82,15 @@ class LoRAPolicy(Policy):
         finally:
             lora.r, lora.lora_alpha = rank, alpha
 
+    @torch.no_grad()
+    def rebase(self, values: Mapping[str, Tensor]) -> None:
+        """Add these factors to the base's weights; those that are trained stay as they are."""
+        with self.holding(values):
+            for m in self._layers:
+                m.base_layer.weight.data = m.base_layer.weight + m.get_delta_weight("default")
+        self._added = dict(values)
+        self._copy = self.kept = None
+
     def merged_state(self) -> dict[str, Tensor]:
         """Give the base's state with alpha/rank * B A added; the model in use is not touched."""
         base = self.causal_lm
@@ -95,8 +106,18 @@ class LoRAPolicy(Policy):
         return state
 
     def save_factors(self, folder: Path) -> None:
-        """Write the factors in `adapter/`, PEFT's own format."""
-        self.model.save_pretrained(str(folder / ADAPTER))
+        """Write the factors in `adapter/`, PEFT's own format, as ones to the base as it was loaded.
+
+        After `rebase` they are of twice the rank: [B1 B2] [A1; A2] = B1 A1 + B2 A2.
+        """
+        own: dict[str, Tensor] = {name: p.detach() for name, p in self.named.items()}
+        if self._added is not None:
+            own = {
+                name: torch.cat([self._added[name].to(p), p], 0 if ".lora_A." in name else 1)
+                for name, p in own.items()
+            }
+        with self.holding(own):
+            self.model.save_pretrained(str(folder / ADAPTER))
 
     @property
     def _layers(self) -> list[Any]:

@@ -17,6 +17,7 @@ from meal_fast.config.config import Config
 from meal_fast.config.recipes import Score
 from meal_fast.data import preferences
 from meal_fast.data.objectives import Objectives
+from meal_fast.data.preferences import Preference
 from meal_fast.data.reward_statistics import Scales, constant
 from meal_fast.data_types import Rollout, Scored, rng_seed
 from meal_fast.models.policy import Network, Policy
@@ -47,17 +48,36 @@ class Sampled:
 
         Nothing is trained by it.
         """
-        samples = self.config.rollout.samples
         if len(tasks) == 1:
             (task,) = tasks
-            requests = [Request(p, task.preference, samples) for p in task.prompts]
-            return self._all_of(requests, task.rng_key)
+            return self._all_of(self.asked(task), task.rng_key)
         requests = [
-            Request(p, task.preference, samples, lane, task.rng_key)
+            replace(request, task_id=lane, rng_key=task.rng_key)
             for lane, task in enumerate(tasks)
-            for p in task.prompts
+            for request in self.asked(task)
         ]
         return self._all_of(requests, ())
+
+    def asked(
+        self,
+        task: Task,
+        own: Sequence[Preference] | None = None,  # default: the task's
+        joined: Sequence[bool] | None = None,  # default: all
+    ) -> list[Request]:
+        """Ask each prompt under its own preference and, where others join it, under m - 1 more.
+
+        m is `preference.per_prompt`; advantages compare the samples of a prompt under one of them.
+        """
+        options, samples = self.config.preference, self.config.rollout.samples
+        n = len(task.prompts)
+        requests = []
+        for i, (prompt, w, several) in enumerate(
+            zip(task.prompts, own or [task.preference] * n, joined or [True] * n, strict=True)
+        ):
+            rng_key = (self.config.seed, *task.rng_key, i)
+            mates = preferences.mates(w, options.per_prompt if several else 1, options, rng_key)
+            requests += [Request(prompt, mate, samples * count) for mate, count in mates]
+        return requests
 
     def state(self) -> dict[str, Any]:
         """Give what the next updates depend on, beside the policy."""
@@ -140,10 +160,8 @@ class BaseSamples(Sampled):
             step=0,
             count=len(task.prompts),
         )
-        samples = self.config.rollout.samples
-        requests = [Request(p, own, samples) for p, own in zip(task.prompts, drawn, strict=True)]
         with self.policy.reference() as base:
-            batch = self._all_of(requests, task.rng_key, base)
+            batch = self._all_of(self.asked(task, drawn), task.rng_key, base)
         return replace(
             batch, log={"w": batch.rolled.condition_RK.mean(0).tolist()}
         )  # not the task's

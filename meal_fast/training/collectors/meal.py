@@ -66,11 +66,7 @@ class Meal(Sampled):
 
     def collect(self, tasks: Sequence[Task]) -> Batch:
         (task,) = tasks
-        asked = self._asked(task)
-        requests = [
-            Request(p, own, self.config.rollout.samples)
-            for p, own in zip(task.prompts, asked, strict=True)
-        ]
+        requests = self.asked(task, *self._preferences(task))
         if self.config.meal.policy == "grpo":
             return self._all_rows(requests, task.rng_key)
         return self._kept_rows(requests, task.rng_key)
@@ -86,8 +82,12 @@ class Meal(Sampled):
         if self.net is not None:
             self.net.save(folder)
 
-    def _asked(self, task: Task) -> list[Preference]:
-        """Choose w0 of each prompt. Under Reptile a drawn one is the task's, else its own."""
+    def _preferences(self, task: Task) -> tuple[list[Preference], list[bool]]:
+        """Choose w0 of each prompt, and say whether it was drawn, so that others may join it.
+
+        Under Reptile a drawn one is the task's, else the prompt's own. One that the net chose is
+        alone: it is the net's answer to which preference suits the prompt.
+        """
         options, k, prompts = self.config.meal, len(self.config.names), task.prompts
         seed = rng_seed(self.config.seed, "meal", *task.rng_key)
         drawn = [task.preference] * len(prompts)
@@ -101,12 +101,13 @@ class Meal(Sampled):
                 count=len(prompts),
             )
         if self.net is None:
-            return drawn
+            return drawn, [True] * len(prompts)
         uniform = np.random.Generator(np.random.Philox(key=seed)).random(len(prompts))
         if self.net.looks_ahead:  # half of the prompts to learn from, half to measure it by
             uniform = np.where(np.arange(len(prompts)) < len(prompts) // 2, 1.0, -1.0)
         own = preferences.snapped(self.net.predict(prompts).numpy(), self.config.preference.grid)
-        return [d if u < options.rho else o for u, d, o in zip(uniform, drawn, own, strict=True)]
+        free = [bool(u < options.rho) for u in uniform]
+        return [d if f else o for f, d, o in zip(free, drawn, own, strict=True)], free
 
     def _kept_rows(self, requests: Sequence[Request], rng_key: RngKey) -> Batch:
         options = self.config.rollout
@@ -142,7 +143,8 @@ class Meal(Sampled):
         scored = Weighted(reward_RK, score_R, weight_R)
         ended_RK, tokens = kept.ended_RK.to(reward_RK.device), int(log["sampled_tokens"])
         seen = Hindsight(rolled.prompts, w_star_RK, rolled.group_R, asked_R)
-        return Batch(learnt, scored, ended_RK, tokens, log, seen)
+        w0_RK = rolled.condition_RK[order_R]
+        return Batch(learnt, scored, ended_RK, tokens, log, seen, w0_RK)
 
     def _all_rows(self, requests: Sequence[Request], rng_key: RngKey) -> Batch:
         """Give every row under w0 to GRPO; the rejection rules choose for the net alone."""
