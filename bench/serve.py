@@ -168,7 +168,7 @@ def main() -> None:
         "bench": "serve",
         "commit": rows.commit(),
         "date": rows.now(),
-        "command": f"python -m bench.serve RUN --rounds {args.rounds}",
+        "command": f"python -m bench.serve RUN --rounds {args.rounds} --tokens {args.tokens}",
         "machine": before,
         "threads": args.threads,
         "tokens": args.tokens,
