@@ -22,7 +22,7 @@ from .config import (
 # quickstart: what `make train` runs. Every prompt is asked under w and its rotation, most of them
 # near the ends of the simplex: the middle then lies between, see docs/log.md.
 _QUICKSTART = Config(
-    prompts=PromptConfig(train="packaged:safety"),
+    prompts=PromptConfig(train="packaged:safety", benign="packaged:benign"),
     warmup=WarmupConfig(
         steps=60,
         batch=4,
@@ -32,7 +32,7 @@ _QUICKSTART = Config(
     ),
     preference=PreferenceConfig(alpha=0.05, per_prompt=2),
     # At 0.9 over its whole vocabulary the packaged model reads half as gibberish.
-    rollout=RolloutConfig(prompts=3, samples=8, max_new_tokens=24, temperature=0.7),
+    rollout=RolloutConfig(prompts=4, samples=8, max_new_tokens=24, temperature=0.7),
     score=ScoreConfig(calibration=32),
     grpo=GRPOConfig(lr=8e-4, beta=0.05, keep=6),
     meta=MetaConfig(steps=8, tasks=1, n_inner=2, epsilon=1.5),

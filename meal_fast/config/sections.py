@@ -93,6 +93,12 @@ class PromptConfig:
         "packaged:mixed",
         "The training prompts: packaged:NAME, a .jsonl or .txt file, or a hub data set.",
     )
+    benign: str = opt(
+        "",
+        "Ordinary prompts that take turns with those of `train`, so that what is learnt on these "
+        "does not spread to them; empty adds none [R].",
+    )
+    benign_share: float = opt(0.25, "Share of an update's prompts that are ordinary ones.")
     evaluation: str = opt(
         "", "The held-out prompts, in the same forms; empty takes the held-out split of `train`."
     )
@@ -101,6 +107,8 @@ class PromptConfig:
     def __post_init__(self) -> None:
         require(bool(self.train), "prompts.train", self.train, "name a prompt set")
         require(self.max_tokens >= 1, "prompts.max_tokens", self.max_tokens, "must be positive")
+        share = self.benign_share
+        require(0 <= share < 1, "prompts.benign_share", share, "a share, at least 0 and below 1")
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,20 @@ def in_turn(items: Sequence[T], first: int, count: int, seed: int, name: str) ->
     return taken
 
 
+def by_turns(
+    main: Sequence[T], other: Sequence[T], share: float, step: int, count: int, seed: int, name: str
+) -> list[T]:
+    """Give `count` items for step number `step`, of which `share` are of `other`, each `in_turn`.
+
+    Over all steps; a step's own number of them is the nearest below or above. An empty `other` has
+    no share.
+    """
+    share = share if other else 0.0
+    first, end = (round(at * count * share) for at in (step, step + 1))
+    taken = in_turn(main, step * count - first, count - (end - first), seed, name)
+    return taken + in_turn(other, first, end - first, seed, f"{name} other")
+
+
 @dataclass(frozen=True)
 class HubSet:
     """A data set of the hub: its splits, and how its rows become prompts."""

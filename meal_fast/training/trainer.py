@@ -16,7 +16,7 @@ from meal_fast.config.config import Config
 from meal_fast.config.run_dir import as_saved, read_config, read_metrics, shared_statistics
 from meal_fast.data.devices import device_of, settled
 from meal_fast.data.objectives import Objectives, load_objectives
-from meal_fast.data.prompts import in_turn, load_prompts
+from meal_fast.data.prompts import by_turns, load_prompts
 from meal_fast.data.reward_statistics import Scales
 from meal_fast.models.policy import Policy, load_policy
 from meal_fast.models.threads import same_sums, use_threads
@@ -120,6 +120,8 @@ class Trainer:
             read_sources(config)
         device = device_of(config.policy.device)
         prompts = load_prompts(config.prompts.train, "train")
+        more = config.prompts.benign
+        benign = load_prompts(more, "train") if more else ()
         self.tell("loading the reward models")
         self.objectives: Objectives = load_objectives(
             config.objectives, config.objectives_device, device
@@ -135,6 +137,7 @@ class Trainer:
         if config.meta.parallel:
             self.policy.check_stackable()
         self.prompts = fitting(self.policy, prompts, config)
+        self.benign = fitting(self.policy, benign, config) if benign else ()
         check_space(self.out, self.policy, config.meta.tasks if config.model_points else 1)
         return config
 
@@ -238,7 +241,8 @@ class Trainer:
                 own = step * meta.n_inner + inner
                 progress = self.progress(own * meta.tasks)
             # The next prompts, reshuffled whenever all have been seen.
-            prompts = tuple(in_turn(self.prompts, own * b, b, config.seed, "prompts"))
+            turns = (self.prompts, self.benign, config.prompts.benign_share)
+            prompts = tuple(by_turns(*turns, own, b, config.seed, "prompts"))
             rng_key = ("train", step, number, inner)
             lr = config.grpo.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
             tasks.append(Task(update, step, number, inner, w, prompts, rng_key, progress, lr))

@@ -29,14 +29,14 @@ from meal_fast.common import write_atomic
 from meal_fast.config.config import Config
 from meal_fast.data import preferences
 from meal_fast.data.objectives import Objectives
-from meal_fast.data.prompts import in_turn
+from meal_fast.data.prompts import by_turns
 from meal_fast.data_types import Prompt, Weighted
 from meal_fast.models.policy import Policy
 from meal_fast.rollout import Request
 from meal_fast.rollout.sequence import gathered
 
 from .collectors.ric import as_drawn
-from .lessons import Lesson, Lessons, Tell, gather
+from .lessons import Lessons, Tell, gather
 from .losses.sft import sft
 
 FOLDER, PARAMETERS, REPORT = "warmup", "parameters.safetensors", "report.json"
@@ -121,14 +121,9 @@ def taught(
 def _asked(lessons: Lessons, config: Config, step: int) -> tuple[list[Request], list[str]]:
     """Ask a step's prompts under every objective's preference; give the answers beside."""
     options, k, n = config.warmup, len(config.names), config.warmup.batch
-    share = options.benign_share if lessons.ordinary else 0.0
-    first, end = (round(at * n * share) for at in (step, step + 1))  # of the ordinary prompts
-    taken: list[Lesson] = []
-    for pool, begin, count in (
-        (lessons.opposed, step * n - first, n - (end - first)),
-        (lessons.ordinary, first, end - first),
-    ):
-        taken += in_turn(pool, begin, count, config.seed, "warmup")
+    taken = by_turns(
+        lessons.opposed, lessons.ordinary, options.benign_share, step, n, config.seed, "warmup"
+    )
     requests, answers = [], []
     for i, lesson in enumerate(taken):
         hi = options.peaks[(step * n + i) % len(options.peaks)]
