@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 
 from meal_fast.data.assets.splitting import SPLITS, split_of, text_hash, text_id
-from meal_fast.data.prompts import HUB, hh_prompt, in_turn, load_prompts, tldr_prompt
+from meal_fast.data.prompts import HUB, by_turns, hh_prompt, in_turn, load_prompts, tldr_prompt
 
 
 def texts(*args, **options) -> list[str]:
@@ -239,3 +241,25 @@ def test_items_have_their_turn_in_another_order_each_time_round():
     assert in_turn(items, 0, 21, 4, "prompts") != taken
     assert in_turn(items, 0, 21, 3, "other") != taken
     assert in_turn(items, 0, 0, 3, "prompts") == []
+
+
+@given(
+    share=st.floats(0, 0.95),
+    count=st.integers(1, 7),
+    steps=st.integers(1, 30),
+    sizes=st.tuples(st.integers(1, 9), st.integers(0, 9)),
+)
+def test_two_pools_take_turns_by_their_share(share, count, steps, sizes):
+    main = [("main", i) for i in range(sizes[0])]
+    other = [("other", i) for i in range(sizes[1])]
+    taken = [by_turns(main, other, share, step, count, 3, "x") for step in range(steps)]
+    assert all(len(step) == count for step in taken)
+    for pool, wanted in ((other, share if other else 0.0), (main, 1 - (share if other else 0.0))):
+        seen = [item for step in taken for item in step if item in pool]
+        assert abs(len(seen) - wanted * count * steps) <= 1
+        # every item has its turn before any has its next
+        whole = len(seen) // len(pool) if pool else 0
+        for epoch in range(whole):
+            assert set(seen[epoch * len(pool) : (epoch + 1) * len(pool)]) == set(pool)
+    # a step alone is what it is after the others
+    assert by_turns(main, other, share, steps - 1, count, 3, "x") == taken[-1]
