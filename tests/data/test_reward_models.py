@@ -190,7 +190,7 @@ def test_build_stores_its_quality_or_fails(
     ]
     monkeypatch.setattr(reward_models, "read_rows", lambda sources, name: noise)
     (tmp_path / "noise").mkdir()
-    with pytest.raises(RuntimeError, match=r"complied: held-out AUC 0\.\d+ is below 0\.8"):
+    with pytest.raises(RuntimeError, match=r"complied: held-out AUC 0\.\d+ is below 0\.75"):
         reward_models.build(tiny_base, "complied", tmp_path / "noise", seed=0)
     assert not list((tmp_path / "noise").iterdir())
 

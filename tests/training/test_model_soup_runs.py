@@ -154,7 +154,7 @@ def test_chat_serves_any_w_and_changes_between_models(whole, capsys, monkeypatch
     asked = [(1.0, 0.0), (0.0, 1.0), (0.1, 0.9), (1.0, 0.0)]
     lines = "".join(f"/w {a},{b}\n{PROMPT}\n" for a, b in asked)
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    chat.main([str(run), "--temperature", "0", "--device", "cpu"])
+    chat.main([str(run), "--temperature", "0", "--device", "cpu", "--max-new-tokens", "6"])
     want = [said(policy, family, w)[0].strip() + "\n" for w in asked]
     assert capsys.readouterr().out == "".join(want)
     assert want[0] != want[1]

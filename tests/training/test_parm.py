@@ -539,7 +539,8 @@ def test_chat_is_guided(run, capsys):
     policy = load_policy(config.policy, config.names, trained=run / "policy")
     for w in ((1.0, 0.0), (0.25, 0.75)):
         asked = f"first={w[0]},second={w[1]}"
-        chat([str(run), "--w", asked, "--prompt", "Write a new song.", "--temperature", "0"])
+        chat([str(run), "--w", asked, "--prompt", "Write a new song.", "--temperature", "0",
+              "--max-new-tokens", "6"])  # fmt: skip
         with guided(policy, w, config.parm.beta):
             out = rollout(
                 policy,

@@ -369,7 +369,8 @@ def test_a_whole_run_steers_by_its_own_goals(run, capsys):
     held = json.loads((run / "policy" / "preference.json").read_text())
     assert held["style"] == "scores"
     assert held["goals"] == {"lo": rows[-1]["goal_lo"], "hi": rows[-1]["goal_hi"]}
-    chat([str(run), "--w", "0.8,0.2", "--prompt", "Write a new song.", "--temperature", "0"])
+    chat([str(run), "--w", "0.8,0.2", "--prompt", "Write a new song.", "--temperature", "0",
+          "--max-new-tokens", "6"])  # fmt: skip
     config = ric_config()
     policy = load_policy(config.policy, config.names, trained=run / "policy")
     out = rollout(

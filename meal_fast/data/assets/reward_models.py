@@ -160,7 +160,7 @@ def build(
 ) -> dict[str, Any]:
     """Train one reward model into `to`, with `quality.json`; returns that file's content.
 
-    Raises RuntimeError when the held-out AUC is below 0.80. A hack that it pays for is no error:
+    Raises RuntimeError when the held-out AUC is below MINIMUM_AUC. A hack that it pays for is no error:
     the file says by kind which those are.
     """
     settings = SETTINGS[name]
