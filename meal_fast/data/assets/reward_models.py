@@ -160,8 +160,8 @@ def build(
 ) -> dict[str, Any]:
     """Train one reward model into `to`, with `quality.json`; returns that file's content.
 
-    Raises RuntimeError when the held-out AUC is below MINIMUM_AUC. A hack that it pays for is no error:
-    the file says by kind which those are.
+    Raises RuntimeError when the held-out AUC is below MINIMUM_AUC. A hack that it pays for is no
+    error: the file says by kind which those are.
     """
     settings = SETTINGS[name]
     labelled, held_out = split_rows(read_rows(sources, name))
