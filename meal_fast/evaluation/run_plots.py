@@ -52,7 +52,8 @@ def _front(ax: Axes, result: dict[str, Any], mode: str, a: int, b: int) -> Calla
     ax.scatter([], [], s=size, marker=shape, c=PAPER, edgecolors=MUTED, label="hollow: dominated")
     ax.set_xlabel(f"{names[a]} (normalised reward)")
     ax.set_ylabel(f"{names[b]} (normalised reward)")
-    ax.set_title(MODE_TITLES[mode])
+    # The legend of three policies takes the whole line: the title stands above it.
+    ax.set_title(MODE_TITLES[mode], pad=24 if len(result["results"]) > 2 else None)
     ax.margins(0.12)
     _legend_outside(ax)
     weights = result["weights"]
