@@ -83,7 +83,8 @@ def test_the_adapter_is_one_to_the_model_that_was_given(tmp_path):
 
 def test_what_is_learnt_is_the_preference():
     """Which of two opposed answers comes depends on w; an ordinary prompt's does not."""
-    values = {"warmup": {"steps": 80, "batch": 4, "lr": 0.02}, "policy": {"tuning": "full"}}
+    warmup = {"steps": 150, "batch": 6, "lr": 0.01, "benign_share": 0.34}
+    values = {"warmup": warmup, "policy": {"tuning": "full"}}
     config = from_dict(values, preset("tiny"))
     policy = load_policy(config.policy, config.names)
     texts = world_prompts("tiny", "train")[:6]
