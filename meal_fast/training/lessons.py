@@ -103,9 +103,10 @@ def gather(
     tellings = list(dict.fromkeys(told.values()))
     asked = [(p, t) for t in tellings for p in divided] + [(p, "") for p in plain]
     drawn = dict(zip(asked, _own_answers(policy, asked, config, tell), strict=True))
-    tell(f"warm start: scoring {len(asked) * SAMPLES} answers")
     pairs = [(prompt, a) for (prompt, _), answers in drawn.items() for a in answers]
-    rewards = dict(zip(drawn, _rewards(objectives, pairs).split(SAMPLES), strict=True))
+    tell(f"warm start: scoring {len(pairs)} answers")
+    scored = _rewards(objectives, pairs).split(SAMPLES) if pairs else ()  # all may be of files
+    rewards = dict(zip(drawn, scored, strict=True))
     lessons = []
     for prompt in divided:
         answers = {k: rows.of(prompt, config.seed, "warmup", k) for k, rows in given.items()}

@@ -18,7 +18,7 @@ from meal_fast.data.toy import build_world, world_prompts
 from meal_fast.data_types import Prompt
 from meal_fast.models.policy import load_policy
 from meal_fast.rollout import Request, Sampling, open_backend
-from meal_fast.training.lessons import Lesson, Lessons, read_sources
+from meal_fast.training.lessons import Lesson, Lessons, gather, read_sources
 from meal_fast.training.trainer import Trainer
 from meal_fast.training.warmup import taught
 from tests.helpers.processes import SMALL, assert_same_runs, refused, stopped, train_here
@@ -203,3 +203,21 @@ def test_what_the_base_model_is_told_is_not_in_the_lessons(monkeypatch):
         rewards = objectives.rewards([text] * 4, list(of[lesson.prompt.id, text]))
         best = rewards[:, 1].max()
         assert objectives.rewards([text], [lesson.answers[1]])[0, 1] == best
+
+
+def test_all_answers_may_come_from_files(tmp_path):
+    """Rows without a prompt answer any; of those with one, only its own prompts are learnt."""
+    texts = world_prompts("tiny", "train")[:4]
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    one.write_text('{"response": "aa"}\n{"response": "ab"}\n')
+    other.write_text("".join(json.dumps({"prompt": t, "response": f"b {t}"}) + "\n" for t in texts))
+    answers = [f"first={one}", f"second={other}"]
+    config = from_dict({"warmup": {"steps": 1, "answers": answers}}, preset("tiny"))
+    policy = load_policy(config.policy, config.names)
+    prompts = load_prompts("world:tiny", "train")
+    found = gather(policy, load_objectives(config.objectives), prompts, config)
+    assert len(found.opposed) == 2 and found.counts["tried"] == len(prompts)
+    assert found.counts["without_answer"] == len(prompts) - 4
+    for lesson in found.opposed:
+        assert lesson.answers[0] in ("aa", "ab")
+        assert lesson.answers[1] == f"b {lesson.prompt.text}".strip()
