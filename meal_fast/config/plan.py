@@ -61,9 +61,10 @@ def _updates(config: Config) -> str:
     meta = config.meta
     if meta.tokens:
         return f"until {meta.tokens:,} tokens have been generated"
-    what = "models" if spec_of(config).models else "preferences"
+    what = "model" if spec_of(config).models else "preference"
+    what += "s" * (meta.tasks != 1)
     whole = meta.steps * meta.tasks * meta.n_inner
-    return f"{whole} = {meta.steps} meta-steps x {meta.tasks} {what} x {meta.n_inner}"
+    return f"{whole} = {meta.steps} meta-steps x {meta.tasks} {what} x {meta.n_inner} updates"
 
 
 def _sampled(config: Config) -> str:

@@ -11,6 +11,8 @@ from .config import Config, from_dict, to_dict
 # Options that leave their value to the machine, by what says so. A run is saved with what it was.
 AUTOMATIC = {"threads": 0, "policy.dtype": "auto", "grpo.micro_tokens": 0}
 
+PREFERENCE_NET = "preference_net.safetensors"  # of a run of recipe `meal`, if it trained one
+
 # What a resumed run may change: nothing that enters the mathematics of the steps.
 FREE_ON_RESUME = ("checkpoint_every", "completions", "logger", "evaluation.")
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from meal_fast.common import require
 from meal_fast.config.cli import parse_weights
 from meal_fast.config.config import Config
-from meal_fast.config.run_dir import policy_folder
+from meal_fast.config.run_dir import PREFERENCE_NET, policy_folder
 from meal_fast.data_types import Prompt
 from meal_fast.models.threads import use_threads
 
@@ -27,7 +27,6 @@ LENGTH = 256  # tokens of an answer, at most, unless another number is asked for
 Turn = tuple[str, str]  # what was asked, and answered
 Heard = Callable[[str], None]  # told each piece of an answer as it is generated
 Asked = tuple[float, ...] | None  # a preference; None: the net's, for every prompt
-NET = "preference_net.safetensors"  # in the folder of a run of recipe `meal`
 
 
 def preference(text: str | None, run: Path, names: Sequence[str]) -> Asked:
@@ -39,7 +38,7 @@ def preference(text: str | None, run: Path, names: Sequence[str]) -> Asked:
         return (1.0 / len(names),) * len(names)
     if text != "auto":
         return parse_weights(text, names)
-    if not (run / NET).is_file():
+    if not (run / PREFERENCE_NET).is_file():
         raise ValueError(
             f"w='auto': {str(run)!r} holds no preference-weight-net; a run of recipe meal with "
             "meal.rho below 1 trains one"
@@ -115,7 +114,8 @@ class Session:
         self.run, self.config, self.say = run, config, say
         self.sampling = Sampling(**sampling)
         self.policy, self.family = load_served(run, config)
-        self.net = PreferenceNet.load(run / NET, config.names) if (run / NET).is_file() else None
+        net = run / PREFERENCE_NET
+        self.net = PreferenceNet.load(net, config.names) if net.is_file() else None
         guided = self.policy.adapter is not None
         self._backend = capable(config.rollout.backend, ("any-network",) if guided else (), say)
         self._held = ExitStack()

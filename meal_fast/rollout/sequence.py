@@ -85,6 +85,16 @@ class Drawn:
     finish: str  # "stop", "length" or "cancelled"
 
 
+def as_drawn(policy: Policy, text: str, length: int) -> Drawn:
+    """Read a text as a response: its tokens and the one that ends it, cut at `length`."""
+    tokens = policy.tokenizer.encode(text.strip(), add_special_tokens=False)
+    end = policy.tokenizer.eos_token_id
+    tokens += [] if end is None else [end]
+    finish = "stop" if len(tokens) <= length else "length"
+    kept = tokens[:length]
+    return Drawn(kept, [0.0] * len(kept), finish)  # nobody's samples: no log-probabilities
+
+
 def encode(
     policy: Policy, requests: Sequence[Request], max_new_tokens: int
 ) -> list[tuple[Tokens, Tokens]]:

@@ -12,7 +12,7 @@ import torch
 
 from meal_fast.common import off_simplex
 from meal_fast.config.config import Config
-from meal_fast.config.run_dir import policy_folder, read_statistics
+from meal_fast.config.run_dir import PREFERENCE_NET, policy_folder, read_statistics
 from meal_fast.data.objectives import Objectives, load_objectives
 from meal_fast.data.preferences import Preference, snapped
 from meal_fast.data_types import Prompt
@@ -21,7 +21,6 @@ from meal_fast.models.network import Network
 from meal_fast.models.threads import use_threads
 from meal_fast.training.preference_net import PreferenceNet, features
 
-NET = "preference_net.safetensors"  # in the folder of a run of recipe `meal`
 Way = tuple[str, Preference | None]  # "base" or "policy", and the w that has its own parameters
 
 
@@ -34,7 +33,8 @@ class ServedRun:
         self.name, self.config, self.names = run.resolve().name, config, config.names
         self.unfinished = unfinished(run, config)
         self.policy, self.family = load_served(run, config)
-        self.net = PreferenceNet.load(run / NET, config.names) if (run / NET).is_file() else None
+        net = run / PREFERENCE_NET
+        self.net = PreferenceNet.load(net, config.names) if net.is_file() else None
         self.rewards = Rewards(run, config)
 
     def preference(self, given: object) -> Preference | None:

@@ -11,7 +11,9 @@ from meal_fast.data.objectives import Objectives
 from meal_fast.data.reward_statistics import Scales
 from meal_fast.data_types import Prompt
 from meal_fast.models.policy import Policy
-from meal_fast.rollout import Request, Sampling, open_backend
+from meal_fast.rollout import Request
+
+from .sampled import sampled
 
 
 def fitting(policy: Policy, prompts: tuple[Prompt, ...], config: Config) -> tuple[Prompt, ...]:
@@ -45,19 +47,8 @@ def calibrate(
         Request(prompt, grid[(i * 7) % len(grid)], max(1, count // len(prompts)))
         for i, prompt in enumerate(prompts[:count])
     ]
-    options = config.rollout
-    sampling = Sampling(options.max_new_tokens, options.temperature, config.seed, ("calibration",))
-    with (
-        policy.reference() as base,
-        open_backend(
-            options.backend,
-            policy,
-            network=base,
-            max_cache_bytes=options.max_cache_bytes,
-            join=True,
-        ) as sampler,
-    ):
-        rolled = sampler.generate(requests, sampling)
+    with policy.reference() as base:
+        rolled = sampled(policy, requests, config, ("calibration",), base)
     texts = [rolled.prompts[g].text for g in rolled.group_R.tolist()]
     reward = objectives.rewards(texts, rolled.texts)
     scales = Scales.fit(reward, config.score, standard=standard)

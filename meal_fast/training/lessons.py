@@ -22,7 +22,9 @@ from meal_fast.data.objectives import Objectives
 from meal_fast.data.prompts import held_out, in_turn, load_prompts
 from meal_fast.data_types import Prompt
 from meal_fast.models.policy import Policy
-from meal_fast.rollout import Request, Sampling, open_backend
+from meal_fast.rollout import Request
+
+from .sampled import sampled
 
 SAMPLES = 4
 Tell = Callable[[str], None]
@@ -45,12 +47,17 @@ class Lessons:
     counts: Mapping[str, Any]  # what was taken and refused, for the run's record
 
 
-def read_sources(config: Config) -> dict[int, AnswerRows]:
-    """Read the answers that do not come from the base model, by objective. Cheap: files alone.
+def check_sources(config: Config) -> None:
+    """Raise ValueError for a file of answers that has none, or none but to evaluation prompts.
 
-    Raises ValueError for a file that has none, or none but to prompts of the evaluation.
+    Cheap: it reads files alone.
     """
-    unseen = held_out(config.prompts.train, config.prompts.evaluation)
+    if any(_told(source) is None for source in _sources(config)):
+        _answer_rows(config, held_out(config.prompts.train, config.prompts.evaluation))
+
+
+def _answer_rows(config: Config, unseen: frozenset[str]) -> dict[int, AnswerRows]:
+    """Read the answers that do not come from the base model, by objective."""
     return {
         k: read_answer_rows(source, unseen)
         for k, source in enumerate(_sources(config))
@@ -83,9 +90,10 @@ def gather(
 
     Raises ValueError where no prompt is left that has an answer for every objective.
     """
-    options, given = config.warmup, read_sources(config)
-    count = max(options.draws // SAMPLES, 1)
+    options = config.warmup
     unseen = held_out(config.prompts.train, config.prompts.evaluation)
+    given = _answer_rows(config, unseen)
+    count = max(options.draws // SAMPLES, 1)
     refused = 0
     chosen: list[list[Prompt]] = []
     for source, own, most in (
@@ -164,19 +172,9 @@ def _own_answers(
     """Sample the base model, `SAMPLES` times a prompt with what is told beside it, and no w."""
     if not asked:
         return []
-    options = config.rollout
     tell(f"warm start: the base model answers {len(asked)} prompts")
     prompts = [dataclasses.replace(p, text=f"{p.text}\n{t}".strip()) for p, t in asked]
-    sampling = Sampling(options.max_new_tokens, options.temperature, config.seed, ("warmup",))
-    with (
-        policy.reference() as base,
-        open_backend(
-            options.backend,
-            policy,
-            network=base,
-            max_cache_bytes=options.max_cache_bytes,
-            join=True,
-        ) as sampler,
-    ):
-        rolled = sampler.generate([Request(p, None, SAMPLES) for p in prompts], sampling)
+    requests = [Request(prompt, None, SAMPLES) for prompt in prompts]
+    with policy.reference() as base:
+        rolled = sampled(policy, requests, config, ("warmup",), base)
     return [rolled.texts[i * SAMPLES : (i + 1) * SAMPLES] for i in range(len(prompts))]

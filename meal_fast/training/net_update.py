@@ -17,6 +17,7 @@ from torch import Tensor
 
 from meal_fast.config.config import Config
 from meal_fast.config.recipes import Score
+from meal_fast.config.run_dir import PREFERENCE_NET
 from meal_fast.data.reward_statistics import Scales
 from meal_fast.data_types import Prompt
 from meal_fast.models.policy import Policy
@@ -121,4 +122,4 @@ class NetUpdate:
 
     def save(self, folder: Path) -> None:
         """Write the net beside the policy."""
-        self.trainer.net.save(folder / "preference_net.safetensors")
+        self.trainer.net.save(folder / PREFERENCE_NET)

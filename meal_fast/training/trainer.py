@@ -32,7 +32,7 @@ from .checkpoint import (
     write_policy,
 )
 from .completions import Completions, Row
-from .lessons import read_sources
+from .lessons import check_sources
 from .metrics import Clock, MetricsLog, of_responses
 from .outer import Drawn
 from .recipes import recipe_of
@@ -117,7 +117,7 @@ class Trainer:
         self.recipe = recipe_of(config)
         self.recipe.collector.check(config)
         if config.warmup.steps:
-            read_sources(config)
+            check_sources(config)
         device = device_of(config.policy.device)
         prompts = load_prompts(config.prompts.train, "train")
         more = config.prompts.benign

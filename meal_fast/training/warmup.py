@@ -33,9 +33,8 @@ from meal_fast.data.prompts import by_turns
 from meal_fast.data_types import Prompt, Weighted
 from meal_fast.models.policy import Policy
 from meal_fast.rollout import Request
-from meal_fast.rollout.sequence import gathered
+from meal_fast.rollout.sequence import as_drawn, gathered
 
-from .collectors.ric import as_drawn
 from .lessons import Lessons, Tell, gather
 from .losses.sft import sft
 

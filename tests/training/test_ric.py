@@ -19,6 +19,7 @@ from meal_fast.data_types import Prompt
 from meal_fast.evaluate import main as evaluate
 from meal_fast.models.policy import load_policy
 from meal_fast.rollout import Request, rollout
+from meal_fast.training.collectors import ric as ric_module
 from meal_fast.training.collectors.ric import (
     RiC,
     above,
@@ -248,13 +249,13 @@ def test_online_updates_learn_what_is_kept_and_some_offline_responses_again():
 def test_every_sample_is_asked_for_goals_of_its_own(monkeypatch):
     source, _ = online(replay=0.0)
     asked = []
-    plain = source._sampled
+    plain = ric_module.sampled
 
-    def watched(requests, rng_key, network=None):
+    def watched(policy, requests, *more):
         asked.extend(requests)
-        return plain(requests, rng_key, network)
+        return plain(policy, requests, *more)
 
-    monkeypatch.setattr(source, "_sampled", watched)
+    monkeypatch.setattr(ric_module, "sampled", watched)
     batch = source.collect([task(PROMPTS, (0.5, 0.5), ("test", 1), progress=0.25)])
     assert batch.log["replayed"] == 0 and batch.log["acceptance"] < 1
     assert batch.tokens > int(batch.rolled.mask_RT.sum())  # what is not kept was generated too

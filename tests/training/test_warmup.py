@@ -11,14 +11,15 @@ from transformers import AutoModelForCausalLM
 from meal_fast.config.config import from_dict
 from meal_fast.config.presets import preset
 from meal_fast.config.run_dir import read_config
+from meal_fast.data.answers import read_answer_rows
 from meal_fast.data.assets.splitting import split_of, text_id
 from meal_fast.data.objectives import load_objectives
-from meal_fast.data.prompts import load_prompts
+from meal_fast.data.prompts import held_out, load_prompts
 from meal_fast.data.toy import build_world, world_prompts
 from meal_fast.data_types import Prompt
 from meal_fast.models.policy import load_policy
 from meal_fast.rollout import Request, Sampling, open_backend
-from meal_fast.training.lessons import Lesson, Lessons, gather, read_sources
+from meal_fast.training.lessons import Lesson, Lessons, gather
 from meal_fast.training.trainer import Trainer
 from meal_fast.training.warmup import taught
 from tests.helpers.processes import SMALL, assert_same_runs, refused, stopped, train_here
@@ -123,8 +124,8 @@ def test_rows_of_the_evaluation_and_without_answers_are_refused_and_counted(tmp_
         "meta": {"steps": 1},
     }
     config = from_dict(values, preset("tiny"))
-    found = read_sources(config)[0]
     held = [t for t in texts if split_of(t) == "evaluation"]
+    found = read_answer_rows(str(answers), held_out(str(prompts), ""))
     assert found.refused == {"no response": 1, "prompt of the evaluation": len(held)} and held
     assert not set(found.to) & {text_id(t) for t in held}
     Trainer(config, tmp_path / "run")
@@ -168,27 +169,14 @@ def test_what_the_base_model_is_told_is_not_in_the_lessons(monkeypatch):
     policy = load_policy(config.policy, config.names)
     objectives = load_objectives(config.objectives)
     asked = []
-    generate = lessons.open_backend
+    sampled = lessons.sampled
 
-    def opened(*args, **options):
-        context = generate(*args, **options)
+    def seen(policy, requests, *more):
+        rolled = sampled(policy, requests, *more)
+        asked.append((requests, rolled.texts))
+        return rolled
 
-        class Seen:
-            def __enter__(self):
-                self.sampler = context.__enter__()
-                return self
-
-            def __exit__(self, *error):
-                return context.__exit__(*error)
-
-            def generate(self, requests, sampling):
-                rolled = self.sampler.generate(requests, sampling)
-                asked.append((requests, rolled.texts))
-                return rolled
-
-        return Seen()
-
-    monkeypatch.setattr(lessons, "open_backend", opened)
+    monkeypatch.setattr(lessons, "sampled", seen)
     prompts = load_prompts("world:tiny", "train")
     found = lessons.gather(policy, objectives, prompts, config)
     ((requests, texts),) = asked

@@ -22,9 +22,10 @@ from meal_fast.data.reward_statistics import Scales, constant
 from meal_fast.data_types import Rollout, Scored, rng_seed
 from meal_fast.models.policy import Network, Policy
 from meal_fast.models.shared_prefix import to_device
-from meal_fast.rollout import Request, Sampling, open_backend
+from meal_fast.rollout import Request
 from meal_fast.training.batch import Batch, RngKey, Task
 from meal_fast.training.net_update import NetUpdate
+from meal_fast.training.sampled import sampled
 
 
 class Sampled:
@@ -92,24 +93,9 @@ class Sampled:
     def _all_of(
         self, requests: Sequence[Request], rng_key: RngKey, network: Network | None = None
     ) -> Batch:
-        rolled = self._sampled(requests, rng_key, network)
+        rolled = sampled(self.policy, requests, self.config, rng_key, network)
         scored = self.score(self._rewards(rolled), rolled)
         return Batch(rolled, scored, scored.reward_RK, sum(rolled.lengths))
-
-    def _sampled(
-        self, requests: Sequence[Request], rng_key: RngKey, network: Network | None = None
-    ) -> Rollout:
-        """Draw the policy's responses, or another network's."""
-        options = self.config.rollout
-        sampling = Sampling(options.max_new_tokens, options.temperature, self.config.seed, rng_key)
-        with open_backend(
-            options.backend,
-            self.policy,
-            network=network,
-            max_cache_bytes=options.max_cache_bytes,
-            join=True,
-        ) as sampler:
-            return sampler.generate(requests, sampling)
 
     def _rewards(self, rolled: Rollout) -> Tensor:
         """Give raw rewards (R, K), where the rollout is."""

@@ -42,8 +42,9 @@ from meal_fast.data.reward_statistics import Scales
 from meal_fast.data_types import Prompt, Rollout, Weighted, rng_seed
 from meal_fast.models.policy import Policy
 from meal_fast.rollout import Request
-from meal_fast.rollout.sequence import Drawn, gathered
+from meal_fast.rollout.sequence import Drawn, as_drawn, gathered
 from meal_fast.training.batch import Batch, Task
+from meal_fast.training.sampled import sampled
 
 from .base import Sampled
 
@@ -121,7 +122,7 @@ class RiC(Sampled):
         else:
             requests = [Request(p, None, self.config.rollout.samples) for p in task.prompts]
             with self.policy.reference() as base:
-                rolled = self._sampled(requests, task.rng_key, base)
+                rolled = sampled(self.policy, requests, self.config, task.rng_key, base)
         reward_RK = self._rewards(rolled)
         answers = answers_of(rolled, reward_RK)
         self.offline = (self.offline + answers)[-self.config.ric.buffer :]
@@ -155,7 +156,7 @@ class RiC(Sampled):
             # Equal goals are one request: two would be asked with the same key, and answer alike.
             for g, count in Counter(goals[i * samples : (i + 1) * samples]).items()
         ]
-        rolled = self._sampled(requests, task.rng_key)
+        rolled = sampled(self.policy, requests, self.config, task.rng_key)
         reward_RK = self._rewards(rolled)
         answers = answers_of(rolled, reward_RK)
         kept_R = above(self.standardized(answers), options.quantile).tolist()
@@ -191,16 +192,6 @@ class RiC(Sampled):
     def standardized(self, answers: Sequence[Answer]) -> Tensor:
         """Give (R, K) float32: by the calibration sample's mean and standard deviation."""
         return self.standard.apply(torch.tensor([a.reward for a in answers]))
-
-
-def as_drawn(policy: Policy, text: str, length: int) -> Drawn:
-    """Read a text as a response: its tokens and the one that ends it, cut at `length`."""
-    tokens = policy.tokenizer.encode(text.strip(), add_special_tokens=False)
-    end = policy.tokenizer.eos_token_id
-    tokens += [] if end is None else [end]
-    finish = "stop" if len(tokens) <= length else "length"
-    kept = tokens[:length]
-    return Drawn(kept, [0.0] * len(kept), finish)  # nobody's samples: no log-probabilities
 
 
 def answers_of(rolled: Rollout, reward_RK: Tensor) -> list[Answer]:
