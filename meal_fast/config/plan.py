@@ -20,6 +20,7 @@ def plan(
     """
     policy, prompts = config.policy, config.prompts.train
     device = "a GPU where there is one, else the CPU" if policy.device == "auto" else policy.device
+    more = f" and {config.prompts.benign}" if config.prompts.benign else ""
     tuning = f"LoRA of rank {policy.lora_rank}" if policy.tuning == "lora" else policy.tuning
     parts = [
         ("objectives", ", ".join(o.replace("=", " = ", 1) for o in config.objectives)),
@@ -27,7 +28,7 @@ def plan(
         ("device", device),
         ("before", _before(config)),
         ("updates", _updates(config)),
-        ("answers", f"to {prompts}; {_sampled(config)}"),
+        ("answers", f"to {prompts}{more}; {_sampled(config)}"),
     ]
     if evaluate:
         parts.append(("then", _evaluated(config)))
