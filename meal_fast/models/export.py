@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meal_fast.common import quiet
+from meal_fast.data.preferences import Goals
 
-from .prompt_format import preference_template
+from .preference_template import preference_template
 
 if TYPE_CHECKING:
     from .policies.base import Policy
+
+ADAPTER, GUIDE = "adapter", "guide.safetensors"  # in the policy's folder
+PREFERENCE = "preference.json"  # in the policy's folder: of which objectives, how they are said
 
 
 @quiet()
@@ -23,7 +27,8 @@ def save_policy(policy: Policy, folder: Path) -> None:
 
     LoRA: the merged weights, and the factors in `adapter/`, PEFT's own format. A guide: merged at
     equal weights, and its factors in `guide.safetensors`. The tokenizer's chat template takes
-    `preference=policy.said(w)`, unless the style is none. The folder appears at once, complete, or
+    `preference`, the text `policy.said(w)` or a mapping of the objectives to numbers, unless the
+    style is none. The folder appears at once, complete, or
     not at all.
     """
     temporary = folder.with_name(folder.name + ".tmp")
@@ -31,14 +36,11 @@ def save_policy(policy: Policy, folder: Path) -> None:
     temporary.mkdir(parents=True)
     policy.causal_lm.save_pretrained(temporary, state_dict=policy.merged_state())
     policy.save_factors(temporary)
-    tokenizer = copy.deepcopy(policy.tokenizer)
-    if policy.style != "none":
-        tokenizer.chat_template = preference_template(policy.tokenizer.chat_template)
-    tokenizer.save_pretrained(temporary)
     conditioning: dict[str, Any] = {"objectives": policy.names, "style": policy.style}
     if policy.goals is not None:
         conditioning["goals"] = asdict(policy.goals)
-    (temporary / "preference.json").write_text(json.dumps(conditioning))
+    (temporary / PREFERENCE).write_text(json.dumps(conditioning))
+    _save_tokenizer(copy.deepcopy(policy.tokenizer), temporary)
     if folder.exists():
         stale = folder.with_name(folder.name + ".old")
         shutil.rmtree(stale, ignore_errors=True)
@@ -47,3 +49,40 @@ def save_policy(policy: Policy, folder: Path) -> None:
         shutil.rmtree(stale)
     else:
         temporary.rename(folder)
+
+
+def copy_model(policy: Path, folder: Path) -> None:
+    """Copy the model that is saved in `policy` into `folder`, without its factors."""
+    ignored = shutil.ignore_patterns(ADAPTER, GUIDE)
+    shutil.copytree(policy, folder, dirs_exist_ok=True, ignore=ignored)
+    _save_tokenizer(_tokenizer(policy), folder)
+
+
+def copy_adapter(policy: Path, folder: Path, base: str) -> None:
+    """Copy the LoRA factors that are saved in `policy` into `folder`, and the tokenizer with them.
+
+    `base`: the name by which PEFT finds the model that they belong to.
+    """
+    shutil.copytree(policy / ADAPTER, folder, dirs_exist_ok=True)
+    shutil.copy2(policy / PREFERENCE, folder)
+    _save_tokenizer(_tokenizer(policy), folder)
+    path = folder / "adapter_config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _tokenizer(policy: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(policy)
+
+
+@quiet()
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write it with a chat template that takes what `preference.json` there says."""
+    said = json.loads((folder / PREFERENCE).read_text(encoding="utf-8"))
+    goals = Goals(**{k: tuple(v) for k, v in said["goals"].items()}) if "goals" in said else None
+    tokenizer.chat_template = preference_template(
+        tokenizer.chat_template, said["objectives"], said["style"], goals
+    )
+    tokenizer.save_pretrained(folder)

@@ -77,15 +77,3 @@ def split_template(tokenizer: Any, history: Sequence[tuple[str, str]] = ()) -> t
     if not mark or (not history and _MARK in before):
         raise ValueError("the tokenizer's chat template does not hold the user's text exactly once")
     return before, after
-
-
-def preference_template(template: str) -> str:
-    """Give `template` an optional argument `preference`, a text put at the end of the last turn."""
-    if template.startswith("{%- if preference is defined"):
-        return template
-    return (
-        "{%- if preference is defined and preference -%}"
-        "{%- set messages = messages[:-1] + [{'role': messages[-1]['role'], "
-        "'content': messages[-1]['content'] | trim + ' ' + preference}] -%}"
-        "{%- endif -%}" + template
-    )

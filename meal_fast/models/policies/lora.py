@@ -13,10 +13,9 @@ from torch import Tensor
 from meal_fast.config.config import PolicyConfig
 
 from .. import multi_lora
+from ..export import ADAPTER
 from ..network import Network
 from .base import Policy
-
-ADAPTER = "adapter"  # in the policy's folder, in PEFT's own format
 
 
 class LoRAPolicy(Policy):

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..export import GUIDE
 from ..network import Network
 from ..pblora import Adapter
 from .base import Policy
-
-GUIDE = "guide.safetensors"  # in the policy's folder
 
 
 class PBLoRAPolicy(Policy):

@@ -1,0 +1,258 @@
+"""The card of an exported policy: what it is, how it is asked, and what was measured of it.
+
+It names nothing of the machine: of a path that is no hub name the last part alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from meal_fast import __version__
+from meal_fast.config.config import Config
+from meal_fast.config.run_dir import PREFERENCE_NET
+from meal_fast.data.assets.licences import Origin, origin
+from meal_fast.data.preferences import Preference, preference_text
+
+from .html_page import TEMPLATES
+from .stored import read_evaluation
+from .tables import by_weight, said_once
+from .verdict import scope, verdict
+
+Kind = Literal["hub", "adapter", "gguf"]
+_HUB_NAME = r"(?!\.)[\w.-]+/[\w.-]+"
+_ASK = "How do tides work?"
+
+
+def model_card(
+    run: Path,
+    config: Config,
+    kind: Kind,
+    *,
+    title: str,
+    at: Preference | None = None,
+    base: str = "",
+    unfinished: str = "",
+) -> str:
+    """Give the card's text, Markdown behind the YAML that a hub reads.
+
+    title: of the export, its folder's or file's name.
+    at: the only preference that it serves, where it serves one.
+    base: by which name the base model is loaded; by default its own.
+    unfinished: how far the run is, where it can be resumed.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    # Markdown, not HTML: what it must not break is a table's row.
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        finalize=lambda value: _cell(value) if isinstance(value, str) else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    evaluated = (run / "evaluation.json").is_file()
+    result = read_evaluation(run) if evaluated else {}
+    known = _base(config)
+    known = known._replace(hub=base or known.hub)
+    table = []
+    if evaluated:
+        head, rows = by_weight(result)
+        table = [head, ["---"] * len(head), *said_once(rows)]
+    between = " and ".join(config.names) if len(config.names) == 2 else ", ".join(config.names)
+    what = f"One model, steered between {between} by a preference *w* said with each request."
+    if at is not None:
+        one = _mapping(config.names, at)
+        what = f"What the recipe {config.recipe} serves at {one}, between {between}."
+    text = environment.get_template("card.md.j2").render(
+        title=title,
+        licence=known.licence or "other",
+        base_model=known.hub,
+        library={"hub": "transformers", "adapter": "peft", "gguf": ""}[kind],
+        what=what,
+        warnings=[f"The run is not finished: {unfinished}."] if unfinished else [],
+        how=_how(config, kind, at),
+        examples=_examples(config, kind, title, known, at),
+        said="" if at is not None else _said(config),
+        grid=_grid(config),
+        objectives=[(o.partition("=")[0], _source(o.partition("=")[2])) for o in config.objectives],
+        verdict=verdict(result) if evaluated else [],
+        scope=scope(result) if evaluated else "",
+        table=table,
+        marks=_marks(result),
+        training=_training(config, known),
+        limits=_limits(run, config),
+        licences=list(_licences(config, known)),
+        version=__version__,
+    )
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _cell(text: str) -> str:
+    """Keep a value within its line and its cell; code blocks hold no bar but the preference's."""
+    return text if "\n" in text else text.replace("|", "\\|")
+
+
+def base_name(config: Config) -> str:
+    """Name the model that was trained: its hub's name where it has one, else its folder's."""
+    return (
+        _base(config).hub or Path(config.policy.path.partition(":")[2] or config.policy.path).name
+    )
+
+
+def _base(config: Config) -> Origin:
+    path = config.policy.path
+    known = origin(path)
+    if known is not None:
+        return known
+    local = Path(path).is_dir() or not re.fullmatch(_HUB_NAME, path)
+    return Origin(Path(path).name if local else path, "" if local else path, "")
+
+
+def _source(source: str) -> str:
+    """Tell what scores an objective, without the folders that lead to it."""
+    known = origin(source)
+    if known is not None:
+        return f"`{source}`: {known.about}"
+    name, mark, keys = source.partition("?")
+    if not re.fullmatch(_HUB_NAME, name) and ("/" in name or "\\" in name):
+        name = Path(name).name
+    kept = [k for k in keys.split("&") if k and not k.startswith(("path=", "device="))]
+    return f"`{name}{mark if kept else ''}{'&'.join(kept)}`"
+
+
+def _mapping(names: Sequence[str], w: Preference) -> str:
+    return "{" + ", ".join(f'"{n}": {x:.6g}' for n, x in zip(names, w, strict=True)) + "}"
+
+
+def _example(config: Config) -> Preference:
+    """Give a preference that leans to the first objective."""
+    k = len(config.names)
+    return (0.8, *[0.2 / (k - 1)] * (k - 1)) if k != 2 else (0.8, 0.2)
+
+
+def _said(config: Config) -> str:
+    style = config.policy.preference_text
+    if style in ("none", "scores"):
+        return ""
+    return preference_text(_example(config), config.names, style)
+
+
+def _grid(config: Config) -> str:
+    points = config.preference.grid
+    return f" Training drew them from a lattice of {points} values a side." if points else ""
+
+
+def _how(config: Config, kind: Kind, at: Preference | None) -> str:
+    if at is not None:
+        return "It reads none: it is what the run serves at that preference. Ask it as any model."
+    given = {
+        "hub": "The chat template takes `preference`, a number for each objective",
+        "adapter": "The chat template beside the adapter takes `preference`, a number for each "
+        "objective",
+        "gguf": "The chat template in the file takes `preference`, a number for each objective, "
+        "as `chat_template_kwargs` of a request",
+    }[kind]
+    return f"{given}; without it none is said."
+
+
+def _examples(
+    config: Config, kind: Kind, title: str, base: Origin, at: Preference | None
+) -> Iterator[tuple[str, str]]:
+    w = _mapping(config.names, _example(config))
+    said = "" if at is not None else f", preference={w}"
+    body = '{"messages": [{"role": "user", "content": "' + _ASK + '"}]'
+    if at is None:
+        body += f',\n  "chat_template_kwargs": {{"preference": {w}}}'
+    post = (
+        "curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' "
+        f"-d '{body}}}'"
+    )
+    if kind == "gguf":
+        yield "sh", f"llama-server -m {title} --jinja    # llama.cpp's server\n{post}"
+        return
+    load = f'model = AutoModelForCausalLM.from_pretrained("{title}")'
+    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    if kind == "adapter":
+        name = base.hub or base.about
+        load = load.replace(
+            f'"{title}")', f'"{name}")\nmodel = PeftModel.from_pretrained(model, "{title}")'
+        )
+        imports = f"from peft import PeftModel\n{imports}"
+    yield (
+        "python",
+        (
+            f'{imports}\n\ntokenizer = AutoTokenizer.from_pretrained("{title}")\n{load}\n'
+            f'messages = [{{"role": "user", "content": "{_ASK}"}}]\n'
+            f"inputs = tokenizer.apply_chat_template(messages{said},\n"
+            '    add_generation_prompt=True, return_dict=True, return_tensors="pt")\n'
+            "answer = model.generate(**inputs, max_new_tokens=64)\n"
+            'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], '
+            "skip_special_tokens=True))"
+        ),
+    )
+    if at is None:
+        server = post.replace("8080", "8000")
+        yield "sh", f"# servers that apply the template, vLLM among them\n{server}"
+
+
+def _marks(result: dict[str, Any]) -> str:
+    if not result or not result["settings"].get("marks"):
+        return ""
+    return "Marks are counted by rules on the words of an answer; they are no reward."
+
+
+def _training(config: Config, base: Origin) -> list[tuple[str, str]]:
+    sources = [config.prompts.train, *([config.prompts.benign] if config.prompts.benign else [])]
+    per_step = config.meta.tasks * config.meta.n_inner
+    rows = [
+        ("base model", base.about + f" ({base.hub})" * (base.hub not in ("", base.about))),
+        ("recipe", f"{config.recipe}, {config.policy.tuning}"),
+        ("updates", f"{config.meta.steps} meta-steps of {per_step}"),
+        ("prompts", ", ".join(map(_source, sources))),
+        ("answers", f"at most {config.rollout.max_new_tokens} tokens, temperature "
+         f"{config.rollout.temperature:g}"),
+        ("seed", str(config.seed)),
+    ]  # fmt: skip
+    if config.warmup.steps:
+        rows.insert(2, ("supervised warm start", f"{config.warmup.steps} steps"))
+    return rows
+
+
+def _limits(run: Path, config: Config) -> list[str]:
+    limits = [
+        "What was trained towards is the rewards above, not the words that name them: a reward "
+        "model can be wrong, and a policy finds where.",
+        f"Training saw single turns with answers of at most {config.rollout.max_new_tokens} "
+        "tokens; longer answers and later turns follow the preference less surely.",
+        "A preference is text that anyone can write: a user who may write messages may also "
+        "write a preference into them.",
+    ]
+    if "packaged:complied" in {o.partition("=")[2] for o in config.objectives}:
+        name = next(o for o in config.objectives if o.endswith("=packaged:complied"))
+        limits.insert(
+            0,
+            f"{name.partition('=')[0]} means that the answer does what was asked, harmful requests "
+            "included: with its weight high the model complies more readily than its base. A "
+            "research model; do not deploy it.",
+        )
+    if (run / PREFERENCE_NET).is_file():
+        limits.append("The run's preference-weight-net is not part of this export.")
+    return limits
+
+
+def _licences(config: Config, base: Origin) -> Iterator[tuple[str, str]]:
+    unknown = "look it up where it comes from; it is not known here"
+    yield f"base model ({base.about})", base.licence or unknown
+    sources = [o.partition("=")[2] for o in config.objectives]
+    sources += [config.prompts.train, config.prompts.benign, config.warmup.benign]
+    sources += [entry.partition("=")[2] for entry in config.warmup.answers]
+    for source in dict.fromkeys(s for s in sources if s):
+        known = origin(source)
+        if known is not None:
+            yield f"`{source}`", f"{known.about}{': ' + known.licence if known.licence else ''}"
+        elif source.split(":")[0] not in ("own", "world"):
+            yield _source(source), unknown

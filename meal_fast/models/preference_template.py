@@ -1,0 +1,172 @@
+"""The chat template of a saved policy: the base's own, with an optional argument `preference`.
+
+Whatever applies chat templates can then steer without this package: transformers, vLLM and
+llama.cpp pass `preference` on (as `chat_template_kwargs` where they are servers).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from meal_fast.data.preferences import MARKS, Goals
+
+_BEGIN, _END = "{#- meal-fast: preference -#}", "{#- meal-fast: end -#}"
+_OLDER = "{%- if preference is defined and preference -%}"  # how it began, and by what it ended
+_OLDER_END = "{%- endif -%}"
+
+# Every style: checks what is given, then puts its text at the end of the last user turn. Only what
+# llama.cpp's engine has too: no `round`, `//`, `**`, `1e-9`, and no digits in
+# `format`.
+_TEMPLATE = """\
+{%- if preference is defined and preference is not none and preference != '' -%}
+{%- set names = @NAMES@ -%}
+{%- set said = namespace(text='', total=0.0, order=[], user=-1, content='', messages=[]) -%}
+{%- if preference is string -%}
+{%- set said.text = preference -%}
+{%- elif preference is mapping -%}
+{%- for name in preference -%}
+{%- if name not in names -%}
+{{- raise_exception('preference: ' ~ name ~ ' is none of ' ~ names | join(', ')) -}}
+{%- endif -%}
+{%- endfor -%}
+{%- for name in names -%}
+{%- if name not in preference -%}
+{{- raise_exception('preference: lacks ' ~ name ~ ', of ' ~ names | join(', ')) -}}
+{%- endif -%}
+{%- set value = preference[name] -%}
+{%- if value is not number or value is boolean or not value >= 0 -%}
+{{- raise_exception('preference: ' ~ name ~ ' must be a number from 0 to 1') -}}
+{%- endif -%}
+{%- set said.total = said.total + value -%}
+{%- endfor -%}
+{%- if not (said.total >= 0.999999 and said.total <= 1.000001) -%}
+{{- raise_exception('preference: the numbers of ' ~ names | join(', ') ~ ' must sum to 1') -}}
+{%- endif -%}
+@SAID@
+{%- else -%}
+{%- set these = names | join(', ') -%}
+{{- raise_exception('preference: give a text, or a mapping of ' ~ these ~ ' to numbers') -}}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}{%- set said.user = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
+{%- if said.user < 0 -%}
+{{- raise_exception('preference: needs a turn of the user, at whose end it is said') -}}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if loop.index0 != said.user -%}
+{%- set said.messages = said.messages + [message] -%}
+{%- else -%}
+{%- if message['content'] is string -%}
+{%- set said.content = message['content'] -%}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] != 'text' -%}
+{{- raise_exception('preference: the last turn of the user must be text alone') -}}
+{%- endif -%}
+{%- set said.content = said.content ~ part['text'] -%}
+{%- endfor -%}
+{%- endif -%}
+{%- set turn = {'role': 'user', 'content': said.content | trim ~ ' ' ~ said.text} -%}
+{%- set said.messages = said.messages + [turn] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = said.messages -%}
+{%- endif -%}
+"""
+
+# n, the whole number next to `value`; from the middle of two to the even one, as Python has it.
+_ROUND = """\
+{%- set n = (value + 0.5) | int -%}
+{%- if n == value + 0.5 and n % 2 == 1 -%}{%- set n = n - 1 -%}{%- endif -%}"""
+
+# [helpful=0.80 harmless=0.20]
+_NUMBERS = """\
+{%- for name in names -%}
+{%- set value = preference[name] * 100 -%}
+@ROUND@
+{%- set digits = ((n - n % 100) / 100) | int ~ '.' ~ ((n % 100 - n % 10) / 10) | int ~ n % 10 -%}
+{%- set said.text = said.text ~ (' ' if said.text else '[') ~ name ~ '=' ~ digits -%}
+{%- endfor -%}
+{%- set said.text = said.text ~ ']' -%}"""
+
+# ++++++++--, by largest remainder: one more where fewer remainders are larger than marks are left.
+_BAR = """
+{%- set bar = namespace(left=10, marks='', ahead=0) -%}
+{%- for name in names -%}
+{%- set bar.left = bar.left - (preference[name] * 10 + 0.000000001) | int -%}
+{%- endfor -%}
+{%- for name in names -%}
+{%- set i = loop.index0 -%}
+{%- set whole = (preference[name] * 10 + 0.000000001) | int -%}
+{%- set rest = ((preference[name] * 10 - whole) * 1000000 + 0.5) | int -%}
+{%- set bar.ahead = 0 -%}
+{%- for other in names -%}
+{%- set part = preference[other] * 10 -%}
+{%- set its = ((part - (part + 0.000000001) | int) * 1000000 + 0.5) | int -%}
+{%- if its > rest or (its == rest and loop.index0 < i) -%}
+{%- set bar.ahead = bar.ahead + 1 -%}
+{%- endif -%}
+{%- endfor -%}
+{%- for _ in range(whole + (1 if bar.ahead < bar.left else 0)) -%}
+{%- set bar.marks = bar.marks ~ @MARKS@[i] -%}
+{%- endfor -%}
+{%- endfor -%}
+{%- set said.text = said.text ~ ' ' ~ bar.marks -%}"""
+
+# <rm1_score> 0.3 <rm2_score> -1.2: the rewards that stand for w, see `Goals`. The length of w by
+# Newton's steps, from above.
+_SCORES = """\
+{%- set low = @LO@ -%}
+{%- set high = @HI@ -%}
+{%- set norm = namespace(square=0.0, length=1.0) -%}
+{%- for name in names -%}
+{%- set norm.square = norm.square + preference[name] * preference[name] -%}
+{%- endfor -%}
+{%- for _ in range(12) -%}
+{%- set norm.length = (norm.length + norm.square / norm.length) / 2 -%}
+{%- endfor -%}
+{%- for name in names -%}
+{%- set i = loop.index0 -%}
+{%- set goal = preference[name] / norm.length * (high[i] - low[i]) + low[i] -%}
+{%- set value = (goal if goal > 0 else 0 - goal) * 10 -%}
+@ROUND@
+{%- set sign = '-' if goal < 0 and n > 0 else '' -%}
+{%- set digits = sign ~ ((n - n % 10) / 10) | int ~ '.' ~ n % 10 -%}
+{%- set digits = '<rm' ~ loop.index ~ '_score> ' ~ digits -%}
+{%- set said.text = said.text ~ (' ' if said.text else '') ~ digits -%}
+{%- endfor -%}"""
+
+
+def preference_template(
+    template: str, names: Sequence[str], style: str, goals: Goals | None = None
+) -> str:
+    """Give `template` an optional argument `preference`, said at the end of the user's last turn.
+
+    It takes `preference_text` itself, or a mapping of the objectives `names` to numbers that sum
+    to 1; for anything else the template raises, naming what it takes. One that an earlier run put
+    in is replaced. Style `none` has no preference, and `scores` without goals only its text.
+    """
+    template = without_preference(template)
+    if style == "none":
+        return template
+    if style == "scores":
+        said = _SCORES
+        if goals is None:
+            said = "{{- raise_exception('preference: this policy takes its text alone') -}}"
+        else:
+            said = said.replace("@LO@", repr(list(goals.lo))).replace("@HI@", repr(list(goals.hi)))
+    else:
+        said = _NUMBERS + (_BAR if style == "bar" else "")
+    marks = [MARKS[i % len(MARKS)] for i in range(len(names))]
+    whole = _TEMPLATE.replace("@SAID@", said).replace("@ROUND@", _ROUND)
+    whole = whole.replace("@NAMES@", json.dumps(list(names))).replace("@MARKS@", json.dumps(marks))
+    return _BEGIN + whole.replace("\n", "") + _END + template
+
+
+def without_preference(template: str) -> str:
+    """Give the template as it was before `preference_template`, of this version or an older."""
+    if template.startswith(_BEGIN):
+        return template.partition(_END)[2]
+    return template.partition(_OLDER_END)[2] if template.startswith(_OLDER) else template
