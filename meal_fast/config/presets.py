@@ -35,7 +35,7 @@ _QUICKSTART = Config(
     rollout=RolloutConfig(prompts=4, samples=8, max_new_tokens=24, temperature=0.7),
     score=ScoreConfig(calibration=32),
     grpo=GRPOConfig(lr=8e-4, beta=0.05, keep=6),
-    meta=MetaConfig(steps=8, tasks=1, n_inner=2, epsilon=1.5),
+    meta=MetaConfig(steps=12, tasks=1, n_inner=2, epsilon=1.5),
     evaluation=EvaluationConfig(
         prompts=16,
         grid=5,
