@@ -4,14 +4,18 @@
 
 Each has a model card: objectives, what was measured, how to say a preference, limits, licences.
 `hub` is the whole model in safetensors, `adapter` the LoRA factors alone in PEFT's format, `gguf` a
-file for llama.cpp, which is read back and compared with the policy before it is kept. Of the
-recipes that serve a w by its own parameters, --w says which. Nothing is sent anywhere.
+file for llama.cpp, which is read back and compared with the policy before it is kept. Of
+rewarded-soups and morlhf, which have a model for each preference, --w says which. Nothing is sent
+anywhere.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,10 +36,12 @@ def parser() -> OneLineParser:
     p.add_argument("--to", default="hub", choices=KINDS, help="what to write (default: hub)")
     p.add_argument("--out", metavar="DIR", type=Path, help="a new folder (default: in RUN/export)")
     p.add_argument(
-        "--type", choices=TYPES, default="f16", help="of a GGUF's matrices (default: %(default)s)"
+        "--type", choices=TYPES, help="number format of a GGUF file's matrices (default: f16)"
     )
-    p.add_argument("--base", metavar="NAME", help="the base model's name, for an adapter to load")
-    p.add_argument("--w", help="NAME=VALUE,…: of a recipe that has a model for each preference")
+    p.add_argument(
+        "--base", metavar="OWNER/NAME", help="the base model's name on a hub (default: as trained)"
+    )
+    p.add_argument("--w", help="NAME=VALUE,…: of rewarded-soups and morlhf, the one to export")
     return p
 
 
@@ -43,13 +49,9 @@ def parser() -> OneLineParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     config = read_config(args.run)
-    policy_folder(args.run)
     name = args.run.resolve().name
     out = args.out or args.run / "export" / (name if args.to == "hub" else f"{name}-{args.to}")
-    _check(args.run, config, args.to, args.w, args.base)
-    require(not out.exists(), "--out", str(out), "exists; name another folder, or remove it")
-    if args.to == "gguf":
-        require_packages("--to gguf", "gguf", then="meal-fast export again")
+    _check(args, config, out)
     w = None if args.w is None else parse_weights(args.w, config.names)
     from meal_fast.evaluation.model_card import base_name, model_card
     from meal_fast.models.export import copy_adapter, copy_model
@@ -62,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif args.to == "adapter":
             copy_adapter(policy, folder, args.base or base_name(config))
         else:
-            title = f"{name}-{args.type}.gguf"
-            _convert(policy, folder / title, args.type, name, config)
+            kind = args.type or "f16"
+            title = f"{name}-{kind}.gguf"
+            _convert(policy, folder / title, kind, name, config)
         card = model_card(
             args.run,
             config,
@@ -78,41 +81,58 @@ def main(argv: Sequence[str] | None = None) -> None:
             shutil.copy2(args.run / "front.png", folder)
     print(out)
     if args.to == "hub":
-        print(f"to publish it: hf upload OWNER/{out.name} {out}", file=sys.stderr)
+        print(f'to publish it: hf upload OWNER/{out.name} "{out}"', file=sys.stderr)
 
 
-def _check(run: Path, config: Config, to: str, w: str | None, base: str | None) -> None:
-    spec = spec_of(config)
+def _check(args: argparse.Namespace, config: Config, out: Path) -> None:
+    """Raise ValueError for what cannot be written, before anything is."""
+    from meal_fast.evaluation.model_card import is_hub_name
+    from meal_fast.models.export import ADAPTER
+    from meal_fast.models.gguf_file import check_convertible
+
+    policy, recipe = policy_folder(args.run), config.recipe
     remedy = "decodes with base and guide together, which no single model holds; serve the run"
-    require(not spec.guide, "recipe", config.recipe, remedy)
+    require(not spec_of(config).guide, "recipe", recipe, remedy)
     several = bool(config.model_points)
-    remedy = (
-        f"recipe {config.recipe!r} has a model for each preference: say whose, --w NAME=VALUE,…"
-    )
-    require(not several or w is not None, "--w", w, remedy)
-    remedy = f"recipe {config.recipe!r} has one model for all preferences; leave it out"
-    require(several or w is None, "--w", w, remedy)
-    tuning, lora = config.policy.tuning, config.policy.tuning == "lora"
-    remedy = f"policy.tuning={tuning!r} trained no adapter; use --to hub"
-    require(to != "adapter" or lora, "--to", to, remedy)
-    require(base is None or to == "adapter", "--base", base, "is for --to adapter; leave it out")
-    if to == "gguf" and not several:
-        from meal_fast.models.gguf_file import check_convertible
-
-        check_convertible(policy_folder(run))
+    remedy = f"recipe {recipe!r} has a model for each preference: say whose, --w NAME=VALUE,…"
+    require(not several or args.w is not None, "--w", args.w, remedy)
+    remedy = f"recipe {recipe!r} has one model for all preferences; leave it out"
+    require(several or args.w is None, "--w", args.w, remedy)
+    lora = config.policy.tuning == "lora" and (several or (policy / ADAPTER).is_dir())
+    remedy = f"policy.tuning={config.policy.tuning!r}: no adapter in policy/; use --to hub"
+    require(args.to != "adapter" or lora, "--to", args.to, remedy)
+    remedy = "is no hub name, OWNER/NAME; leave it out, or give one"
+    require(args.base is None or is_hub_name(args.base), "--base", args.base, remedy)
+    remedy = "is for --to gguf; leave it out"
+    require(args.type is None or args.to == "gguf", "--type", args.type, remedy)
+    there = os.path.exists(out)  # false where the name cannot be, which is said when it is made
+    require(not there, "--out", str(out), "exists; name another folder, or remove it")
+    apart = policy.resolve() not in out.resolve().parents
+    require(apart, "--out", str(out), "lies in the policy itself; name another folder")
+    if args.to == "gguf":
+        require_packages("--to gguf", "gguf", then="meal-fast export again")
+        if not several:
+            check_convertible(policy)
 
 
 @contextmanager
 def _whole(out: Path) -> Iterator[Path]:
     """Give a folder that becomes `out` when all is well, and is gone when not."""
-    folder = out.with_name(out.name + ".tmp")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    made = [p for p in out.parents if not os.path.exists(p)]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent))
+    except OSError as error:
+        raise ValueError(f"--out={str(out)!r}: cannot be made ({error.strerror})") from None
     try:
         yield folder
+        folder.chmod(0o755)
         folder.rename(out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:
+            if not any(parent.iterdir()):
+                parent.rmdir()
 
 
 @contextmanager

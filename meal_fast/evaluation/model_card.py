@@ -22,7 +22,6 @@ from .tables import by_weight, said_once
 from .verdict import scope, verdict
 
 Kind = Literal["hub", "adapter", "gguf"]
-_HUB_NAME = r"(?!\.)[\w.-]+/[\w.-]+"
 _ASK = "How do tides work?"
 
 
@@ -63,28 +62,31 @@ def model_card(
         head, rows = by_weight(result)
         table = [head, ["---"] * len(head), *said_once(rows)]
     between = " and ".join(config.names) if len(config.names) == 2 else ", ".join(config.names)
+    warnings = [f"The run is not finished: {unfinished}."] if unfinished else []
     what = f"One model, steered between {between} by a preference *w* said with each request."
     if at is not None:
         one = _mapping(config.names, at)
         what = f"What the recipe {config.recipe} serves at {one}, between {between}."
+        warnings.append(f"The measures are of the whole run; this model is what serves {one}.")
     text = environment.get_template("card.md.j2").render(
         title=title,
         licence=known.licence or "other",
         base_model=known.hub,
         library={"hub": "transformers", "adapter": "peft", "gguf": ""}[kind],
         what=what,
-        warnings=[f"The run is not finished: {unfinished}."] if unfinished else [],
+        warnings=warnings,
         how=_how(config, kind, at),
         examples=_examples(config, kind, title, known, at),
         said="" if at is not None else _said(config),
         grid=_grid(config),
         objectives=[(o.partition("=")[0], _source(o.partition("=")[2])) for o in config.objectives],
         verdict=verdict(result) if evaluated else [],
+        front=(run / "front.png").is_file(),
         scope=scope(result) if evaluated else "",
         table=table,
         marks=_marks(result),
         training=_training(config, known),
-        limits=_limits(run, config),
+        limits=_limits(run, config, at),
         licences=list(_licences(config, known)),
         version=__version__,
     )
@@ -98,30 +100,38 @@ def _cell(text: str) -> str:
 
 def base_name(config: Config) -> str:
     """Name the model that was trained: its hub's name where it has one, else its folder's."""
-    return (
-        _base(config).hub or Path(config.policy.path.partition(":")[2] or config.policy.path).name
-    )
+    base = _base(config)
+    return base.hub or base.about
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether it is of the form OWNER/NAME."""
+    return bool(re.fullmatch(r"(?!\.)[\w.-]+/[\w.-]+", name))
 
 
 def _base(config: Config) -> Origin:
+    """Tell what was trained. OWNER/NAME is a hub's where the hub's cache has it, else a folder."""
     path = config.policy.path
     known = origin(path)
     if known is not None:
         return known
-    local = Path(path).is_dir() or not re.fullmatch(_HUB_NAME, path)
-    return Origin(Path(path).name if local else path, "" if local else path, "")
+    from huggingface_hub import try_to_load_from_cache
+
+    hub = is_hub_name(path) and not Path(path).is_dir()
+    if hub and isinstance(try_to_load_from_cache(path, "config.json"), str):
+        return Origin(path, path, "")
+    return Origin(Path(path.partition(":")[2] or path).name, "", "")
 
 
 def _source(source: str) -> str:
-    """Tell what scores an objective, without the folders that lead to it."""
+    """Tell what scores an objective or asks, without the folders that lead to it."""
     known = origin(source)
-    if known is not None:
-        return f"`{source}`: {known.about}"
     name, mark, keys = source.partition("?")
-    if not re.fullmatch(_HUB_NAME, name) and ("/" in name or "\\" in name):
+    if not is_hub_name(name) or Path(name).suffix in (".jsonl", ".txt"):
         name = Path(name).name
     kept = [k for k in keys.split("&") if k and not k.startswith(("path=", "device="))]
-    return f"`{name}{mark if kept else ''}{'&'.join(kept)}`"
+    said = f"`{name}{mark if kept else ''}{'&'.join(kept)}`"
+    return f"{said}: {known.about}" if known else said
 
 
 def _mapping(names: Sequence[str], w: Preference) -> str:
@@ -156,7 +166,7 @@ def _how(config: Config, kind: Kind, at: Preference | None) -> str:
         "gguf": "The chat template in the file takes `preference`, a number for each objective, "
         "as `chat_template_kwargs` of a request",
     }[kind]
-    return f"{given}; without it none is said."
+    return f"{given}; leave it out, and none is said."
 
 
 def _examples(
@@ -172,28 +182,30 @@ def _examples(
         f"-d '{body}}}'"
     )
     if kind == "gguf":
-        yield "sh", f"llama-server -m {title} --jinja    # llama.cpp's server\n{post}"
+        yield "sh", f"llama-server -m {title} --jinja    # llama.cpp's server"
+        yield "sh", post
         return
-    load = f'model = AutoModelForCausalLM.from_pretrained("{title}")'
+    load = "model = AutoModelForCausalLM.from_pretrained(name)"
     imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
     if kind == "adapter":
-        name = base.hub or base.about
-        load = load.replace(
-            f'"{title}")', f'"{name}")\nmodel = PeftModel.from_pretrained(model, "{title}")'
+        trained = base.hub or base.about
+        note = "" if base.hub else "  # the model that was trained: its folder"
+        load = (
+            f'model = AutoModelForCausalLM.from_pretrained("{trained}"){note}\n'
+            "model = PeftModel.from_pretrained(model, name)"
         )
         imports = f"from peft import PeftModel\n{imports}"
-    yield (
-        "python",
-        (
-            f'{imports}\n\ntokenizer = AutoTokenizer.from_pretrained("{title}")\n{load}\n'
-            f'messages = [{{"role": "user", "content": "{_ASK}"}}]\n'
-            f"inputs = tokenizer.apply_chat_template(messages{said},\n"
-            '    add_generation_prompt=True, return_dict=True, return_tensors="pt")\n'
-            "answer = model.generate(**inputs, max_new_tokens=64)\n"
-            'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], '
-            "skip_special_tokens=True))"
-        ),
+    python = (
+        f'{imports}\n\nname = "{title}"  # this folder; OWNER/NAME where it is published\n'
+        f"tokenizer = AutoTokenizer.from_pretrained(name)\n{load}\n"
+        f'messages = [{{"role": "user", "content": "{_ASK}"}}]\n'
+        f"inputs = tokenizer.apply_chat_template(messages{said},\n"
+        '    add_generation_prompt=True, return_dict=True, return_tensors="pt")\n'
+        "answer = model.generate(**inputs, max_new_tokens=64)\n"
+        'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], '
+        "skip_special_tokens=True))"
     )
+    yield "python", python
     if at is None:
         server = post.replace("8080", "8000")
         yield "sh", f"# servers that apply the template, vLLM among them\n{server}"
@@ -206,13 +218,12 @@ def _marks(result: dict[str, Any]) -> str:
 
 
 def _training(config: Config, base: Origin) -> list[tuple[str, str]]:
-    sources = [config.prompts.train, *([config.prompts.benign] if config.prompts.benign else [])]
     per_step = config.meta.tasks * config.meta.n_inner
     rows = [
         ("base model", base.about + f" ({base.hub})" * (base.hub not in ("", base.about))),
         ("recipe", f"{config.recipe}, {config.policy.tuning}"),
-        ("updates", f"{config.meta.steps} meta-steps of {per_step}"),
-        ("prompts", ", ".join(map(_source, sources))),
+        ("updates", f"{config.meta.steps} meta-steps of {per_step} updates"),
+        ("prompts and answers", "; ".join(map(_source, _asked(config)))),
         ("answers", f"at most {config.rollout.max_new_tokens} tokens, temperature "
          f"{config.rollout.temperature:g}"),
         ("seed", str(config.seed)),
@@ -222,20 +233,24 @@ def _training(config: Config, base: Origin) -> list[tuple[str, str]]:
     return rows
 
 
-def _limits(run: Path, config: Config) -> list[str]:
+def _limits(run: Path, config: Config, at: Preference | None) -> list[str]:
     limits = [
         "What was trained towards is the rewards above, not the words that name them: a reward "
         "model can be wrong, and a policy finds where.",
         f"Training saw single turns with answers of at most {config.rollout.max_new_tokens} "
         "tokens; longer answers and later turns follow the preference less surely.",
-        "A preference is text that anyone can write: a user who may write messages may also "
-        "write a preference into them.",
     ]
-    if "packaged:complied" in {o.partition("=")[2] for o in config.objectives}:
-        name = next(o for o in config.objectives if o.endswith("=packaged:complied"))
+    if at is None:
+        limits.append(
+            "A preference is text that anyone can write: a user who may write messages may also "
+            "write a preference into them."
+        )
+    sources = [o.partition("=") for o in config.objectives]
+    complied = [n for n, _, s in sources if s.partition("?")[0] == "packaged:complied"]
+    if complied:
         limits.insert(
             0,
-            f"{name.partition('=')[0]} means that the answer does what was asked, harmful requests "
+            f"{complied[0]} means that the answer does what was asked, harmful requests "
             "included: with its weight high the model complies more readily than its base. A "
             "research model; do not deploy it.",
         )
@@ -244,15 +259,21 @@ def _limits(run: Path, config: Config) -> list[str]:
     return limits
 
 
+def _asked(config: Config) -> list[str]:
+    """List what the policy was trained on: prompts and answers."""
+    sources = [config.prompts.train, config.prompts.benign, config.ric.data]
+    if config.warmup.steps:
+        answers = [entry.partition("=")[2] for entry in config.warmup.answers]
+        sources += [config.warmup.prompts, config.warmup.benign, *answers]
+    own = ("own", "world")
+    return list(dict.fromkeys(s for s in sources if s and s.partition(":")[0] not in own))
+
+
 def _licences(config: Config, base: Origin) -> Iterator[tuple[str, str]]:
-    unknown = "look it up where it comes from; it is not known here"
-    yield f"base model ({base.about})", base.licence or unknown
-    sources = [o.partition("=")[2] for o in config.objectives]
-    sources += [config.prompts.train, config.prompts.benign, config.warmup.benign]
-    sources += [entry.partition("=")[2] for entry in config.warmup.answers]
-    for source in dict.fromkeys(s for s in sources if s):
+    unknown = "not known here; look it up where it comes from"
+    yield f"base model, {base.about}", base.licence or unknown
+    scorers = [o.partition("=")[2] for o in config.objectives if "=world:" not in o]
+    for source in dict.fromkeys([*scorers, *_asked(config)]):
         known = origin(source)
-        if known is not None:
-            yield f"`{source}`", f"{known.about}{': ' + known.licence if known.licence else ''}"
-        elif source.split(":")[0] not in ("own", "world"):
-            yield _source(source), unknown
+        name = _source(source) if known is None else f"`{source}`"
+        yield name, unknown if known is None else known.licence or known.about

@@ -52,14 +52,22 @@ def check_convertible(folder: Path) -> None:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"model_type={kind!r}: is written as GGUF for {known} alone; {other}")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type={rope['rope_type']!r}: is not written as GGUF here; {other}")
-    if config.get("use_sliding_window") or config.get("mlp_bias"):
-        raise ValueError(f"{kind} with a sliding window or biases in its MLP: {other}")
+    turned = rope.get("rope_type", rope.get("type", "default"))
+    if turned != "default":
+        raise ValueError(f"rope_type={turned!r}: is not written as GGUF here; {other}")
+    odd = ["use_sliding_window", "mlp_bias", *["attention_bias"] * (kind != "qwen2")]
+    for option in odd:
+        if config.get(option):
+            raise ValueError(f"{kind} with {option}: is not written as GGUF here; {other}")
     try:
-        _cut(_tokenizer(folder))
+        saved = _tokenizer(folder)
+        _cut(saved)
     except ValueError as error:
         raise ValueError(f"{error}; {other}") from None
+    last = max([*saved["model"]["vocab"].values(), *(t["id"] for t in saved["added_tokens"])])
+    size = config["vocab_size"]
+    if last >= size:
+        raise ValueError(f"vocab_size={size}: the tokenizer has a token {last}; resize the model")
 
 
 def write_gguf(folder: Path, file: Path, kind: str, about: dict[str, str]) -> None:

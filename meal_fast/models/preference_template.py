@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from decimal import Decimal
 
 from meal_fast.data.preferences import MARKS, Goals
 
-_BEGIN, _END = "{#- meal-fast: preference -#}", "{#- meal-fast: end -#}"
+_BEGIN, _END = (
+    "{#- meal-fast: preference -#}",
+    "{#- meal-fast: end +#}",
+)  # +: a space after it stays
 _OLDER = "{%- if preference is defined and preference -%}"  # how it began, and by what it ended
 _OLDER_END = "{%- endif -%}"
 
 # Every style: checks what is given, then puts its text at the end of the last user turn. Only what
-# llama.cpp's engine has too: no `round`, `//`, `**`, `1e-9`, and no digits in
-# `format`.
+# llama.cpp's engine has too: no `round`, `//`, `**`, `1e-9`, `\\u00e9`, and no digits in `format`.
+# No loop over `message['content']` itself: vLLM would take the whole template for one of parts.
 _TEMPLATE = """\
 {%- if preference is defined and preference is not none and preference != '' -%}
 {%- set names = @NAMES@ -%}
-{%- set said = namespace(text='', total=0.0, order=[], user=-1, content='', messages=[]) -%}
+{%- set said = namespace(text='', total=0.0, user=-1, content='', messages=[], parts=[]) -%}
 {%- if preference is string -%}
 {%- set said.text = preference -%}
 {%- elif preference is mapping -%}
@@ -61,7 +65,8 @@ _TEMPLATE = """\
 {%- if message['content'] is string -%}
 {%- set said.content = message['content'] -%}
 {%- else -%}
-{%- for part in message['content'] -%}
+{%- set said.parts = message['content'] -%}
+{%- for part in said.parts -%}
 {%- if part['type'] != 'text' -%}
 {{- raise_exception('preference: the last turn of the user must be text alone') -}}
 {%- endif -%}
@@ -76,15 +81,21 @@ _TEMPLATE = """\
 {%- endif -%}
 """
 
-# n, the whole number next to `value`; from the middle of two to the even one, as Python has it.
+# n, the whole number next to exact · times, which `value` is but for its rounding (`off`, by
+# Dekker's split); from the middle of two the even one: digits are Python's.
 _ROUND = """\
+{%- set value = exact * times -%}
 {%- set n = (value + 0.5) | int -%}
-{%- if n == value + 0.5 and n % 2 == 1 -%}{%- set n = n - 1 -%}{%- endif -%}"""
+{%- set head = exact * 134217729 - (exact * 134217729 - exact) -%}
+{%- set off = head * times - value + (exact - head) * times -%}
+{%- set tied = n - 0.5 == value and (off < 0 or (off == 0 and n % 2 == 1)) -%}
+{%- if n - 0.5 > value or tied -%}{%- set n = n - 1 -%}{%- endif -%}"""
 
 # [helpful=0.80 harmless=0.20]
 _NUMBERS = """\
 {%- for name in names -%}
-{%- set value = preference[name] * 100 -%}
+{%- set exact = preference[name] -%}
+{%- set times = 100 -%}
 @ROUND@
 {%- set digits = ((n - n % 100) / 100) | int ~ '.' ~ ((n % 100 - n % 10) / 10) | int ~ n % 10 -%}
 {%- set said.text = said.text ~ (' ' if said.text else '[') ~ name ~ '=' ~ digits -%}
@@ -115,22 +126,23 @@ _BAR = """
 {%- endfor -%}
 {%- set said.text = said.text ~ ' ' ~ bar.marks -%}"""
 
-# <rm1_score> 0.3 <rm2_score> -1.2: the rewards that stand for w, see `Goals`. The length of w by
-# Newton's steps, from above.
+# <rm1_score> 0.3 <rm2_score> -1.2: the rewards that stand for w, see `Goals`. The root, w's length,
+# by Newton's steps from above.
 _SCORES = """\
 {%- set low = @LO@ -%}
 {%- set high = @HI@ -%}
-{%- set norm = namespace(square=0.0, length=1.0) -%}
+{%- set norm = namespace(square=0.0, root=1.0) -%}
 {%- for name in names -%}
 {%- set norm.square = norm.square + preference[name] * preference[name] -%}
 {%- endfor -%}
 {%- for _ in range(12) -%}
-{%- set norm.length = (norm.length + norm.square / norm.length) / 2 -%}
+{%- set norm.root = (norm.root + norm.square / norm.root) / 2 -%}
 {%- endfor -%}
 {%- for name in names -%}
 {%- set i = loop.index0 -%}
-{%- set goal = preference[name] / norm.length * (high[i] - low[i]) + low[i] -%}
-{%- set value = (goal if goal > 0 else 0 - goal) * 10 -%}
+{%- set goal = preference[name] / norm.root * (high[i] - low[i]) + low[i] -%}
+{%- set exact = goal if goal > 0 else 0 - goal -%}
+{%- set times = 10 -%}
 @ROUND@
 {%- set sign = '-' if goal < 0 and n > 0 else '' -%}
 {%- set digits = sign ~ ((n - n % 10) / 10) | int ~ '.' ~ n % 10 -%}
@@ -156,12 +168,13 @@ def preference_template(
         if goals is None:
             said = "{{- raise_exception('preference: this policy takes its text alone') -}}"
         else:
-            said = said.replace("@LO@", repr(list(goals.lo))).replace("@HI@", repr(list(goals.hi)))
+            said = said.replace("@LO@", _digits(goals.lo)).replace("@HI@", _digits(goals.hi))
     else:
         said = _NUMBERS + (_BAR if style == "bar" else "")
     marks = [MARKS[i % len(MARKS)] for i in range(len(names))]
     whole = _TEMPLATE.replace("@SAID@", said).replace("@ROUND@", _ROUND)
-    whole = whole.replace("@NAMES@", json.dumps(list(names))).replace("@MARKS@", json.dumps(marks))
+    listed = json.dumps(list(names), ensure_ascii=False)
+    whole = whole.replace("@NAMES@", listed).replace("@MARKS@", json.dumps(marks))
     return _BEGIN + whole.replace("\n", "") + _END + template
 
 
@@ -170,3 +183,7 @@ def without_preference(template: str) -> str:
     if template.startswith(_BEGIN):
         return template.partition(_END)[2]
     return template.partition(_OLDER_END)[2] if template.startswith(_OLDER) else template
+
+
+def _digits(values: Sequence[float]) -> str:
+    return f"[{', '.join(format(Decimal(repr(x)), 'f') for x in values)}]"

@@ -70,7 +70,7 @@ def served_logits(run):
 def test_the_hub_s_folder_is_the_policy_and_says_a_preference(run, capsys):
     folder = exported(run, "hub") / "knob"
     out, err = capsys.readouterr()
-    assert out == f"{folder}\n" and err == f"to publish it: hf upload OWNER/knob {folder}\n"
+    assert out == f"{folder}\n" and err == f'to publish it: hf upload OWNER/knob "{folder}"\n'
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     ids, logits = logits_of(model, transformers.AutoTokenizer.from_pretrained(folder))
     own_ids, own = served_logits(run)
@@ -93,7 +93,7 @@ def test_the_adapter_makes_the_policy_of_its_base(run):
     assert ids == own_ids
     torch.testing.assert_close(logits, own, atol=1e-4, rtol=1e-4)
     card = (folder / "README.md").read_text()
-    assert 'PeftModel.from_pretrained(model, "knob-adapter")' in card
+    assert 'name = "knob-adapter"' in card and "PeftModel.from_pretrained(model, name)" in card
     assert '"owner/tiny"' in card and "library_name: peft" in card
 
 
@@ -126,7 +126,7 @@ def test_a_gguf_file_that_does_not_read_back_is_not_kept(tmp_path, capsys, monke
         exported(run, "gguf", "--type", "f32")
     assert stop.value.code == 2
     assert "read back it differs from the policy by" in capsys.readouterr().err
-    assert list((run / "export").iterdir()) == []
+    assert not (run / "export").exists()
 
 
 def test_the_card_has_the_front_the_objectives_and_nothing_of_the_machine(run, tmp_path):
@@ -157,11 +157,29 @@ def test_objectives_and_models_of_this_machine_go_by_their_last_name():
     assert _source("/home/me/rewards/kind?format=pair&path=/data/x") == "`kind?format=pair`"
     assert _source("./kind?device=cpu") == "`kind`"
     assert _source("owner/kind?logit=0") == "`owner/kind?logit=0`"
-    assert "did what was asked" in _source("packaged:complied")
+    assert _source("rewards/prompts.jsonl") == "`prompts.jsonl`"
+    assert "did what was asked" in _source("packaged:complied?device=cpu")
     assert base_name(tiny_config()) == "tiny"
     packaged = tiny_config(policy={"path": "packaged:smollm2-135m"})
     assert base_name(packaged) == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert base_name(tiny_config(policy={"path": "Qwen/Qwen2-0.5B"})) == "Qwen/Qwen2-0.5B"
+    # It may be a folder elsewhere: a hub's name is what the hub's cache has.
+    assert base_name(tiny_config(policy={"path": "models/mine"})) == "mine"
+
+
+def test_a_warning_about_harmful_requests_stays_whatever_keys_a_source_has(tmp_path):
+    from meal_fast.evaluation.model_card import model_card
+
+    changed = {
+        "objectives": ["asked=packaged:complied?device=cpu", "safe=packaged:harmless"],
+        "prompts": {"train": "packaged:safety"},
+        "warmup": {"answers": ["safe=packaged:refusals"], "benign": "packaged:benign"},
+    }
+    for steps, listed in ((0, False), (3, True)):
+        config = tiny_config(**changed | {"warmup": changed["warmup"] | {"steps": steps}})
+        card = model_card(tmp_path, config, "hub", title="a")
+        assert "asked means that the answer does what was asked, harmful requests included" in card
+        assert ("packaged:refusals" in card) is listed
+        assert "front.png" not in card and "not known here" in card  # the base model's licence
 
 
 def test_of_a_family_the_model_that_serves_a_preference_is_written(tmp_path, capsys):
@@ -185,7 +203,8 @@ def test_of_a_family_the_model_that_serves_a_preference_is_written(tmp_path, cap
             torch.testing.assert_close(model(ids).logits, own, atol=1e-4, rtol=1e-4)
     card = (folder / "README.md").read_text()
     assert 'recipe rewarded-soups serves at {"first": 0.8, "second": 0.2}' in card
-    assert "preference=" not in card
+    assert "preference=" not in card and "may also write a preference" not in card
+    assert "this model is what serves" in card
     assert not (folder / "saved").exists()
 
 
@@ -194,7 +213,9 @@ def test_of_a_family_the_model_that_serves_a_preference_is_written(tmp_path, cap
     [
         (["--to", "zip"], "invalid choice: 'zip'"),
         (["--to", "hub", "--w", "first=1,second=0"], "has one model for all preferences"),
-        (["--to", "hub", "--base", "a/b"], "is for --to adapter"),
+        (["--to", "hub", "--base", "/home/me/secret"], "is no hub name, OWNER/NAME"),
+        (["--to", "hub", "--base", ""], "is no hub name, OWNER/NAME"),
+        (["--to", "adapter", "--type", "f32"], "is for --to gguf"),
         (["--to", "gguf"], "a tokenizer that cuts text in a way that has no name in GGUF"),
     ],
 )
@@ -207,19 +228,26 @@ def test_bad_input_is_one_line_before_anything_is_written(run, tmp_path, capsys,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_there_and_a_run_that_is_none_are_refused(run, tmp_path, capsys):
+def test_a_folder_that_cannot_be_made_and_a_run_that_is_none_are_refused(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "keep.tmp").mkdir()
     for arguments, said in (
+        ([str(run), "--out", str(tmp_path / "file" / "a")], "cannot be made (File exists)"),
+        ([str(run), "--out", str(tmp_path / ("a" * 300))], "cannot be made (File name too long)"),
+        ([str(run), "--out", str(run / "policy" / "a")], "lies in the policy itself"),
         ([str(run), "--to", "hub", "--out", str(tmp_path)], "exists; name another folder"),
         ([str(tmp_path), "--to", "hub"], "no config.json"),
     ):
         with pytest.raises(SystemExit) as stop:
             export.main(arguments)
         assert stop.value.code == 2 and said in capsys.readouterr().err
+    export.main([str(run), "--out", str(tmp_path / "keep")])
+    assert (tmp_path / "keep.tmp").is_dir()  # somebody else's
 
 
 def test_full_parameters_have_no_adapter_and_a_guide_no_single_model(tmp_path, capsys):
     for changes, to, said in (
-        ({"policy": {"tuning": "full"}}, "adapter", "trained no adapter"),
+        ({"policy": {"tuning": "full"}}, "adapter", "no adapter in policy/"),
         ({"recipe": "parm", "policy": {"tuning": "bilinear"}}, "hub", "serve the run"),
     ):
         run = tmp_path / to

@@ -9,7 +9,7 @@ from transformers.models.llama import LlamaConfig
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen3 import Qwen3Config
 
-from meal_fast.data.preferences import lattice, preference_text
+from meal_fast.data.preferences import Goals, lattice, preference_text
 from meal_fast.models.gguf_file import _QWEN2
 from meal_fast.models.preference_template import preference_template
 
@@ -61,20 +61,21 @@ def tokenizer(cut: str) -> PreTrainedTokenizerFast:
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",
         unk_token="<|endoftext|>",
-        chat_template=preference_template(TEMPLATE, NAMES, "bar"),
     )
 
 
-def saved(folder: Path, kind: str, cut: str, **changes) -> Path:
+def saved(folder: Path, kind: str, cut: str, style: str = "bar", names=NAMES, **changes) -> Path:
     """Writes a random model with its tokenizer, as `save_policy` writes one."""
     words = tokenizer(cut)
+    goals = Goals((-1.25, 1e-5), (2.0, 0.9)) if style == "scores" else None
+    words.chat_template = preference_template(TEMPLATE, names, style, goals)
     config, own = KINDS[kind]
     settings = config(vocab_size=len(words), eos_token_id=2, **SHAPE, **own, **changes)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(settings)
         for parameter in model.parameters():
-            parameter.data.normal_(0.0, 0.3 if parameter.dim() > 1 else 1.0)
+            parameter.data.normal_(0.0, 0.3 if parameter.dim() > 1 else 1.0)  # biases too
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return folder

@@ -75,7 +75,17 @@ def test_what_this_cannot_write_is_refused_with_who_can(tmp_path):
     assert "gemma3" in changed("config.json", lambda c: c.update(model_type="gemma3"))
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
     assert "'yarn'" in changed("config.json", lambda c: c.update(rope_parameters=yarn))
-    assert "sliding" in changed("config.json", lambda c: c.update(use_sliding_window=True))
+    older = {"type": "linear", "factor": 4.0}
+    assert "'linear'" in changed(
+        "config.json", lambda c: (c.pop("rope_parameters"), c.update(rope_scaling=older))
+    )
+    for odd in ("use_sliding_window", "attention_bias", "mlp_bias"):
+        assert odd in changed("config.json", lambda c, odd=odd: c.update({odd: True}))
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"vocab_size": 7}))
+    with pytest.raises(ValueError, match="has a token"):
+        check_convertible(folder)
+    (folder / "config.json").write_text(json.dumps(values))
     words = "tokenizer.json"
     assert "not byte-level" in changed(words, lambda t: t["model"].update(byte_fallback=True))
     cut = {"type": "Split", "pattern": {"Regex": "a|b"}, "behavior": "Isolated", "invert": False}
@@ -112,13 +122,18 @@ os._exit(0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="xllamacpp is installed on Linux alone")
-def test_llama_cpp_answers_as_transformers_does(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "cut", "style"),
+    [("llama", "smollm", "bar"), ("qwen2", "qwen2", "scores"), ("qwen3", "gpt-2", "numbers")],
+)
+def test_llama_cpp_answers_as_transformers_does(tmp_path, kind, cut, style):
     pytest.importorskip("xllamacpp")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = saved(tmp_path / "policy", "llama", "smollm")
+    names = ("helpful", "sûr")
+    folder = saved(tmp_path / "policy", kind, cut, style, names)
     write_gguf(folder, tmp_path / "a.gguf", "f32", {})
-    given = [{"helpful": w, "harmless": 1 - w} for w in (1.0, 0.75, 0.1)]
+    given = [dict(zip(names, (w, 1 - w), strict=True)) for w in (1.0, 0.75, 0.1)]
     command = [sys.executable, "-c", _ASK, str(tmp_path / "a.gguf")]
     done = subprocess.run(
         [*command, json.dumps([*given, {"helpful": 1.0}, [1.0, 0.0]])],

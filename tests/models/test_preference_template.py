@@ -41,7 +41,7 @@ def said_by_hand(tokenizer, text):
 
 def sweeps():
     rng = random.Random(0)
-    for k, points in ((2, 11), (2, 5), (2, 28), (3, 11), (3, 7)):
+    for k, points in ((2, 11), (2, 5), (2, 41), (2, 1001), (3, 11), (3, 41)):
         yield from lattice(k, points)
     for k in (2, 3):
         for _ in range(40):
@@ -114,6 +114,29 @@ def test_what_is_neither_is_refused_in_a_line(tokenizer, preference, said):
     assert "\n" not in str(refused.value)
 
 
+def test_vllm_still_takes_it_for_a_template_of_texts():
+    """vLLM gives a template lists of parts if it loops over a message's content [read, not run]."""
+    from jinja2 import Environment, nodes
+
+    whole = preference_template("{{ messages[0]['content'] }}", NAMES, "bar")
+    for loop in Environment().parse(whole).find_all(nodes.For):
+        if isinstance(loop.iter, nodes.Getitem | nodes.Getattr):
+            said = loop.iter.attr if isinstance(loop.iter, nodes.Getattr) else loop.iter.arg.value
+            assert said != "content"
+
+
+@pytest.mark.parametrize("base", ["\n{{ messages[0]['content'] }}", "  {{ 1 }}\n"])
+def test_what_a_base_template_begins_with_stays(base):
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    asked = {"messages": [{"role": "user", "content": "Hi"}]}
+    plain = environment.from_string(base).render(**asked)
+    whole = preference_template(base, NAMES, "bar")
+    assert environment.from_string(whole).render(**asked) == plain
+    assert without_preference(whole) == base
+
+
 def test_images_and_a_conversation_without_a_user_are_refused(tokenizer):
     w = {"helpful": 1.0, "harmless": 0.0}
     picture = [{"role": "user", "content": [{"type": "image", "url": "a.png"}]}]
@@ -126,7 +149,7 @@ def test_images_and_a_conversation_without_a_user_are_refused(tokenizer):
 def test_a_policy_that_was_trained_on_has_one_preference_and_names_need_no_care(tokenizer):
     plain = tokenizer.chat_template
     first = preference_template(plain, NAMES[:2], "bar")
-    odd = ("it's {{ 1 }}", 'a "b" %} c')
+    odd = ("it's {{ 1 }} é", 'a "b" %} c 🙂')
     again = preference_template(first, odd, "numbers")
     assert without_preference(again) == without_preference(first) == plain
     said = applied(tokenizer, ASKED, dict(zip(odd, (0.5, 0.5), strict=True)), odd, "numbers")

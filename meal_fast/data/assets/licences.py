@@ -51,6 +51,6 @@ ORIGINS = {
 
 
 def origin(source: str) -> Origin | None:
-    """Tell where `packaged:NAME` comes from; None for what is not packaged."""
-    kind, _, name = source.partition(":")
+    """Tell where `packaged:NAME`, with keys or without, comes from; None for any other source."""
+    kind, _, name = source.partition("?")[0].partition(":")
     return ORIGINS.get(name) if kind == "packaged" else None
