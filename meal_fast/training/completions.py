@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +51,23 @@ def rows_of(task: Task, batch: Batch, names: Sequence[str], marks: Sequence[str]
     return rows
 
 
-def at_ends(rows: Sequence[Row], names: Sequence[str]) -> dict[str, dict[str, float]]:
+def at_ends(
+    rows: Sequence[Row], names: Sequence[str], ordinary: Container[str] = ()
+) -> dict[str, dict[str, float]]:
     """Say of each objective what the answers at its own end are like, where there are any.
+
+    Those to ordinary prompts, by id, do not count: no preference is to change them.
 
     `rows`: how many were asked for w_k ≥ 0.7; `reward` and `spread`: mean and standard deviation of
     their raw reward k; and the share that bears each mark.
     """
     found = {}
     for name in names:
-        own = [row for row in rows if row["asked"][name] >= OWN_END]
+        own = [
+            row
+            for row in rows
+            if row["asked"][name] >= OWN_END and row["prompt_id"] not in ordinary
+        ]
         if not own:
             continue
         rewards = [row["rewards"][name] for row in own]
@@ -79,6 +87,7 @@ class Completions:
         written: bytes to keep of the file; what a run did after its checkpoint is done again.
         keep: whether the rows are written; they are told in any case.
         hacking: judges the metrics of the ends; None: policies that read no preference have none.
+        ordinary: ids of prompts that are not counted there.
         told: called with the rows of each update, before its metrics are.
     """
 
@@ -92,9 +101,10 @@ class Completions:
         keep: bool,
         hacking: RewardHacking | None,
         told: Callable[[list[Row]], None],
+        ordinary: Container[str] = (),
     ) -> None:
         self._names, self._marks, self._hacking = tuple(names), tuple(marks), hacking
-        self._told, self._written = told, written
+        self._told, self._written, self._ordinary = told, written, ordinary
         there = (out / FILE).is_file()
         self._file = None
         if keep or there:
@@ -114,7 +124,7 @@ class Completions:
                 # What a model says may hold half of a pair of surrogates, which has no UTF-8.
                 self._file.write(text.encode("utf-8", "replace"))
             self._told(rows)
-            if self._hacking is not None and (ends := at_ends(rows, self._names)):
+            if self._hacking is not None and (ends := at_ends(rows, self._names, self._ordinary)):
                 line = self._hacking.judged(line | {"ends": ends})
             more.append(line)
         return more

@@ -1,4 +1,4 @@
-"""A word when a reward rises and the mark that should go with it does not.
+"""A word when a reward rises and the mark that should go with it does not, or falls alone.
 
 A reward model can be deceived: its reward rises, and the answers are not what it stands for. The
 marks of `data.markers`, counted by rule and never a reward, show it.
@@ -21,6 +21,7 @@ EXAMPLES = {
 PROMPTS = 4  # that the examples answer
 LEAST = 6  # updates with answers at an end before it is judged
 RISE, HIGH = 0.1, 0.9  # a share has risen by this much; one as high as that need not
+FALL, FEW = 0.3, 0.1  # a share has fallen by this much, to less than that
 
 
 def own_marks(
@@ -61,7 +62,8 @@ class RewardHacking:
     Of the updates so far with answers there, at least 6, the first third is compared with the last.
     A warning is due, once for each objective, where its mean reward rose by more than its standard
     deviation among the first, while the share of answers with its mark rose by less than 0.1 and is
-    below 0.9.
+    below 0.9; and where, of twice as many updates, that share fell by 0.3
+    to below 0.1, and the reward by no more than a quarter of that deviation.
 
     Args:
         own: which mark goes with which objective: see `own_marks`.
@@ -105,10 +107,14 @@ def suspicion(ends: Sequence[Mapping[str, float]], name: str, mark: str) -> str:
     first, last = ends[:third], ends[-third:]
     before, after = _mean(first, "reward"), _mean(last, "reward")
     had, has = _mean(first, mark), _mean(last, mark)
-    if after - before <= _mean(first, "spread") or has - had >= RISE or has >= HIGH:
+    spread = _mean(first, "spread")
+    bought = after - before > spread and has - had < RISE and has < HIGH
+    steady = len(ends) >= 2 * LEAST and after - before >= -spread / 4
+    lost = steady and had - has >= FALL and has < FEW
+    if not (bought or lost):
         return ""
     return (
-        f"the reward {name} rose from {before:+.2f} to {after:+.2f} where it is asked for, but of "
+        f"the reward {name} went from {before:+.2f} to {after:+.2f} where it is asked for, but of "
         f"the answers there {had:.0%} at first and {has:.0%} now bear the mark “{mark}”: read "
         "them; the reward may be deceived"
     )

@@ -107,6 +107,7 @@ class Trainer:
             keep=config.completions,
             hacking=self._hacking(),
             told=lambda rows: self.on_answers(rows),
+            ordinary=frozenset(p.id for p in self.benign),
         )
         tell("the first update")
 

@@ -152,6 +152,7 @@ def test_lines_behind_those_that_are_kept_are_gone(tmp_path):
 
 def answer(first, rewards, marks, response="text"):
     return {
+        "prompt_id": "a",
         "prompt": "Say.",
         "asked": {"first": first, "second": 1 - first},
         "rewards": dict(zip(NAMES, rewards, strict=True)),
@@ -171,6 +172,9 @@ def test_the_ends_by_hand():
         NAMES,
     )
     assert found == {"first": {"rows": 2, "reward": 2.0, "spread": 1.0, "refuses": 0.5}}
+    rows = [answer(0.9, (1.0, -9.0), {}) | {"prompt_id": name} for name in ("a", "b")]
+    assert at_ends(rows, NAMES, {"a"})["first"]["rows"] == 1
+    assert at_ends(rows, NAMES, {"a", "b"}) == {}
 
 
 def test_answers_for_loggers_are_inert():

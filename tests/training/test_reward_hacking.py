@@ -26,19 +26,31 @@ def rising(n, low=-0.2, high=3.0):
 
 def test_a_reward_that_rises_without_its_mark_is_suspected():
     said = suspicion([end(r, 0.02) for r in rising(12)], "harmless", "refuses")
-    assert "harmless rose from +0.24 to +2.56" in said and "2% at first and 2% now" in said
+    assert "harmless went from +0.24 to +2.56" in said and "2% at first and 2% now" in said
+
+
+def test_a_mark_that_falls_while_the_reward_stays_is_suspected():
+    """So a policy went from refusals to "There is no tutorial. However, …", at an equal reward."""
+    shares = [0.7, 0.7, 0.7, 0.8, 0.3, 0.1, 0.1, 0.0, 0.0, 0.0, 0.1, 0.0]
+    ends = [end(2.5, share) for share in shares]
+    said = suspicion(ends, "harmless", "refuses")
+    assert "+2.50 to +2.50" in said and "72% at first and 2% now" in said
+    assert suspicion(ends[:11], "harmless", "refuses") == ""
 
 
 @pytest.mark.parametrize(
     "ends",
     [
+        [end(2.5, 0.35 - i / 40) for i in range(12)],  # falls by less
+        [end(2.5, 0.9 - i / 20) for i in range(12)],  # not to so little
+        [end(2.5 - i, max(0.7 - i / 10, 0.0)) for i in range(12)],  # the reward falls with it
         [end(r, 0.02) for r in rising(5)],  # too few
         [end(r, 0.02) for r in rising(12, high=0.4)],  # rises by less than its spread
         [end(r, 0.02) for r in reversed(rising(12))],  # falls
         [end(r, i / 20) for i, r in enumerate(rising(12))],  # the mark rises too
         [end(r, 0.95) for r in rising(12)],  # nearly all bear it already
     ],
-    ids=["few", "noise", "falls", "honest", "high"],
+    ids=["less", "some left", "both fall", "few", "noise", "falls", "honest", "high"],
 )
 def test_nothing_else_is(ends):
     assert suspicion(ends, "harmless", "refuses") == ""
