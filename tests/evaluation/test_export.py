@@ -154,7 +154,7 @@ def test_the_card_has_the_front_the_objectives_and_nothing_of_the_machine(run, t
 def test_objectives_and_models_of_this_machine_go_by_their_last_name():
     from meal_fast.evaluation.model_card import _source, base_name
 
-    assert _source("/home/me/rewards/kind?format=pair&path=/data/x") == "`kind?format=pair`"
+    assert _source("/srv/rewards/kind?format=pair&path=/data/x") == "`kind?format=pair`"
     assert _source("./kind?device=cpu") == "`kind`"
     assert _source("owner/kind?logit=0") == "`owner/kind?logit=0`"
     assert _source("rewards/prompts.jsonl") == "`prompts.jsonl`"
@@ -213,7 +213,7 @@ def test_of_a_family_the_model_that_serves_a_preference_is_written(tmp_path, cap
     [
         (["--to", "zip"], "invalid choice: 'zip'"),
         (["--to", "hub", "--w", "first=1,second=0"], "has one model for all preferences"),
-        (["--to", "hub", "--base", "/home/me/secret"], "is no hub name, OWNER/NAME"),
+        (["--to", "hub", "--base", "/srv/secret"], "is no hub name, OWNER/NAME"),
         (["--to", "hub", "--base", ""], "is no hub name, OWNER/NAME"),
         (["--to", "adapter", "--type", "f32"], "is for --to gguf"),
         (["--to", "gguf"], "a tokenizer that cuts text in a way that has no name in GGUF"),
