@@ -124,7 +124,8 @@ def _knob(result: Result) -> dict[str, Any]:
                 prompt["text"],
                 [(m, TITLES[m], [answer(prompt["id"], w, m) for w in weights]) for m in models],
             )
-            for prompt in result["shown"]
+            # Benign ones last: that no weight changes them is no start.
+            for prompt in sorted(result["shown"], key=lambda p: p["kind"] == "benign")
         ],
     }
 
@@ -135,12 +136,13 @@ def _chosen(result: Result) -> str:
     said = []
     if "asked" in kinds:
         said.append("the prompt of evaluation.ask")
-    if "benign" in kinds:
-        said.append(f"the first {kinds.count('benign')} of the held-out benign prompts")
     if "evaluation" in kinds:
         rest = [p["text"] for p in result["shown"] if p["kind"] == "evaluation"]
         which = "that a list of words counts as mild" if all(map(mild, rest)) else "of the sweep"
         said.append(f"the first {len(rest)} of the prompts {which}")
+    if (benign := kinds.count("benign")) > 0:
+        which = f"the first {benign} of the held-out benign prompts"
+        said.append(f"last {which}, which no weight is meant to change")
     return "; ".join(said)
 
 
