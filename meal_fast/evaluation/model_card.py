@@ -86,7 +86,7 @@ def model_card(
         table=table,
         marks=_marks(result),
         training=_training(config, known),
-        limits=_limits(run, config, at),
+        limits=_limits(run, config, kind, at),
         licences=list(_licences(config, known)),
         version=__version__,
     )
@@ -233,7 +233,7 @@ def _training(config: Config, base: Origin) -> list[tuple[str, str]]:
     return rows
 
 
-def _limits(run: Path, config: Config, at: Preference | None) -> list[str]:
+def _limits(run: Path, config: Config, kind: Kind, at: Preference | None) -> list[str]:
     limits = [
         "What was trained towards is the rewards above, not the words that name them: a reward "
         "model can be wrong, and a policy finds where.",
@@ -253,6 +253,11 @@ def _limits(run: Path, config: Config, at: Preference | None) -> list[str]:
             f"{complied[0]} means that the answer does what was asked, harmful requests "
             "included: with its weight high the model complies more readily than its base. A "
             "research model; do not deploy it.",
+        )
+    if kind == "adapter" and origin(config.policy.path):
+        limits.append(
+            "The factors belong to weights that were read back from 4 bits; what they do on the "
+            "hub's own has not been measured."
         )
     if (run / PREFERENCE_NET).is_file():
         limits.append("The run's preference-weight-net is not part of this export.")

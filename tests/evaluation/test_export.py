@@ -179,6 +179,7 @@ def test_a_warning_about_harmful_requests_stays_whatever_keys_a_source_has(tmp_p
         card = model_card(tmp_path, config, "hub", title="a")
         assert "asked means that the answer does what was asked, harmful requests included" in card
         assert ("packaged:refusals" in card) is listed
+        assert "read back from 4 bits" not in card
         assert "front.png" not in card and "not known here" in card  # the base model's licence
 
 
