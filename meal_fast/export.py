@@ -158,7 +158,7 @@ def _convert(policy: Path, file: Path, kind: str, name: str, config: Config) -> 
     from meal_fast.models.gguf_file import LARGEST_KL, difference, write_gguf
 
     whole = file.parent / "whole"
-    copy_model(policy, whole)
+    copy_model(policy, whole, linked=True)
     write_gguf(whole, file, kind, {"name": name, "finetune": config.recipe})
     kl = difference(whole, file)
     shutil.rmtree(whole)

@@ -28,8 +28,7 @@ def save_policy(policy: Policy, folder: Path) -> None:
     LoRA: the merged weights, and the factors in `adapter/`, PEFT's own format. A guide: merged at
     equal weights, and its factors in `guide.safetensors`. The tokenizer's chat template takes
     `preference`, the text `policy.said(w)` or a mapping of the objectives to numbers, unless the
-    style is none. The folder appears at once, complete, or
-    not at all.
+    style is none. The folder appears at once, complete, or not at all.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -51,11 +50,21 @@ def save_policy(policy: Policy, folder: Path) -> None:
         temporary.rename(folder)
 
 
-def copy_model(policy: Path, folder: Path) -> None:
-    """Copy the model that is saved in `policy` into `folder`, without its factors."""
-    ignored = shutil.ignore_patterns(ADAPTER, GUIDE)
-    shutil.copytree(policy, folder, dirs_exist_ok=True, ignore=ignored)
+def copy_model(policy: Path, folder: Path, *, linked: bool = False) -> None:
+    """Copy the model that is saved in `policy` into `folder`, without its factors.
+
+    linked: its weights, which are large, are links, for a folder that is only to be read.
+    """
+    ignored, copied = shutil.ignore_patterns(ADAPTER, GUIDE), _linked if linked else shutil.copy2
+    shutil.copytree(policy, folder, dirs_exist_ok=True, ignore=ignored, copy_function=copied)
     _save_tokenizer(_tokenizer(policy), folder)
+
+
+def _linked(source: str, to: str) -> None:
+    if source.endswith(".safetensors"):
+        Path(to).symlink_to(Path(source).resolve())
+    else:
+        shutil.copy2(source, to)
 
 
 def copy_adapter(policy: Path, folder: Path, base: str) -> None:

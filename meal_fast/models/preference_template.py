@@ -12,15 +12,13 @@ from decimal import Decimal
 
 from meal_fast.data.preferences import MARKS, Goals
 
-_BEGIN, _END = (
-    "{#- meal-fast: preference -#}",
-    "{#- meal-fast: end +#}",
-)  # +: a space after it stays
+_BEGIN = "{#- meal-fast: preference -#}"
+_END = "{#- meal-fast: end +#}"  # +: a space or a line's end after it stays
 _OLDER = "{%- if preference is defined and preference -%}"  # how it began, and by what it ended
 _OLDER_END = "{%- endif -%}"
 
 # Every style: checks what is given, then puts its text at the end of the last user turn. Only what
-# llama.cpp's engine has too: no `round`, `//`, `**`, `1e-9`, `\\u00e9`, and no digits in `format`.
+# llama.cpp's engine has too: no `round`, `//`, `**`, `1e-9`, `\u00e9`, and no digits in `format`.
 # No loop over `message['content']` itself: vLLM would take the whole template for one of parts.
 _TEMPLATE = """\
 {%- if preference is defined and preference is not none and preference != '' -%}

@@ -62,8 +62,8 @@ class RewardHacking:
     Of the updates so far with answers there, at least 6, the first third is compared with the last.
     A warning is due, once for each objective, where its mean reward rose by more than its standard
     deviation among the first, while the share of answers with its mark rose by less than 0.1 and is
-    below 0.9; and where, of twice as many updates, that share fell by 0.3
-    to below 0.1, and the reward by no more than a quarter of that deviation.
+    below 0.9; and where, of twice as many updates, that share fell by 0.3 to below 0.1, and the
+    reward by no more than a quarter of that deviation [R].
 
     Args:
         own: which mark goes with which objective: see `own_marks`.

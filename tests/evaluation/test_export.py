@@ -9,14 +9,10 @@ import yaml
 
 from meal_fast import export, train
 from meal_fast.config.run_dir import read_config
-from meal_fast.data.objectives import load_objectives
 from meal_fast.data.preferences import preference_text
-from meal_fast.data.prompts import load_prompts
-from meal_fast.data.reward_statistics import Normalizer
-from meal_fast.evaluation.evaluator import evaluate
 from meal_fast.models.model_soup import load_served
 from tests.helpers.bpe_model import saved
-from tests.helpers.run_folder import build_run, tiny_config
+from tests.helpers.run_folder import build_run, evaluated, tiny_config
 
 transformers = pytest.importorskip("transformers")
 ASKED = [{"role": "user", "content": "Write a short word."}]
@@ -33,15 +29,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "knob"
     config = tiny_config(evaluation={"marks": ["refuses", "both"]})
     policy = build_run(folder, config, scale=0.3)
-    result = evaluate(
-        policy,
-        load_objectives(config.objectives, torch.device("cpu")),
-        Normalizer.fit(torch.eye(2), "max"),
-        (1.1, 1.1),
-        0.1,
-        load_prompts(str(folder / "prompts.txt"), "evaluation", whole=True),
-        config,
-    )
+    result = evaluated(folder, config, policy)
     (folder / "evaluation.json").write_text(json.dumps(result))
     (folder / "front.png").write_bytes(b"a picture")
     return folder

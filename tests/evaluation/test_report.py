@@ -8,19 +8,15 @@ import json
 import re
 
 import pytest
-import torch
 from markupsafe import escape
 
 from meal_fast import report as command
-from meal_fast.data.objectives import load_objectives
 from meal_fast.data.prompts import load_prompts
-from meal_fast.data.reward_statistics import Normalizer
 from meal_fast.evaluation import report
-from meal_fast.evaluation.evaluator import evaluate
 from meal_fast.evaluation.html_page import TEMPLATES
 from meal_fast.evaluation.verdict import verdict
 from meal_fast.evaluation.wording import interval, signed
-from tests.helpers.run_folder import build_run, tiny_config
+from tests.helpers.run_folder import build_run, evaluated, tiny_config
 
 NASTY = '<script>alert("1")</script> & <img src=https://example.org/x.png>'
 
@@ -30,16 +26,8 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "tiny <b>"
     config = tiny_config(evaluation={"marks": ["refuses", "both"], "ask": "Write a word."})
     policy = build_run(folder, config)
-    result = evaluate(
-        policy,
-        load_objectives(config.objectives, torch.device("cpu")),
-        Normalizer.fit(torch.eye(2), "max"),
-        (1.1, 1.1),
-        0.1,
-        load_prompts(str(folder / "prompts.txt"), "evaluation", whole=True),
-        config,
-        benign=load_prompts("world:tiny", "train")[:3],
-    )
+    benign = load_prompts("world:tiny", "train")[:3]
+    result = evaluated(folder, config, policy, benign=benign)
     result["shown"][0]["text"] = NASTY
     result["answers"][0]["text"] = NASTY
     (folder / "evaluation.json").write_text(json.dumps(result))

@@ -7,8 +7,11 @@ from typing import Any
 import torch
 
 from meal_fast.config.config import Config, from_dict, to_dict
+from meal_fast.data.objectives import load_objectives
+from meal_fast.data.prompts import load_prompts
 from meal_fast.data.reward_statistics import Normalizer
 from meal_fast.data.toy import world_prompts
+from meal_fast.evaluation.evaluator import evaluate
 from meal_fast.models.policy import Policy, load_policy
 
 NAMES = ("first", "second")
@@ -69,3 +72,17 @@ def build_run(run: Path, config: Config, *, scale: float = 0.1) -> Policy:
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(u) + "\n" for u in updates))
     return policy
+
+
+def evaluated(run: Path, config: Config, policy: Policy, **more: Any) -> dict[str, Any]:
+    """Evaluates a built run on its held-out prompts."""
+    return evaluate(
+        policy,
+        load_objectives(config.objectives, torch.device("cpu")),
+        Normalizer.fit(torch.eye(2), "max"),
+        (1.1, 1.1),
+        0.1,
+        load_prompts(str(run / "prompts.txt"), "evaluation", whole=True),
+        config,
+        **more,
+    )

@@ -11,6 +11,7 @@ import gguf
 import torch
 from safetensors.torch import load_file, save_file
 
+from meal_fast.export import TYPES
 from meal_fast.models.gguf_file import LARGEST_KL, check_convertible, difference, write_gguf
 from tests.helpers.bpe_model import KINDS, saved
 
@@ -26,6 +27,10 @@ def test_what_is_read_back_is_the_policy(tmp_path, kind, cut):
     assert fields["general.name"].contents() == "a knob"
     assert fields["tokenizer.ggml.pre"].contents() == cut
     assert fields["tokenizer.ggml.eos_token_id"].contents() == 2
+
+
+def test_the_command_offers_these_types():
+    assert list(TYPES) == list(LARGEST_KL)
 
 
 @pytest.mark.parametrize("kind", LARGEST_KL)
