@@ -54,14 +54,36 @@ def values_are_checked(tensor: Tensor, check: bool | None = None) -> bool:
     return bool(check) or tensor.device.type == "cpu"
 
 
-def targets_in_range(target: Tensor, live: Tensor, vocabulary: int) -> None:
-    """Require that every live target is a column of the head (CPU only: reads the values)."""
-    bad = live & ((target < 0) | (target >= vocabulary))
+def targets_in_range(target: Tensor, live: Tensor | None, vocabulary: int) -> None:
+    """Require that every live target is a column of the head (CPU only: reads the values).
+
+    live: None where the op counts every token, so that no mask can be advised.
+    """
+    bad = (target < 0) | (target >= vocabulary)
+    remedy = "mask it or give ignore_index"
+    if live is None:
+        remedy = "no token is left out here: pick those that count, target[target >= 0], beforehand"
+    else:
+        bad &= live
     if bool(bad.any()):
         row = int(bad.nonzero()[0, 0])
         raise ValueError(
-            f"target: row {row} is {int(target[row])}, outside [0, {vocabulary}); "
-            "mask it or give ignore_index"
+            f"target: row {row} is {int(target[row])}, outside [0, {vocabulary}); {remedy}"
+        )
+
+
+def finite_where(argument: str, values: Tensor, live: Tensor | None, remedy: str) -> None:
+    """Require finite values where `live` (None: everywhere); CPU only: reads them.
+
+    live: of the values' shape, or with more dimensions behind it.
+    """
+    bad = ~values.isfinite()
+    if live is not None and bool(bad.any()):
+        bad &= live if live.dim() == bad.dim() else live.any(-1)
+    if bool(bad.any()):
+        row = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"{argument}: row {', '.join(map(str, row))} is {values[tuple(row)].item()}; {remedy}"
         )
 
 

@@ -130,7 +130,7 @@ def _linear_logprob(
     chosen = choose(op, "triton" if fused else impl, hidden, weight)
     flat = target.reshape(-1)
     if flat.device.type == "cpu":
-        checks.targets_in_range(flat, torch.ones_like(flat, dtype=torch.bool), weight.shape[0])
+        checks.targets_in_range(flat, None, weight.shape[0])
     source = None
     if head is not None:
         source = LinearSource(*head, read, dtype)

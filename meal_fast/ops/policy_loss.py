@@ -84,7 +84,8 @@ def policy_loss_from_logp(
         ``clip_fraction``, ``kl`` (when there is a reference), ``entropy`` (when given).
 
     Raises:
-        ValueError: bad shapes or options.
+        ValueError: bad shapes or options; on the CPU also a live token whose advantage or
+            importance_weight is not finite.
     """
     options = LossOptions(beta, kl, clip, level, reduce, normalizer)
     inputs = Inputs(advantage, old_logp, ref_logp, sequence, importance_weight, mask)
@@ -288,6 +289,14 @@ class Inputs:
             return replace(options, normalizer=max(1, like.numel()))
         return options
 
+    def check_finite(self, live: Tensor | None) -> None:
+        """Raise ValueError, on the CPU, for a live token whose constants are not finite."""
+        remedy = "it would make the whole loss NaN: mask its tokens, or mend what made it"
+        for name in ("advantage", "importance_weight"):
+            values: Tensor | None = getattr(self, name)
+            if values is not None and values.device.type == "cpu":
+                checks.finite_where(name, values.detach(), live, remedy)
+
     def tokens(
         self,
         like: Tensor,
@@ -311,6 +320,7 @@ class Inputs:
                 checks.targets_in_range(like.reshape(-1), live.reshape(-1), vocabulary)
         elif live is None:
             live = torch.ones(shape, dtype=torch.bool, device=like.device)
+        self.check_finite(live)
         given = (
             live.reshape(-1),
             advantage.reshape(-1),
@@ -358,6 +368,7 @@ def _in_triton(
     def flat(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.detach().reshape(-1).contiguous()
 
+    inputs.check_finite(None if inputs.mask is None else inputs.mask.bool())
     coefficient, total = None, options.normalizer
     if options.reduce == "grpo":
         coefficient, sequences = fused.of_sequences(logp, inputs.sequence, inputs.mask)

@@ -1,5 +1,7 @@
 """What the ops with a head spend: products, rows, memory; empty input; messages for bad input."""
 
+import math
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -145,3 +147,44 @@ def test_bad_input_is_named(change, message):
     } | change
     with pytest.raises(ValueError, match=message):
         ops.linear_policy_loss(**given)
+
+
+@pytest.mark.reliability("message", "an advantage or importance weight that is not finite")
+@pytest.mark.parametrize("name", ["advantage", "importance_weight"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("shape", [(4,), (2, 2)])
+def test_a_constant_that_is_not_finite_is_named_with_its_row(name, bad, shape):
+    hidden, weight = torch.randn(*shape, 3), torch.randn(5, 3)
+    target = torch.tensor([0, 1, -100, 2]).reshape(shape)
+    values = {"advantage": torch.ones(shape), name: torch.ones(shape)}
+    values[name].view(-1)[3] = bad
+    row = "3" if len(shape) == 1 else "1, 1"
+    of_linear, of_logits = (hidden, weight, target), (hidden @ weight.T, target)
+    for loss, given in ((ops.linear_policy_loss, of_linear), (ops.policy_loss, of_logits)):
+        with pytest.raises(ValueError, match=f"{name}: row {row} is {bad}; .*mask its tokens"):
+            loss(*given, **values)
+    with pytest.raises(ValueError, match=f"{name}: row {row} is {bad}"):
+        ops.policy_loss_from_logp(torch.zeros(shape), **values)
+    values[name].view(-1)[2] = bad
+    values[name].view(-1)[3] = 1.0  # now the token that ignore_index leaves out has it
+    for loss, given in ((ops.linear_policy_loss, of_linear), (ops.policy_loss, of_logits)):
+        assert loss(*given, **values)[0].isfinite()
+
+
+@pytest.mark.reliability("message", "a row's advantage that is not finite, of padded rows")
+def test_a_row_without_live_tokens_may_have_any_advantage():
+    logp, mask = torch.zeros(2, 3), torch.tensor([[True] * 3, [False] * 3])
+    advantage = torch.tensor([1.0, math.nan])
+    assert ops.policy_loss_from_logp(logp, advantage, mask=mask)[0].isfinite()
+    with pytest.raises(ValueError, match="advantage: row 1 is nan"):
+        ops.policy_loss_from_logp(logp, advantage)
+
+
+@pytest.mark.reliability("message", "a target of -100 where no token can be left out")
+def test_linear_logprob_advises_what_it_has():
+    hidden, weight, target = torch.randn(2, 3), torch.randn(5, 3), torch.tensor([1, -100])
+    with pytest.raises(ValueError, match="row 1 is -100.*pick those that count") as error:
+        ops.linear_logprob(hidden, weight, target)
+    assert "ignore_index" not in str(error.value)
+    live = target >= 0
+    assert ops.linear_logprob(hidden[live], weight, target[live])[0].isfinite().all()
