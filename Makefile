@@ -7,7 +7,7 @@ RUN ?= runs/quickstart
 STEPS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help env train demo assets report test test-versions test-slow test-trl smoke golden lint wheel \
+.PHONY: help env train demo assets report test test-versions test-slow test-trl smoke golden reliability lint wheel \
     sass mutate gpu-check bench bench-rows bench-table bench-sampler bench-parallel bench-meal \
     bench-trl docs docs-options clean
 
@@ -78,6 +78,10 @@ smoke: assets  ## two meta-steps on the real model, into a temporary folder
 	    --rollout.samples 4 --rollout.max_new_tokens 16 --score.calibration 8 \
 	    --warmup.steps 4 --warmup.draws 32 \
 	    --evaluation.prompts 2 --evaluation.grid 3
+
+reliability: assets  ## docs/reliability.md, from the tests of faults, attacks and messages; minutes
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal \
+	    -m "reliability and not gpu and not trl" --reliability docs/reliability.md
 
 golden: env  ## rewrite what the recorded rollouts are held to
 	$(PY) -m pytest -q tests --write-golden -k golden

@@ -4,11 +4,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import Phase, settings
 
+from tools import reliability
 from tools.interpreter import interpreter_obstacle
 
 # Nothing here may reach for a model hub; both are read when the libraries are imported.
@@ -38,10 +40,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--write-golden", action="store_true", help="rewrite the golden values: make golden"
     )
+    parser.addoption(
+        "--reliability", metavar="FILE", help="write docs/reliability.md: make reliability"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if page := config.getoption("--reliability"):
+        config.pluginmanager.register(reliability.Page(Path(page)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        reliability.note_mark(item)
         # `make test` runs without the assets, so a test that needs them belongs to the slow suite.
         if item.get_closest_marker("assets"):
             item.add_marker("slow")

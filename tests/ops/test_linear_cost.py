@@ -183,7 +183,7 @@ def test_a_row_without_live_tokens_may_have_any_advantage():
 @pytest.mark.reliability("message", "a target of -100 where no token can be left out")
 def test_linear_logprob_advises_what_it_has():
     hidden, weight, target = torch.randn(2, 3), torch.randn(5, 3), torch.tensor([1, -100])
-    with pytest.raises(ValueError, match="row 1 is -100.*pick those that count") as error:
+    with pytest.raises(ValueError, match=r"row 1 is -100.*pick those that count") as error:
         ops.linear_logprob(hidden, weight, target)
     assert "ignore_index" not in str(error.value)
     live = target >= 0
