@@ -22,6 +22,7 @@ KINDS = {
     "fault": "Kills, full disks, damaged folders",
     "attack": "Hostile input",
     "message": "Messages: the value and the remedy",
+    "hour": "A first hour",
 }
 
 HEAD = """\

@@ -15,6 +15,7 @@ from meal_fast.data.assets import build
 from meal_fast.data.assets.progress import Display
 
 
+@pytest.mark.reliability("hour", "minutes of silence while assets are built")
 def test_a_pipe_gets_a_plain_line_now_and_then() -> None:
     out = io.StringIO()
     with Display(out, interval=0.05) as display:

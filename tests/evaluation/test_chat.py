@@ -83,6 +83,7 @@ def test_a_conversation_is_forgotten_by_new_and_help_says_what_there_is(run, cap
         assert command in err
 
 
+@pytest.mark.reliability("hour", "an answer that stops in mid-sentence without a mark")
 def test_an_answer_that_is_cut_says_so_and_how_to_have_more_of_it(run, capsys):
     folder, policy = run
     ask = [str(folder), "--prompt", "Write a new song.", "--w", "1,0", "--temperature", "0"]
@@ -96,6 +97,7 @@ def test_an_answer_that_is_cut_says_so_and_how_to_have_more_of_it(run, capsys):
     assert capsys.readouterr().err.endswith("the model's context is full\n")
 
 
+@pytest.mark.reliability("hour", "answers as short as the run's own")
 def test_without_a_length_an_answer_has_256_tokens(run, capsys):
     chat.main([str(run[0]), "--prompt", "Write a new song.", "--temperature", "0"])
     assert capsys.readouterr().err == "[…] cut at 256 tokens; --max-new-tokens takes more\n"

@@ -120,6 +120,7 @@ def test_numbers_of_the_table_are_those_of_the_evaluation(page, result):
         assert f"|{signed(result['difference'][mode]['hypervolume'])}|" in text
 
 
+@pytest.mark.reliability("hour", "a report that does not begin with whether the knob works")
 def test_the_verdict_is_the_first_thing_on_the_page(page, result):
     first = page[: page.index("<h2>")]
     for about, said in verdict(result):

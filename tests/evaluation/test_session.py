@@ -126,6 +126,7 @@ def session(run):
         yield opened
 
 
+@pytest.mark.reliability("hour", "an answer that appears only when it is whole")
 @pytest.mark.parametrize("turn", range(4))
 def test_the_pieces_of_an_answer_are_its_text_and_no_half_characters(session, turn):
     """The tiny model says bytes at random: characters that are begun, broken and completed."""
@@ -178,6 +179,7 @@ def test_what_an_interrupt_ends_is_kept_and_the_session_goes_on(session):
     assert session.answer(TEXT, (0.8, 0.2), 0) == whole
 
 
+@pytest.mark.reliability("hour", "a chat that forgets the turn before")
 def test_turns_are_what_the_chat_template_makes_of_them(session, monkeypatch):
     asked, real = [], Engine.stream
 

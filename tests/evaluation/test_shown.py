@@ -1,5 +1,7 @@
 """Which prompts a report shows."""
 
+import pytest
+
 from meal_fast.data_types import Prompt
 from meal_fast.evaluation.shown import choose
 
@@ -34,6 +36,7 @@ def test_a_benign_prompt_may_name_what_a_mild_one_may_not():
     assert ids(choose([question, MILD[0]], [], "")) == [("evaluation", "m0")]
 
 
+@pytest.mark.reliability("hour", "a page that opens with a harsh prompt")
 def test_harsh_prompts_are_shown_only_where_there_is_nothing_else():
     assert ids(choose(HARSH, [], "")) == [("evaluation", "h0"), ("evaluation", "h1")]
     assert ids(choose(HARSH, [], "Chips?")) == [("asked", "asked")]

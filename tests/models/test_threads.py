@@ -39,6 +39,7 @@ def trained(run, *argv, **environment):
     return updates(run)
 
 
+@pytest.mark.reliability("silent", "another number of threads by OMP_NUM_THREADS or a busy machine")
 def test_neither_the_environment_nor_load_changes_a_run(tmp_path):
     options = ["--threads", "2"]
     want = trained(tmp_path / "plain", *options, OMP_NUM_THREADS=None)
@@ -71,6 +72,7 @@ def test_on_a_cpu_repeated_places_add_up_in_order(tmp_path):
     assert all(torch.equal(gradient(), want) for _ in range(10))
 
 
+@pytest.mark.reliability("silent", "a resume with another number of threads")
 def test_a_resumed_run_takes_its_own_number(tmp_path, capfd):
     run, straight = tmp_path / "run", tmp_path / "straight"
     assert train_here(*TINY, "--threads", "2", "--out", str(straight)) == 0
@@ -106,6 +108,7 @@ def test_the_automatic_number_is_the_machine_s():
     assert 1 <= threads.automatic() <= os.cpu_count()
 
 
+@pytest.mark.reliability("silent", "OMP_DYNAMIC, which changes the threads during a run")
 def test_omp_dynamic_is_refused(monkeypatch, tmp_path, capfd):
     monkeypatch.setenv("OMP_DYNAMIC", "true")
     refused(capfd, [*TINY, "--out", str(tmp_path / "run")], "OMP_DYNAMIC='true'", "unset it")

@@ -42,6 +42,7 @@ def seen(screen: io.StringIO) -> str:
     return ESCAPE.sub("", screen.getvalue()).replace("\r", "\n")
 
 
+@pytest.mark.reliability("hour", "a narrow terminal: counter, bar, time and estimate stay")
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_how_far_a_run_is_stands_on_a_terminal_of_any_width(width):
     screen, console = terminal(width)
@@ -60,6 +61,7 @@ def test_how_far_a_run_is_stands_on_a_terminal_of_any_width(width):
     assert "…" not in last
 
 
+@pytest.mark.reliability("hour", "a blank screen until the first update")
 def test_before_the_first_update_the_stages_are_shown():
     screen, console = terminal()
     with Display(console) as display:
@@ -159,6 +161,7 @@ def test_answers_at_the_ends_are_those_that_were_asked_for_most_and_last():
     assert extremes([row(0.9, "b"), row(0.9, "c")])["helpful"]["response"] == "b"  # not the best
 
 
+@pytest.mark.reliability("hour", "no sampled answer is seen while it trains")
 @pytest.mark.parametrize(("seconds", "shown"), [(0.0, [0, 4, 9, 14]), (1e9, [0])])
 def test_answers_are_shown_every_few_updates_and_not_too_often(capsys, monkeypatch, seconds, shown):
     monkeypatch.setattr("meal_fast.training.console.ANSWERS_SECONDS", seconds)
@@ -190,6 +193,7 @@ def test_a_warning_stands_whole_on_the_screen():
     assert " ".join(warning.split()) in " ".join(seen(screen).split())
 
 
+@pytest.mark.reliability("hour", "a first estimate that is hours off")
 def test_the_time_left_leaves_the_first_update_out_and_is_not_said_before_it_is_sensible():
     pace = Pace()
     assert pace.left(at(0, of=101, seconds=600.0)) == ""  # warming up: ten minutes

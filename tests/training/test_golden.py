@@ -84,6 +84,7 @@ def replay(recipe: str, rollouts: str, out: Path) -> dict[str, list]:
     )
 
 
+@pytest.mark.reliability("silent", "another CPU, against recorded values of every recipe")
 @pytest.mark.usefixtures("float64_llama")
 @pytest.mark.parametrize("recipe", RUNS)
 def test_golden_replay(tmp_path, recipe, write_golden):
