@@ -253,6 +253,7 @@ def compared(runs, **more):
     return json.loads(json.dumps(result))
 
 
+@pytest.mark.reliability("hour", "a comparison that names no winner")
 def test_a_headline_names_the_winner_and_by_how_much():
     """META's PU is lower by 1 to 1.2, and GRID's front is the wider one on two of three seeds."""
     runs = []
@@ -333,6 +334,7 @@ def test_marks_are_means_over_seeds_and_stand_on_the_page():
     assert f"|refuses, benign prompts||{GRID.name}||25 % (25 to 25)|" in text
 
 
+@pytest.mark.reliability("hour", "a front of ten methods that cannot be read")
 def test_every_method_s_points_are_in_the_figure_and_name_themselves():
     runs = [finished(m, s) for m in (META, GRID) for s in range(3)]
     result = compared(runs)
