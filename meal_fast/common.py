@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import unicodedata
@@ -59,6 +60,38 @@ def printable(text: str) -> str:
         else _UNSEEN
         for c in text.replace("\r\n", "\n")
     )
+
+
+def parse_json(text: str | bytes, *, strict: bool = True) -> Any:
+    """Read JSON that anyone may have written. Raises ValueError, in a line, for what is none.
+
+    UTF-8, to any depth that Python can follow; strict: no key twice, no NaN, no number too large
+    for a float, which other readers would see otherwise or not at all.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"the key {twice[:80]!r} is there twice")
+        return table
+
+    def finite(number: str) -> float:
+        value = float(number)
+        if not math.isfinite(value):
+            raise ValueError(f"{number[:80]} is no finite number")
+        return value
+
+    kinds: dict[str, Any] = {}
+    if strict:
+        kinds = {"object_pairs_hook": once, "parse_float": finite, "parse_constant": finite}
+    try:
+        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, **kinds)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 @contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from meal_fast.common import parse_json
+
 from .config import Config, from_dict, to_dict
+from .model_files import check_model_files
 
 # Options that leave their value to the machine, by what says so. A run is saved with what it was.
 AUTOMATIC = {"threads": 0, "policy.dtype": "auto", "grpo.micro_tokens": 0}
@@ -79,7 +81,7 @@ def flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
 def read_json(run: Path, name: str) -> dict[str, Any]:
     """Read one JSON file of a run folder. Raises ValueError where it is missing or broken."""
     try:
-        values = json.loads((run / name).read_text(encoding="utf-8"))
+        values = parse_json((run / name).read_bytes())
     except OSError as error:
         # A report's own file comes from evaluate, all others from train.
         remedy = (
@@ -130,13 +132,19 @@ def shared_statistics(config: Config) -> bytes | None:
 
 
 def policy_folder(run: Path) -> Path:
-    """Find the trained policy of a finished run. Raises ValueError where there is none yet."""
+    """Find the trained policy of a finished run.
+
+    Raises ValueError where there is none yet, and for one that asks for code, or is a pickle.
+    """
     folder = run / "policy"
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"RUN={str(run)!r}: no policy/ yet; finish it with "
             f"`python -m meal_fast.train --resume --out {run}`"
         )
+    for part in (folder, folder / "adapter"):
+        if part.is_dir():
+            check_model_files(part, f"RUN={str(run)!r}")
     return folder
 
 
@@ -152,7 +160,10 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     updates = []
     for number, line in enumerate(lines, 1):
         try:
-            updates.append(json.loads(line))
+            update = parse_json(line, strict=False)  # a NaN is what a training run may have seen
+            if not isinstance(update, dict):
+                raise ValueError("no table")
+            updates.append(update)
         except ValueError as error:
             if number == len(lines):
                 break
