@@ -98,8 +98,9 @@ def parse_json(text: str | bytes, *, strict: bool = True) -> Any:
 def replacing(path: Path) -> Iterator[Any]:
     """Open a file that takes `path`'s place when it is whole and on the disk, or not at all."""
     temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # of a killed process; or a link, which would lead elsewhere
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

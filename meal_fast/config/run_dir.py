@@ -9,11 +9,23 @@ from meal_fast.common import parse_json
 
 from .config import Config, from_dict, to_dict
 from .model_files import check_model_files
+from .shapes import NUMBER, TEXT, hold
 
 # Options that leave their value to the machine, by what says so. A run is saved with what it was.
 AUTOMATIC = {"threads": 0, "policy.dtype": "auto", "grpo.micro_tokens": 0}
 
 PREFERENCE_NET = "preference_net.safetensors"  # of a run of recipe `meal`, if it trained one
+
+_SCALE = {"mode": TEXT, "offset": [NUMBER], "divisor": [NUMBER]}
+_STATISTICS = {
+    "names": [TEXT],
+    "normalizer": _SCALE,
+    "utopia": [NUMBER],
+    "mu_evaluation": NUMBER,
+    "standard?": _SCALE,
+    "reference_point?": [NUMBER],
+    "calibration?": {f"{name}?": [NUMBER] for name in ("mean", "std", "min", "max")},
+}
 
 # What a resumed run may change: nothing that enters the mathematics of the steps.
 FREE_ON_RESUME = ("checkpoint_every", "completions", "logger", "evaluation.")
@@ -54,6 +66,12 @@ def check_folder(config: Config, out: Path, resume: bool) -> None:
         return
     if not held:
         raise ValueError(f"out={str(out)!r}: no run to resume; leave --resume out to start one")
+    for path in out.iterdir():
+        if path.is_symlink():
+            raise ValueError(
+                f"out={str(out)!r}: {path.name!r} is a link; a run that goes on writes into its "
+                "own files alone: replace it by what it leads to"
+            )
     saved = read_config(out)
     old, new = flat(to_dict(saved)), flat(to_dict(as_saved(config, saved)))
     changed = [
@@ -102,9 +120,12 @@ def read_statistics(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"statistics={str(path)!r}: no such file; name a run's statistics.json")
     values = read_json(path.parent, path.name)
-    missing = {"names", "normalizer", "utopia", "mu_evaluation"} - values.keys()
-    if missing:
-        raise ValueError(f"statistics={str(path)!r}: lacks {', '.join(sorted(missing))}")
+    hold(values, _STATISTICS, f"statistics={str(path)!r}")
+    lengths = {len(values["names"]), len(values["utopia"]), len(values["normalizer"]["offset"])}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"statistics={str(path)!r}: of {min(lengths)} and {max(lengths)} objectives"
+        )
     return values
 
 

@@ -100,7 +100,8 @@ class Rewards:
             sample = {}
         # Of the base model's answers: between which rewards a bar is drawn, until it sees others.
         low, high = sample.get("min", ()), sample.get("max", ())
-        self.ranges = [list(ends) for ends in zip(low, high, strict=True)]
+        known = len(low) == len(high) == len(config.names)
+        self.ranges = [list(ends) for ends in zip(low, high, strict=True)] if known else []
 
     def score(self, prompt: str, answers: Sequence[str]) -> Future[list[list[float]]]:
         """Score answers to one prompt: (R, K). The future raises ValueError where that fails."""
