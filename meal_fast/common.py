@@ -95,6 +95,31 @@ def parse_json(text: str | bytes, *, strict: bool = True) -> Any:
 
 
 @contextmanager
+def opening(what: str, remedy: str = "") -> Iterator[None]:
+    """Make one ValueError, `what` and `remedy` in it, of whatever a library says of a file.
+
+    For what others may have made: its reader may raise anything, and not all of it is documented.
+    """
+    try:
+        yield
+    except (
+        Exception
+    ) as error:  # pickle's, safetensors', jinja's; tokenizers raises Exception itself
+        said = " ".join(str(error).split()) or "no reason given"
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        more = f"; {remedy}" if remedy else ""
+        raise ValueError(f"{what} cannot be read ({kind}{said[:300]}){more}") from error
+
+
+def require_text(text: str, name: str) -> None:
+    """Raise ValueError for half characters: what was no UTF-8 in a file, a line or a request."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: is not UTF-8 text (character {error.start})") from None
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Any]:
     """Open a file that takes `path`'s place when it is whole and on the disk, or not at all."""
     temporary = path.with_name(path.name + ".tmp")

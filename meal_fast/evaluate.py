@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from meal_fast.common import write_atomic
+from meal_fast.common import require_text, write_atomic
 from meal_fast.config.cli import (
     OneLineParser,
     add_trust,
@@ -52,6 +52,7 @@ def parser() -> OneLineParser:
 
 def asked(config: Config, args: argparse.Namespace) -> Config:
     """Give the run's configuration with what the command line asks for."""
+    require_text(args.ask or "", "--ask")
     given = {k: getattr(args, k) for k in ("prompts", "samples", "grid", "ask", "benign")}
     if args.marks is not None:
         given["marks"] = tuple(mark for mark in args.marks.split(",") if mark)

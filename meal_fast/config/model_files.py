@@ -1,7 +1,8 @@
 """A model's folder, before a library opens it: weights that are data, and no code of its own.
 
 The libraries refuse most of this by themselves, in as many ways as they have versions; here it is
-one line, the same in all of them, and before torch is imported.
+one line, the same in all of them, and before torch is imported. `auto_map` is not refused: many a
+model that transformers knows has it, and `trust_remote_code=False` leaves it unread.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _code(values: dict[str, Any]) -> str:
             # An attention or expert implementation with a slash is fetched from a hub, and run.
             fetched = key.lstrip("_").startswith(("attn_impl", "experts_impl"))
             named = value.values() if isinstance(value, dict) else [value]
-            if key in ("auto_map", "custom_pipelines", "megatron_config") and value:
+            if key == "megatron_config" and value:  # PEFT imports what megatron_core names
                 return key
             if key == "megatron_core" and value not in (None, "megatron.core"):
                 return f"{key}={value!r:.80}"

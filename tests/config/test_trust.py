@@ -163,18 +163,13 @@ def test_a_logger_that_sends_is_repeated_or_left(run, logger):
         assert config.logger == (said[1] if len(said) == 2 else logger)
 
 
-@pytest.mark.reliability("attack", "a reward model of a folder that is a pickle or brings code")
+@pytest.mark.reliability("attack", "a reward model of a folder that is a pickle or names code")
 @pytest.mark.parametrize(
     ("files", "said"),
     [
         ({"pytorch_model.bin": "x"}, "pickle"),
-        (
-            {"model.safetensors": "", "config.json": '{"auto_map": {"AutoModel": "e.E"}}'},
-            "auto_map",
-        ),
         ({"config.json": '{"attn_implementation": "who/knows"}'}, "attn_implementation"),
         ({"config.json": '{"text_config": {"_attn_implementation": "a/b"}}'}, "attn_impl"),
-        ({"tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["e.E", null]}}'}, "auto_map"),
         ({"adapter_config.json": '{"megatron_core": "evil"}'}, "megatron_core"),
         ({"config.json": "[" * 100_000}, "nested too deeply"),
         ({"config.json": "[]"}, "no table"),
