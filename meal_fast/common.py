@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import unicodedata
@@ -61,12 +62,70 @@ def printable(text: str) -> str:
     )
 
 
+def parse_json(text: str | bytes, *, strict: bool = True) -> Any:
+    """Read JSON that anyone may have written. Raises ValueError, in a line, for what is none.
+
+    UTF-8, to any depth that Python can follow; strict: no key twice, no NaN, no number too large
+    for a float, which other readers would see otherwise or not at all.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"the key {twice[:80]!r} is there twice")
+        return table
+
+    def finite(number: str) -> float:
+        value = float(number)
+        if not math.isfinite(value):
+            raise ValueError(f"{number[:80]} is no finite number")
+        return value
+
+    kinds: dict[str, Any] = {}
+    if strict:
+        kinds = {"object_pairs_hook": once, "parse_float": finite, "parse_constant": finite}
+    try:
+        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, **kinds)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+@contextmanager
+def opening(what: str, remedy: str = "") -> Iterator[None]:
+    """Make one ValueError, `what` and `remedy` in it, of whatever a library says of a file.
+
+    For what others may have made: its reader may raise anything, and not all of it is documented.
+    """
+    try:
+        yield
+    except (
+        Exception
+    ) as error:  # pickle's, safetensors', jinja's; tokenizers raises Exception itself
+        said = " ".join(str(error).split()) or "no reason given"
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        more = f"; {remedy}" if remedy else ""
+        raise ValueError(f"{what} cannot be read ({kind}{said[:300]}){more}") from error
+
+
+def require_text(text: str, name: str) -> None:
+    """Raise ValueError for half characters: what was no UTF-8 in a file, a line or a request."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: is not UTF-8 text (character {error.start})") from None
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Any]:
     """Open a file that takes `path`'s place when it is whole and on the disk, or not at all."""
     temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # of a killed process; or a link, which would lead elsewhere
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -12,8 +12,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from meal_fast.common import write_atomic
-from meal_fast.config.cli import OneLineParser, one_line_errors, require_packages
+from meal_fast.common import require_text, write_atomic
+from meal_fast.config.cli import (
+    OneLineParser,
+    add_trust,
+    check_trust,
+    one_line_errors,
+    require_packages,
+)
 from meal_fast.config.config import Config
 from meal_fast.config.run_dir import policy_folder, read_config, read_statistics
 
@@ -40,11 +46,13 @@ def parser() -> OneLineParser:
     )
     p.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: RUN)")
     p.add_argument("--no-report", action="store_true", help="write evaluation.json alone")
+    add_trust(p)
     return p
 
 
 def asked(config: Config, args: argparse.Namespace) -> Config:
     """Give the run's configuration with what the command line asks for."""
+    require_text(args.ask or "", "--ask")
     given = {k: getattr(args, k) for k in ("prompts", "samples", "grid", "ask", "benign")}
     if args.marks is not None:
         given["marks"] = tuple(mark for mark in args.marks.split(",") if mark)
@@ -65,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate the run that is named, and print what was found."""
     args = parser().parse_args(argv)
     config = read_config(args.run)
+    check_trust(args.run, config, trusted=args.trust_run, objectives=args.objectives)
     shared = config.evaluation.statistics
     statistics = read_statistics(Path(shared) if shared else args.run / "statistics.json")
     policy_folder(args.run)

@@ -91,6 +91,7 @@ def _check(args: argparse.Namespace, config: Config, out: Path) -> None:
     from meal_fast.models.gguf_file import check_convertible
 
     policy, recipe = policy_folder(args.run), config.recipe
+    _check_links(args.run)
     remedy = "decodes with base and guide together, which no single model holds; serve the run"
     require(not spec_of(config).guide, "recipe", recipe, remedy)
     several = bool(config.model_points)
@@ -113,6 +114,17 @@ def _check(args: argparse.Namespace, config: Config, out: Path) -> None:
         require_packages("--to gguf", "gguf", then="meal-fast export again")
         if not several:
             check_convertible(policy)
+
+
+def _check_links(run: Path) -> None:
+    """Raise ValueError where what is copied leads out of the run: it would be published with it."""
+    own = run.resolve()
+    for path in (run / "front.png", run / "policy", *(run / "policy").rglob("*")):
+        if path.is_symlink() and own not in path.resolve().parents:
+            raise ValueError(
+                f"RUN={str(run)!r}: {str(path.relative_to(run))!r} is a link that leads out of the "
+                "run; replace it by what it leads to"
+            )
 
 
 @contextmanager

@@ -15,7 +15,13 @@ from functools import partial
 from pathlib import Path
 
 from meal_fast.common import require
-from meal_fast.config.cli import OneLineParser, one_line_errors, require_packages
+from meal_fast.config.cli import (
+    OneLineParser,
+    add_trust,
+    check_trust,
+    one_line_errors,
+    require_packages,
+)
 from meal_fast.config.run_dir import read_config
 from meal_fast.serving.server import serve
 
@@ -33,6 +39,7 @@ def parser() -> OneLineParser:
         "--max-new-tokens", type=int, default=256, metavar="N",
         help="of an answer whose request does not say (default: %(default)s)",
     )  # fmt: skip
+    add_trust(p)
     return p
 
 
@@ -44,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         require(value >= least, f"--{name.replace('_', '-')}", value, f"must be at least {least}")
     require(args.port < 1 << 16, "--port", args.port, "must be below 65536")
     config = read_config(args.run)
+    check_trust(args.run, config, trusted=args.trust_run, objectives=args.objectives)
     require_packages("serve", "fastapi", "uvicorn", then="meal-fast serve again")
     serve(args.run, config, partial(print, file=sys.stderr, flush=True), host=args.host,
           port=args.port, token=args.token, browse=args.open, slots=args.slots, waiting=args.queue,

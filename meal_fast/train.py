@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.evaluate:
         from meal_fast.evaluate import main as evaluate
 
-        evaluate([str(args.out), *([] if args.report else ["--no-report"])])
+        # What was trained here names what this command was told, or was told to trust.
+        evaluate([str(args.out), "--trust-run", *([] if args.report else ["--no-report"])])
         took = clock(time.perf_counter() - trained)
         print(f"meal-fast: {took} for evaluation and report")
 

@@ -32,6 +32,7 @@ from .options import (
 )
 from .presets import PRESETS, preset
 from .run_dir import read_config
+from .trust import add_trust, check_trust
 from .weights import parse_weights
 
 # A command needs no other module of this room to read its arguments.
@@ -40,7 +41,9 @@ __all__ = [
     "OneLineParser",
     "TrainArgs",
     "add_options",
+    "add_trust",
     "as_flags",
+    "check_trust",
     "fail",
     "known",
     "nearest",
@@ -97,8 +100,9 @@ class TrainArgs:
 def parse_train(argv: Sequence[str] | None = None) -> tuple[Config, TrainArgs]:
     """Read the train command line, without the program's name: the configuration, and the rest.
 
-    With `--resume` and neither PRESET nor `--config`, the configuration is the run's own. Raises
-    ValueError for a wrong value and SystemExit(2) for a wrong option.
+    With `--resume` and neither PRESET nor `--config`, the configuration is the run's own, whose
+    objectives are held to `check_trust`. Raises ValueError for a wrong value and SystemExit(2) for
+    a wrong option.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     # Help shows the defaults of the preset that was named, so it is looked for before parsing.
@@ -106,11 +110,14 @@ def parse_train(argv: Sequence[str] | None = None) -> tuple[Config, TrainArgs]:
     found = vars(_train_parser(shown).parse_args(argv))
     named, file, out = found.pop("PRESET", None), found.pop("config"), found.pop("out")
     args = {name: found.pop(name) for name in ("resume", "evaluate", "report")}
+    trusted = found.pop("trust_run")
     if named is not None:
         known("preset", named, PRESETS, "; for a file, --config")
     folder = Path(out or Path("runs", named or (Path(file).stem if file else DEFAULT_PRESET)))
     if args["resume"] and named is None and file is None:
         base = read_config(folder)
+        repeated = {name: found.get(name) for name in ("objectives", "logger")}
+        check_trust(folder, base, trusted=trusted, training=True, **repeated)
     else:
         base = preset(named or DEFAULT_PRESET)
     if file is not None:
@@ -144,6 +151,7 @@ def _train_parser(shown: str) -> OneLineParser:
     parser.add_argument(
         "--no-report", dest="report", action="store_false", help="evaluate, but draw nothing"
     )
+    add_trust(parser, objectives=False)
     add_options(parser, preset(shown))
     return parser
 

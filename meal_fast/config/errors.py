@@ -10,13 +10,23 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
+from meal_fast.common import printable
+
 # What a module's package is called, where it is not the module's name.
 PACKAGES = {"yaml": "PyYAML"}
+LONGEST = 4000  # characters of an error's line
 
 
 def fail(message: object) -> NoReturn:
-    """Print one line, `meal-fast: error: message`, on stderr and leave with exit code 2."""
-    print("meal-fast: error:", " ".join(str(message).split()), file=sys.stderr)
+    """Print one line, `meal-fast: error: message`, on stderr and leave with exit code 2.
+
+    What a message repeats of a file may be anything: no control character of it is printed, and of
+    a very long one the beginning and the end.
+    """
+    line = printable(" ".join(str(message).split()))
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST // 2]} […] {line[-LONGEST // 2 :]}"
+    print("meal-fast: error:", line, file=sys.stderr)
     raise SystemExit(2)
 
 

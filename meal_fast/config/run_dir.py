@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from meal_fast.common import parse_json
+
 from .config import Config, from_dict, to_dict
+from .model_files import check_model_files
+from .shapes import NUMBER, TEXT, hold
 
 # Options that leave their value to the machine, by what says so. A run is saved with what it was.
 AUTOMATIC = {"threads": 0, "policy.dtype": "auto", "grpo.micro_tokens": 0}
 
 PREFERENCE_NET = "preference_net.safetensors"  # of a run of recipe `meal`, if it trained one
+
+_SCALE = {"mode": TEXT, "offset": [NUMBER], "divisor": [NUMBER]}
+_STATISTICS = {
+    "names": [TEXT],
+    "normalizer": _SCALE,
+    "utopia": [NUMBER],
+    "mu_evaluation": NUMBER,
+    "standard?": _SCALE,
+    "reference_point?": [NUMBER],
+    "calibration?": {f"{name}?": [NUMBER] for name in ("mean", "std", "min", "max")},
+}
 
 # What a resumed run may change: nothing that enters the mathematics of the steps.
 FREE_ON_RESUME = ("checkpoint_every", "completions", "logger", "evaluation.")
@@ -52,6 +66,12 @@ def check_folder(config: Config, out: Path, resume: bool) -> None:
         return
     if not held:
         raise ValueError(f"out={str(out)!r}: no run to resume; leave --resume out to start one")
+    for path in out.iterdir():
+        if path.is_symlink():
+            raise ValueError(
+                f"out={str(out)!r}: {path.name!r} is a link; a run that goes on writes into its "
+                "own files alone: replace it by what it leads to"
+            )
     saved = read_config(out)
     old, new = flat(to_dict(saved)), flat(to_dict(as_saved(config, saved)))
     changed = [
@@ -79,7 +99,7 @@ def flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
 def read_json(run: Path, name: str) -> dict[str, Any]:
     """Read one JSON file of a run folder. Raises ValueError where it is missing or broken."""
     try:
-        values = json.loads((run / name).read_text(encoding="utf-8"))
+        values = parse_json((run / name).read_bytes())
     except OSError as error:
         # A report's own file comes from evaluate, all others from train.
         remedy = (
@@ -100,9 +120,12 @@ def read_statistics(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"statistics={str(path)!r}: no such file; name a run's statistics.json")
     values = read_json(path.parent, path.name)
-    missing = {"names", "normalizer", "utopia", "mu_evaluation"} - values.keys()
-    if missing:
-        raise ValueError(f"statistics={str(path)!r}: lacks {', '.join(sorted(missing))}")
+    hold(values, _STATISTICS, f"statistics={str(path)!r}")
+    lengths = {len(values["names"]), len(values["utopia"]), len(values["normalizer"]["offset"])}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"statistics={str(path)!r}: of {min(lengths)} and {max(lengths)} objectives"
+        )
     return values
 
 
@@ -130,13 +153,19 @@ def shared_statistics(config: Config) -> bytes | None:
 
 
 def policy_folder(run: Path) -> Path:
-    """Find the trained policy of a finished run. Raises ValueError where there is none yet."""
+    """Find the trained policy of a finished run.
+
+    Raises ValueError where there is none yet, and for one that asks for code, or is a pickle.
+    """
     folder = run / "policy"
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"RUN={str(run)!r}: no policy/ yet; finish it with "
             f"`python -m meal_fast.train --resume --out {run}`"
         )
+    for part in (folder, folder / "adapter"):
+        if part.is_dir():
+            check_model_files(part, f"RUN={str(run)!r}")
     return folder
 
 
@@ -152,7 +181,10 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     updates = []
     for number, line in enumerate(lines, 1):
         try:
-            updates.append(json.loads(line))
+            update = parse_json(line, strict=False)  # a NaN is what a training run may have seen
+            if not isinstance(update, dict):
+                raise ValueError("no table")
+            updates.append(update)
         except ValueError as error:
             if number == len(lines):
                 break

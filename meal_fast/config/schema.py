@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
+import sys
+import unicodedata
 from collections.abc import Callable
 from dataclasses import field
 from typing import Any
@@ -53,7 +54,9 @@ def coerced(value: Any, annotation: Any, choices: Choices, option: str) -> Any:
         return tuple(coerced(v, item, choices, option) for v in value)
     if kind == "float":
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        require(number and math.isfinite(value), option, value, "must be a finite number")
+        # Beyond a float's range are whole numbers, too.
+        number = number and abs(value) <= sys.float_info.max
+        require(number, option, value, "must be a finite number")
         return float(value)
     if kind == "bool":
         require(isinstance(value, bool), option, value, "must be true or false")
@@ -61,8 +64,11 @@ def coerced(value: Any, annotation: Any, choices: Choices, option: str) -> Any:
     if kind == "int":
         whole = isinstance(value, int) and not isinstance(value, bool)
         require(whole, option, value, "must be a whole number")
+        require(abs(value) < 1 << 63, option, "…", "a whole number of more than 63 bits")
         return value
     require(isinstance(value, str), option, value, "must be a string")
+    plain = not any(c == "\0" or unicodedata.category(c) == "Cs" for c in value)
+    require(plain, option, value, "holds a NUL, or half of a character")
     allowed = choices(kind)
     if allowed:
         require(value in allowed, option, value, f"choose from {', '.join(allowed)}")

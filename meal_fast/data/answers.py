@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from meal_fast.common import parse_json
 from meal_fast.data_types import Prompt, rng_seed
 
 from .assets import asset
@@ -48,9 +48,9 @@ def read_answer_rows(source: str, held_out: frozenset[str]) -> AnswerRows:
     refused = {"no response": 0, "prompt of the evaluation": 0}
     for number, line in lines_of(path):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"answers {source!r}, line {number}: not JSON ({error.msg})") from None
+            row = parse_json(line, strict=False)
+        except ValueError as error:
+            raise ValueError(f"answers {source!r}, line {number}: not JSON ({error})") from None
         given, prompt = (row.get(k) if isinstance(row, dict) else None for k in _KEYS)
         ids = text_id(prompt.strip()) if isinstance(prompt, str) and prompt.strip() else ""
         if not isinstance(given, str) or not given.strip():

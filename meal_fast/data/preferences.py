@@ -20,7 +20,7 @@ Where several models have a preference each, none of them reads one: the style `
 
 from __future__ import annotations
 
-import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
+from meal_fast.common import opening, parse_json
 from meal_fast.config.config import Config, PreferenceConfig
 from meal_fast.data_types import rng_seed
 
@@ -107,7 +108,13 @@ class Goals:
     @staticmethod
     def load(path: Path, k: int) -> Goals:
         """Those of K objectives that `Policy.save` wrote. Raises ValueError where it wrote none."""
-        held = json.loads(path.read_text()).get("goals") if path.is_file() else None
+        held = None
+        if path.is_file():
+            with opening(f"{str(path)!r}"):
+                held = parse_json(path.read_bytes()).get("goals")
+                sides = {} if held is None else {side: list(held[side]) for side in ("lo", "hi")}
+                assert all(math.isfinite(x) for side in sides.values() for x in side)
+                assert len({len(side) for side in sides.values()}) < 2
         if held is None or len(held["lo"]) != k:
             what = "no goals" if held is None else f"goals of {len(held['lo'])} objectives"
             raise ValueError(

@@ -11,7 +11,6 @@ validation, 15 % evaluation. A hub set keeps its own test split for evaluation; 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from meal_fast.common import parse_json, require_text
 from meal_fast.data_types import Prompt, rng_seed
 
 from .assets import asset
@@ -114,6 +114,8 @@ def read_answers(path: Path) -> list[tuple[Prompt, str]]:
 def lines_of(path: Path) -> list[tuple[int, str]]:
     """Give a file's lines that are not blank, with their numbers."""
     try:
+        if path.exists() and not path.is_file():  # a device, or a pipe, has no end
+            raise ValueError(f"prompts {str(path)!r}: cannot be read (it is no file)")
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
@@ -127,13 +129,15 @@ def _columns(path: Path, names: Sequence[str]) -> list[tuple[str, ...]]:
     for number, line in lines_of(path):
         where = f"prompts {str(path)!r}, line {number}"
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error.msg})") from error
+            row = parse_json(line, strict=False)
+        except ValueError as error:
+            raise ValueError(f"{where}: not JSON ({error})") from error
         texts = [row.get(name) if isinstance(row, dict) else None for name in names]
         if not all(isinstance(text, str) and text.strip() for text in texts):
             wanted = ", ".join(f'"{name}": "some text"' for name in names)
             raise ValueError(f"{where}: needs {{{wanted}}}")
+        for name, text in zip(names, texts, strict=True):
+            require_text(str(text), f"{where}, {name}")
         rows.append(tuple(map(str, texts)))
     return rows
 
@@ -258,6 +262,8 @@ def _hub_texts(source: str, name: str, query: str, split: str, count: Count) -> 
         raise ValueError(f"prompts {source!r}: unknown option {query!r}; known: path=FOLDER")
     if path and not Path(path).is_dir():
         raise ValueError(f"prompts {source!r}: no folder {path!r}")
+    if path and any(Path(path).rglob("*.py")):
+        raise ValueError(f"prompts {source!r}: {path!r} holds Python code; name a folder of data")
     hub = HUB[name]
     evaluation = split == "evaluation"
     try:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from meal_fast.common import write_atomic
 from meal_fast.config.config import ScoreConfig
+from meal_fast.config.run_dir import read_statistics
 
 
 def constant(values: Sequence[float], like: Tensor) -> Tensor:
@@ -154,7 +155,7 @@ class Scales:
 
     @staticmethod
     def load(path: Path) -> Scales:
-        values = json.loads(path.read_text())
+        values = read_statistics(path)
         standard, sample = None, values.get("calibration", {})
         if "standard" in values:
             standard = Normalizer.from_dict(values["standard"])

@@ -10,12 +10,13 @@ from typing import Any
 
 from meal_fast import __version__
 from meal_fast.common import write_atomic
-from meal_fast.config.run_dir import read_json, read_metrics, read_statistics
+from meal_fast.config.run_dir import read_json, read_statistics
+from meal_fast.config.shapes import TEXT, TRUTH, WHOLE, Each, Maybe, hold
 
 from .comparison import Finished, compare
 from .comparison_spec import Plan, Run
 from .runner import Outcome, run_all
-from .stored import read_evaluation
+from .stored import read_evaluation, read_updates, whole
 
 
 def code_version() -> str:
@@ -26,6 +27,9 @@ def code_version() -> str:
     return f"{__version__}+{digest.hexdigest()[:8]}"
 
 
+_RECORD = {"runs": Each({"code": [TEXT], "failed": Maybe(TEXT), "alone": TRUTH})}
+
+
 class Record:
     """OUT/runs.json: what was asked for, which code made each run, and how each ended."""
 
@@ -34,6 +38,7 @@ class Record:
         self.values: dict[str, Any] = {"preset": plan.preset, "tokens": plan.tokens, "runs": {}}
         if self.path.exists():
             self.values = read_json(plan.out, "runs.json")
+            hold(self.values, _RECORD, str(self.path))
             for what, asked in (("preset", plan.preset), ("tokens", plan.tokens)):
                 if self.values.get(what) != asked:
                     raise ValueError(
@@ -66,17 +71,18 @@ def collect(plan: Plan, runs: Sequence[Run], record: Record) -> list[Finished]:
     for run in sorted(runs, key=lambda r: (plan.methods.index(r.method), plan.seeds.index(r.seed))):
         if run.stage() != "finished":
             continue
-        scales = read_json(run.folder, "statistics.json")
+        scales = read_statistics(run.folder / "statistics.json")
         common = read_statistics(plan.statistics)
         if not run.own_scale and any(scales[k] != common[k] for k in ("normalizer", "utopia")):
             raise ValueError(f"{run.folder}: its statistics are not {plan.statistics}; remove it")
         held = None
         if (run.folder / "cost.json").exists():
             cost = read_json(run.folder, "cost.json")
+            hold(cost, {"peak_bytes": WHOLE}, str(run.folder / "cost.json"))
             # A process that trains several runs holds at its peak the largest of them.
             held = cost["peak_bytes"] if record.of(run.name)["alone"] else None
         evaluation = read_evaluation(run.folder)
-        found.append(Finished(run.method, run.seed, evaluation, read_metrics(run.folder), held))
+        found.append(Finished(run.method, run.seed, evaluation, read_updates(run.folder), held))
     return found
 
 
@@ -163,7 +169,8 @@ def _result(plan: Plan, runs: Sequence[Run], record: Record) -> dict[str, Any]:
         from meal_fast.data.toy import truth
 
         distance = truth().distance
-    result = compare(finished, plan.base, plan.tokens, distance)
+    with whole(str(plan.out / "runs")):
+        result = compare(finished, plan.base, plan.tokens, distance)
     there = [run for run in runs if run.stage() == "finished"]
     return result | {
         "preset": plan.preset,

@@ -134,18 +134,21 @@ class Run:
     def job(self) -> Job | None:
         """What is left to do; None for nothing."""
         stage, folder = self.stage(), str(self.folder)
+        # What the user named here, repeated for a folder that names it, too: see config.trust.
+        ours = ("--objectives", *self.config.objectives)
         if stage == "finished":
             return None
         if stage == "unevaluated":
             e = self.config.evaluation
             size = [f"--prompts={e.prompts}", f"--samples={e.samples}", f"--grid={e.grid}"]
             more = [f"--ask={e.ask}", f"--benign={e.benign}", f"--marks={','.join(e.marks)}"]
-            return Job("evaluate", (folder, "--no-report", *size, *more))
+            return Job("evaluate", (folder, "--no-report", *size, *more, *ours))
         if stage == "interrupted":
             # An older run does not say how many threads it has.
             known = read_config(self.folder).threads
             threads = () if known else (f"--threads={self.config.threads}",)
-            return Job("train", ("--resume", "--no-report", "--out", folder, *threads))
+            known_as = ("--no-report", "--out", folder, f"--logger={self.config.logger}")
+            return Job("train", ("--resume", *known_as, *threads, *ours))
         config = self.config
         shared = str(self.plan.statistics)
         if self.own_scale:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from io import TextIOWrapper
 from typing import TextIO
 
 from meal_fast.common import printable
@@ -82,6 +83,8 @@ def writer(out: TextIO) -> Callable[[str], None]:
 
 def prompted_lines(w: Asked, names: Sequence[str]) -> Iterator[str]:
     """Give lines of standard input; a person at a terminal gets a prompt sign and line editing."""
+    if isinstance(sys.stdin, TextIOWrapper):  # a line that is not UTF-8 is told, and the next read
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     if not sys.stdin.isatty():
         yield from sys.stdin
         return

@@ -5,12 +5,15 @@ It names nothing of the machine: of a path that is no hub name the last part alo
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from meal_fast import __version__
+from meal_fast.common import printable
 from meal_fast.config.config import Config
 from meal_fast.config.run_dir import PREFERENCE_NET
 from meal_fast.data.assets.licences import Origin, origin
@@ -44,11 +47,12 @@ def model_card(
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    # Markdown, not HTML: what it must not break is a table's row.
+    # Markdown, not HTML: what it must not break is a line, and a table's row. What a run's folder
+    # named, not we, comes here as `_plain` or `_code` text.
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
-        finalize=lambda value: _cell(value) if isinstance(value, str) else value,
+        finalize=lambda value: _cell(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
@@ -57,6 +61,7 @@ def model_card(
     result = read_evaluation(run) if evaluated else {}
     known = _base(config)
     known = known._replace(hub=base or known.hub)
+    title = _one_line(title)
     table = []
     if evaluated:
         head, rows = by_weight(result)
@@ -69,14 +74,14 @@ def model_card(
         what = f"What the recipe {config.recipe} serves at {one}, between {between}."
         warnings.append(f"The measures are of the whole run; this model is what serves {one}.")
     text = environment.get_template("card.md.j2").render(
-        title=title,
+        title=_plain(title),
         licence=known.licence or "other",
         base_model=known.hub,
         library={"hub": "transformers", "adapter": "peft", "gguf": ""}[kind],
         what=what,
         warnings=warnings,
         how=_how(config, kind, at),
-        examples=_examples(config, kind, title, known, at),
+        examples=[(k, Block(v)) for k, v in _examples(config, kind, title, known, at)],
         said="" if at is not None else _said(config),
         grid=_grid(config),
         objectives=[(o.partition("=")[0], _source(o.partition("=")[2])) for o in config.objectives],
@@ -93,9 +98,28 @@ def model_card(
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
+class Block(str):
+    """Lines of our own, for between fences."""
+
+
 def _cell(text: str) -> str:
-    """Keep a value within its line and its cell; code blocks hold no bar but the preference's."""
-    return text if "\n" in text else text.replace("|", "\\|")
+    """Keep a value within its line and its cell."""
+    return _one_line(text).replace("|", "\\|")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(printable(text).split())
+
+
+def _plain(text: str) -> str:
+    """Write a name as Markdown that shows it as it is: no link, no tag, no emphasis, no fence."""
+    shown = re.sub(r"([\\`*\[\]<>!#~])", r"\\\1", _one_line(text))
+    return shown.replace("&", "&amp;").replace("://", ":\\//")
+
+
+def _code(text: str) -> str:
+    """Write a name as a span of code, which nothing in it ends."""
+    return f"`{_one_line(text).replace('`', chr(0x2019))}`"
 
 
 def base_name(config: Config) -> str:
@@ -120,7 +144,7 @@ def _base(config: Config) -> Origin:
     hub = is_hub_name(path) and not Path(path).is_dir()
     if hub and isinstance(try_to_load_from_cache(path, "config.json"), str):
         return Origin(path, path, "")
-    return Origin(Path(path.partition(":")[2] or path).name, "", "")
+    return Origin(_one_line(Path(path.partition(":")[2] or path).name), "", "")
 
 
 def _source(source: str) -> str:
@@ -130,7 +154,7 @@ def _source(source: str) -> str:
     if not is_hub_name(name) or Path(name).suffix in (".jsonl", ".txt"):
         name = Path(name).name
     kept = [k for k in keys.split("&") if k and not k.startswith(("path=", "device="))]
-    said = f"`{name}{mark if kept else ''}{'&'.join(kept)}`"
+    said = _code(f"{name}{mark if kept else ''}{'&'.join(kept)}")
     return f"{said}: {known.about}" if known else said
 
 
@@ -182,7 +206,7 @@ def _examples(
         f"-d '{body}}}'"
     )
     if kind == "gguf":
-        yield "sh", f"llama-server -m {title} --jinja    # llama.cpp's server"
+        yield "sh", f"llama-server -m {shlex.quote(title)} --jinja    # llama.cpp's server"
         yield "sh", post
         return
     load = "model = AutoModelForCausalLM.from_pretrained(name)"
@@ -191,12 +215,12 @@ def _examples(
         trained = base.hub or base.about
         note = "" if base.hub else "  # the model that was trained: its folder"
         load = (
-            f'model = AutoModelForCausalLM.from_pretrained("{trained}"){note}\n'
+            f"model = AutoModelForCausalLM.from_pretrained({_literal(trained)}){note}\n"
             "model = PeftModel.from_pretrained(model, name)"
         )
         imports = f"from peft import PeftModel\n{imports}"
     python = (
-        f'{imports}\n\nname = "{title}"  # this folder; OWNER/NAME where it is published\n'
+        f"{imports}\n\nname = {_literal(title)}  # this folder; OWNER/NAME where it is published\n"
         f"tokenizer = AutoTokenizer.from_pretrained(name)\n{load}\n"
         f'messages = [{{"role": "user", "content": "{_ASK}"}}]\n'
         f"inputs = tokenizer.apply_chat_template(messages{said},\n"
@@ -211,6 +235,11 @@ def _examples(
         yield "sh", f"# servers that apply the template, vLLM among them\n{server}"
 
 
+def _literal(text: str) -> str:
+    """Write a text as Python does, in double quotes."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def _marks(result: dict[str, Any]) -> str:
     if not result or not result["settings"].get("marks"):
         return ""
@@ -220,7 +249,7 @@ def _marks(result: dict[str, Any]) -> str:
 def _training(config: Config, base: Origin) -> list[tuple[str, str]]:
     per_step = config.meta.tasks * config.meta.n_inner
     rows = [
-        ("base model", base.about + f" ({base.hub})" * (base.hub not in ("", base.about))),
+        ("base model", _plain(base.about) + f" ({base.hub})" * (base.hub not in ("", base.about))),
         ("recipe", f"{config.recipe}, {config.policy.tuning}"),
         ("updates", f"{config.meta.steps} meta-steps of {per_step} updates"),
         ("prompts and answers", "; ".join(map(_source, _asked(config)))),
@@ -276,9 +305,9 @@ def _asked(config: Config) -> list[str]:
 
 def _licences(config: Config, base: Origin) -> Iterator[tuple[str, str]]:
     unknown = "not known here; look it up where it comes from"
-    yield f"base model, {base.about}", base.licence or unknown
+    yield f"base model, {_plain(base.about)}", base.licence or unknown
     scorers = [o.partition("=")[2] for o in config.objectives if "=world:" not in o]
     for source in dict.fromkeys([*scorers, *_asked(config)]):
         known = origin(source)
-        name = _source(source) if known is None else f"`{source}`"
+        name = _source(source) if known is None else _code(source)
         yield name, unknown if known is None else known.licence or known.about

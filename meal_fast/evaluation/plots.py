@@ -110,7 +110,7 @@ def svg(fig: Figure, label: str) -> str:
         text = text.replace(light, f"var(--{name})")
     width, height = fig.get_size_inches() * 72
     head = f'<svg role="img" viewBox="0 0 {width:g} {height:g}" aria-label="{label}"'
-    return re.sub(r"<svg[^>]*", head, text, count=1)
+    return re.sub(r"<svg[^>]*", lambda _: head, text, count=1)  # a backslash is a backslash
 
 
 def save_png(fig: Figure, path: Path) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 
 from meal_fast.common import write_atomic
 from meal_fast.config.cli import require_packages
-from meal_fast.config.run_dir import read_config, read_json, read_metrics
+from meal_fast.config.config import to_dict
+from meal_fast.config.run_dir import read_config
 from meal_fast.data.markers import mild
 
 from .html_page import figure, page
-from .stored import TITLES, read_evaluation
+from .stored import TITLES, read_evaluation, read_updates, whole
 from .tables import by_weight, measures, said_once
 from .verdict import scope, verdict
 from .wording import number
@@ -29,14 +30,14 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     Raises ValueError where `run` is no run folder or has not been evaluated.
     """
     out = out or run
-    read_config(run)  # a clear error for a folder that is not a run
-    config = read_json(run, "config.json")
-    result = read_evaluation(out)
+    config = to_dict(read_config(run))
+    result, updates = read_evaluation(out), read_updates(run)
     require_packages("the report", "matplotlib", "jinja2", then=f"python -m meal_fast.report {run}")
     from . import plots, run_plots
 
-    plots.save_png(run_plots.front_png(result), out / "front.png")
-    said = render(result, config, read_metrics(run), title=run.resolve().name)
+    with whole(str(out / "evaluation.json")):
+        said = render(result, config, updates, title=run.resolve().name)
+        plots.save_png(run_plots.front_png(result), out / "front.png")
     write_atomic(out / "report.html", said)
     return out / "report.html"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from meal_fast.common import require
+from meal_fast.common import require, require_text
 from meal_fast.config.cli import parse_weights
 from meal_fast.config.config import Config
 from meal_fast.config.run_dir import PREFERENCE_NET, policy_folder
@@ -152,6 +152,7 @@ class Session:
 
         Raises ValueError for a prompt that the context has no room for.
         """
+        require_text(text, "the prompt")
         from meal_fast.rollout import Engine
 
         at = self._predicted(Prompt("chat", text)) if w is None else w

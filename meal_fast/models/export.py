@@ -83,7 +83,7 @@ def copy_adapter(policy: Path, folder: Path, base: str) -> None:
 def _tokenizer(policy: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(policy)
+    return AutoTokenizer.from_pretrained(policy, trust_remote_code=False)
 
 
 @quiet()

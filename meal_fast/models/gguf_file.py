@@ -121,7 +121,7 @@ def difference(folder: Path, file: Path) -> float:
     import gguf
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     fields = gguf.GGUFReader(file).fields
     tokens = fields["tokenizer.ggml.tokens"].contents()
     wrong = [t for t, i in tokenizer.get_vocab().items() if tokens[i] != t]
@@ -130,10 +130,12 @@ def difference(folder: Path, file: Path) -> float:
         raise ValueError(f"{file}: read back, its vocabulary or chat template is another one")
     text = tokenizer.apply_chat_template(_ASKED, tokenize=False)
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    load = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
+    load = partial(
+        AutoModelForCausalLM.from_pretrained, dtype=torch.float32, trust_remote_code=False
+    )
     with redirect_stderr(StringIO()):  # a progress bar of the tensors
         there = {"gguf_file": file.name}
-        config = AutoConfig.from_pretrained(file.parent, **there)
+        config = AutoConfig.from_pretrained(file.parent, trust_remote_code=False, **there)
         kind = fields["general.architecture"].contents()
         config.head_dim = fields[f"{kind}.attention.key_length"].contents()  # not read of Qwen3
         both = load(folder), load(file.parent, config=config, **there)
@@ -179,7 +181,7 @@ def _add_tokenizer(writer: Any, folder: Path, size: int) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([" ".join(pair) for pair in pairs])
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     for name in ("bos", "eos", "pad"):
         if (i := getattr(tokenizer, f"{name}_token_id")) is not None:
             getattr(writer, f"add_{name}_token_id")(i)

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from meal_fast.common import quiet
 from meal_fast.config.config import PolicyConfig
+from meal_fast.config.model_files import check_model_files
 from meal_fast.data.assets import asset
 from meal_fast.data.devices import DTYPES, device_of, exact_angles, prepare, settled
 from meal_fast.data.preferences import Goals
@@ -42,6 +43,7 @@ def resolve(path: str) -> str:
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
             raise ValueError(f"policy.path={path!r}: has no config.json; not a transformers model")
+        check_model_files(Path(path), f"policy.path={path!r}")
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
         raise ValueError(

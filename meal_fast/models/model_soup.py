@@ -144,7 +144,10 @@ class Family:
                 place, _, name = key.partition(".")
                 models[int(place)][name] = value
             return Family(weights, tuple(models), about["rule"])
-        except (OSError, SafetensorError, KeyError, IndexError, json.JSONDecodeError) as error:
+        except (
+            *(OSError, SafetensorError, LookupError),
+            *(ValueError, TypeError, RecursionError),
+        ) as error:
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"{str(path)!r}: no models of a family ({reason}); finish the run with "

@@ -14,6 +14,9 @@ from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
+
+from meal_fast.common import parse_json, require_text
 
 from .openai_format import BASE, Asked, Completion, Refused, StopCut, parse
 from .run import ServedRun
@@ -23,6 +26,8 @@ from .worker import Piece, QueueFull, Worker
 TEMPLATES = Path(__file__).with_name("templates")
 FILES = {"/": "playground.html", "/playground.js": "playground.js", "/style.css": "style.css"}
 MOST_BYTES = 1 << 20  # of a request
+SLOWEST = 20.0  # seconds that its body may take to come
+MOST_SCORED = 32  # requests for rewards that may wait
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -113,6 +118,13 @@ def application(
             1 <= len(answers) <= 64
         ):
             raise Refused(400, "give a prompt and a list of 1 to 64 answers, all texts")
+        try:
+            for text in (prompt, *answers):
+                require_text(text, "prompt and answers")
+        except ValueError as error:
+            raise Refused(400, str(error)) from None
+        if run.rewards.waiting >= MOST_SCORED:
+            raise Refused(429, f"{MOST_SCORED} requests for rewards are waiting; ask again later")
         try:
             scores = await asyncio.wrap_future(run.rewards.score(prompt, answers))
         except ValueError as error:
@@ -269,8 +281,15 @@ def _check_origin(request: Request, hosts: frozenset[str] | None) -> None:
     if hosts is not None and host not in hosts:
         raise Refused(403, f"Host {host!r}: this server answers to {', '.join(sorted(hosts))}")
     origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc.lower() != host:
+    if origin is not None and _site(origin) != host:
         raise Refused(403, f"Origin {origin!r}: pages of other sites may not ask")
+
+
+def _site(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 def _check_token(request: Request, token: str | None) -> None:
@@ -282,13 +301,20 @@ def _check_token(request: Request, token: str | None) -> None:
 
 
 async def _json(request: Request) -> Any:
-    body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > MOST_BYTES:
-            raise Refused(413, f"the body is longer than {MOST_BYTES} bytes")
+    parts, length = [], 0
     try:
-        return json.loads(body)
+        async with asyncio.timeout(SLOWEST):
+            async for part in request.stream():
+                length += len(part)
+                if length > MOST_BYTES:
+                    raise Refused(413, f"the body is longer than {MOST_BYTES} bytes")
+                parts.append(part)
+    except TimeoutError:
+        raise Refused(408, f"the body took longer than {SLOWEST:g} s") from None
+    except ClientDisconnect:
+        raise Refused(499, "the client has gone") from None
+    try:
+        return parse_json(b"".join(parts))
     except ValueError as error:
         raise Refused(400, f"the body is not JSON ({error})") from None
 

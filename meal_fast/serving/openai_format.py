@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from meal_fast.common import require_text
 from meal_fast.data.preferences import Preference
 from meal_fast.data_types import Prompt
 from meal_fast.rollout import Request, Sampling
@@ -86,12 +87,14 @@ def parse(body: object, run: ServedRun, *, max_new_tokens: int, most: int) -> As
     for name, value in body.items():
         if name in NEUTRAL:
             if value not in NEUTRAL[name]:
-                raise Refused(400, f"{name}={value!r}: is not supported; leave it out", name)
+                said = f"{name}={_shown(value)}: is not supported; leave it out"
+                raise Refused(400, said, name)
         elif name not in OWN | IGNORED:
-            raise Refused(400, f"{name}: unknown; there are {', '.join(sorted(OWN))}", name)
+            said = f"{_shown(name)[1:-1]}: unknown; there are {', '.join(sorted(OWN))}"
+            raise Refused(400, said, name[:80])
     model = body.get("model", run.name)
     if model not in (run.name, BASE):
-        raise Refused(404, f"model={model!r}: there are {run.name!r} and {BASE!r}", "model")
+        raise Refused(404, f"model={_shown(model)}: there are {run.name!r} and {BASE!r}", "model")
     history, prompt = _turns(body.get("messages"))
     several = body.get("preferences")
     if several is not None and not (isinstance(several, list) and several):
@@ -127,10 +130,10 @@ def _sampling(body: Mapping[str, Any], run: ServedRun, max_new_tokens: int) -> S
     stops = [stop] if isinstance(stop, str) else stop or []
     good = isinstance(stops, list) and all(isinstance(s, str) and s for s in stops)
     if not good or len(stops) > 4:
-        raise Refused(400, f"stop={stop!r}: must be a text or up to four, none empty", "stop")
+        raise Refused(400, f"stop={_shown(stop)}: must be a text or up to four, none empty", "stop")
     seed = body.get("seed")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise Refused(400, f"seed={seed!r}: must be a whole number", "seed")
+        raise Refused(400, f"seed={_shown(seed)}: must be a whole number", "seed")
     # Without a seed a key: rows of unequal keys are drawn in one call, of unequal seeds in several.
     key = ("chat", secrets.token_hex(8)) if seed is None else ()
     numbers = {
@@ -155,7 +158,9 @@ def _number(body: Mapping[str, Any], name: str, default: float) -> float:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise Refused(400, f"{name}={value!r}: must be a number", name)
+        raise Refused(400, f"{name}={_shown(value)}: must be a number", name)
+    if abs(value) > 1e6:  # a whole number may be beyond every float
+        raise Refused(400, f"{name}={_shown(value)}: is too large", name)
     return float(value)
 
 
@@ -164,8 +169,15 @@ def _whole(body: Mapping[str, Any], name: str, default: int, least: int, most: i
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise Refused(400, f"{name}={value!r}: must be a whole number, {least} to {most}", name)
+        said = f"{name}={_shown(value)}: must be a whole number, {least} to {most}"
+        raise Refused(400, said, name)
     return value
+
+
+def _shown(value: object) -> str:
+    """Repeat of a request what tells which value is meant, not all of it."""
+    text = "a long number" if isinstance(value, int) and abs(value) > 1 << 64 else repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def _turns(messages: object) -> tuple[tuple[tuple[str, str], ...], str]:
@@ -177,7 +189,9 @@ def _turns(messages: object) -> tuple[tuple[tuple[str, str], ...], str]:
         where = f"messages[{n}]"
         role = message.get("role") if isinstance(message, Mapping) else None
         if role not in ("system", "developer", "user", "assistant"):
-            raise Refused(400, f"{where}.role={role!r}: must be system, user or assistant", where)
+            raise Refused(
+                400, f"{where}.role={_shown(role)}: must be system, user or assistant", where
+            )
         content = message.get("content")
         if isinstance(content, list):
             parts = [p.get("text") for p in content if isinstance(p, Mapping)]
@@ -187,6 +201,10 @@ def _turns(messages: object) -> tuple[tuple[tuple[str, str], ...], str]:
             content = "".join(texts)
         if not isinstance(content, str) or not content.strip():
             raise Refused(400, f"{where}.content: must be a text that is not empty", where)
+        try:
+            require_text(content, f"{where}.content")
+        except ValueError as error:
+            raise Refused(400, str(error), where) from None
         turns.append(("system" if role == "developer" else role, content.strip()))
     if turns[-1][0] != "user":
         raise Refused(400, "messages: the last one must be the user's", "messages")

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 
-from meal_fast.common import off_simplex
+from meal_fast.common import off_simplex, opening
 from meal_fast.config.config import Config
 from meal_fast.config.run_dir import PREFERENCE_NET, policy_folder, read_statistics
 from meal_fast.data.objectives import Objectives, load_objectives
@@ -56,6 +57,8 @@ class ServedRun:
         values = [given[name] for name in self.names]
         if any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
             raise ValueError(f"preference={dict(given)!r}: the values must be numbers")
+        if any(abs(v) > 2 for v in values):  # a whole number may be beyond every float
+            raise ValueError("preference: the values must lie between 0 and 1")
         w = tuple(map(float, values))
         if reason := off_simplex(w, self.names):
             raise ValueError(f"preference={dict(given)!r}: {reason}; none negative, summing to 1")
@@ -94,17 +97,27 @@ class Rewards:
         self._config = config
         self._thread = ThreadPoolExecutor(1, "meal-fast-rewards")
         self._objectives: Objectives | ValueError | None = None
+        self.waiting, self._counting = 0, Lock()  # calls of `score` that are not answered
         try:
             sample = read_statistics(run / "statistics.json").get("calibration", {})
         except ValueError:
             sample = {}
         # Of the base model's answers: between which rewards a bar is drawn, until it sees others.
         low, high = sample.get("min", ()), sample.get("max", ())
-        self.ranges = [list(ends) for ends in zip(low, high, strict=True)]
+        known = len(low) == len(high) == len(config.names)
+        self.ranges = [list(ends) for ends in zip(low, high, strict=True)] if known else []
 
     def score(self, prompt: str, answers: Sequence[str]) -> Future[list[list[float]]]:
         """Score answers to one prompt: (R, K). The future raises ValueError where that fails."""
-        return self._thread.submit(self._score, prompt, list(answers))
+        with self._counting:
+            self.waiting += 1
+        future = self._thread.submit(self._score, prompt, list(answers))
+        future.add_done_callback(self._done)
+        return future
+
+    def _done(self, _: Future[list[list[float]]]) -> None:
+        with self._counting:
+            self.waiting -= 1
 
     def _score(self, prompt: str, answers: list[str]) -> list[list[float]]:
         if self._objectives is None:
@@ -129,8 +142,9 @@ def unfinished(run: Path, config: Config) -> str:
     path = run / "checkpoint.pt"
     if not path.is_file():
         return ""
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    done, of, what = int(state["step"]), config.meta.steps, "meta-steps"
-    if config.meta.tokens:
-        done, of, what = int(state.get("tokens", 0)), config.meta.tokens, "tokens"
+    with opening(f"RUN={str(run)!r}: checkpoint.pt", "remove it where the run is finished"):
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        done, of, what = int(state["step"]), config.meta.steps, "meta-steps"
+        if config.meta.tokens:
+            done, of, what = int(state.get("tokens", 0)), config.meta.tokens, "tokens"
     return "" if done >= of else f"{done} of {of} {what}"

@@ -89,6 +89,7 @@ def serve(
         import uvicorn
 
         from .app import application
+        from .patience import configured
         from .run import ServedRun
         from .worker import Worker
 
@@ -102,7 +103,5 @@ def serve(
         say(f"meal-fast: playground at http://{shown}:{port}/, API at http://{shown}:{port}/v1")
         if browse and has_screen():
             webbrowser.open(f"http://{shown}:{port}/")  # the address listens already
-        settings = uvicorn.Config(
-            app, log_level="warning", timeout_graceful_shutdown=2, server_header=False
-        )
+        settings = configured(app, log_level="warning", timeout_graceful_shutdown=2)
         uvicorn.Server(settings).run(sockets=[taken])

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
-from meal_fast.common import require, write_atomic
+from meal_fast.common import opening, parse_json, require, write_atomic
 from meal_fast.data_types import Prompt
 from meal_fast.models import shared_prefix
 from meal_fast.models.policy import Policy
@@ -96,14 +96,19 @@ class PreferenceNet(nn.Module):
             raise ValueError(f"preference net {str(path)!r}: cannot be read ({error})") from None
         if set(_METADATA) - set(metadata):
             raise ValueError(f"preference net {str(path)!r}: is no file of PreferenceNet.save")
-        k, held, width, hidden = (json.loads(metadata[name]) for name in _METADATA)
+        with opening(f"preference net {str(path)!r}"):
+            k, held, width, hidden = (parse_json(metadata[name]) for name in _METADATA)
+            said, found = (hidden, width), tuple(state["inner.weight"].shape)
+            if said != found:  # before memory is taken for what is said
+                raise ValueError(f"it says {said}, and is of {found}")
         if tuple(held) != tuple(names):
             raise ValueError(
                 f"preference net {str(path)!r}: is for K={k} objectives {', '.join(held)}; "
                 f"given K={len(names)}, {', '.join(names)}; use the objectives of its run"
             )
         net = PreferenceNet(held, width, hidden)
-        net.load_state_dict(state)
+        with opening(f"preference net {str(path)!r}"):
+            net.load_state_dict(state)
         return net
 
 

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from meal_fast.common import write_atomic
+from meal_fast.common import opening, write_atomic
 from meal_fast.config.config import Config
 from meal_fast.data import preferences
 from meal_fast.data.objectives import Objectives
@@ -74,7 +74,8 @@ def learned(run: Path) -> dict[str, Tensor]:
     path = run / FOLDER / PARAMETERS
     if not path.is_file():
         raise ValueError(f"run {str(run)!r}: {FOLDER}/{PARAMETERS} is missing; train it anew")
-    return load_file(path)
+    with opening(f"{str(path)!r}", "train the run anew"):
+        return load_file(path)
 
 
 def taught(

@@ -18,6 +18,7 @@ def serving(folder, *, token=None, slots=4, waiting=4, ready=lambda served: None
     uvicorn = pytest.importorskip("uvicorn")
     pytest.importorskip("fastapi")
     from meal_fast.serving.app import application
+    from meal_fast.serving.patience import configured
     from meal_fast.serving.run import ServedRun
     from meal_fast.serving.server import bound, names_of
     from meal_fast.serving.worker import Worker
@@ -30,7 +31,7 @@ def serving(folder, *, token=None, slots=4, waiting=4, ready=lambda served: None
     app = application(
         served, worker, hosts=names_of("127.0.0.1", port), token=token, max_new_tokens=8, **options
     )
-    settings = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1)
+    settings = configured(app, log_level="error", timeout_graceful_shutdown=1)
     server = uvicorn.Server(settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [taken]})
     thread.start()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meal_fast.common import opening
 from meal_fast.config.config import PolicyConfig
 
 from .. import multi_lora
@@ -131,7 +132,8 @@ def with_lora(model: Any, config: PolicyConfig, seed: int, trained: Path | None)
 
     model.requires_grad_(False)
     if trained is not None:
-        model = PeftModel.from_pretrained(model, trained / ADAPTER, is_trainable=True)
+        with opening(f"{str(trained / ADAPTER)!r}", "it holds no factors of this model"):
+            model = PeftModel.from_pretrained(model, trained / ADAPTER, is_trainable=True)
     else:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
