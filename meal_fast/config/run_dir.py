@@ -14,7 +14,7 @@ AUTOMATIC = {"threads": 0, "policy.dtype": "auto", "grpo.micro_tokens": 0}
 PREFERENCE_NET = "preference_net.safetensors"  # of a run of recipe `meal`, if it trained one
 
 # What a resumed run may change: nothing that enters the mathematics of the steps.
-FREE_ON_RESUME = ("checkpoint_every", "completions", "logger", "evaluation.")
+FREE_ON_RESUME = ("checkpoint_every", "completions", "logger", "evaluation.", "grpo.skip_limit")
 
 
 def read_config(run: Path) -> Config:
