@@ -28,7 +28,7 @@ _STATISTICS = {
 }
 
 # What a resumed run may change: nothing that enters the mathematics of the steps.
-FREE_ON_RESUME = ("checkpoint_every", "completions", "logger", "evaluation.")
+FREE_ON_RESUME = ("checkpoint_every", "completions", "logger", "evaluation.", "grpo.skip_limit")
 
 
 def read_config(run: Path) -> Config:

@@ -234,6 +234,9 @@ class GRPOConfig:
         "over tokens (dapo), or a sum over a constant (dr_grpo).",
     )
     max_grad_norm: float = opt(1.0, "Gradients are clipped to this norm; 0 does not clip.")
+    skip_limit: int = opt(
+        5, "Updates in a row whose loss or gradient is not finite before the run saves and stops."
+    )
     keep: int = opt(
         0,
         "Rows of a group that GRPO learns from, those of the largest |advantage|; 0 keeps all [R].",
@@ -250,13 +253,14 @@ class GRPOConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("lr",):
-            require(getattr(self, name) > 0, f"grpo.{name}", getattr(self, name), "positive")
+        require(self.lr > 0, "grpo.lr", self.lr, "positive")
         for name in ("weight_decay", "beta", "clip_low", "clip_high", "max_grad_norm", "keep"):
             value = getattr(self, name)
             require(value >= 0, f"grpo.{name}", value, "must not be negative")
         require(self.clip_low < 1, "grpo.clip_low", self.clip_low, "must be below 1")
-        require(self.epochs >= 1, "grpo.epochs", self.epochs, "must be at least 1")
+        for name in ("epochs", "skip_limit"):
+            value = getattr(self, name)
+            require(value >= 1, f"grpo.{name}", value, "must be at least 1")
         n = self.micro_tokens
         require(n >= 0, "grpo.micro_tokens", n, "must be 0 (automatic) or positive")
 

@@ -17,7 +17,7 @@ from .cuda_graph import FixedStep, Staging
 from .kv_cache import TokenPass, fill_prompts, fill_suffixes
 from .memory import Memory
 from .scheduler import Admitted, Scheduler
-from .sequence import Counts, Row, Sampling, row_id
+from .sequence import Counts, Row, Sampling, check_logp, row_id
 
 
 class ModelRunner:
@@ -85,17 +85,23 @@ class ModelRunner:
         self.counts.sampled += len(live)
         for (seed, temperature, top_k, top_p, min_p), rows in alike.items():
             at = slice(None) if len(alike) == 1 else torch.tensor(rows, device=logits.device)
-            token, logp, _ = ops.sample(
-                logits[at],
-                seed=seed,
-                row=key_R[at],
-                position=position_R[at],
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-            )
+            try:
+                token, logp, _ = ops.sample(
+                    logits[at],
+                    seed=seed,
+                    row=key_R[at],
+                    position=position_R[at],
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    min_p=min_p,
+                )
+            except ValueError:  # on a CPU it looks itself, and knows no prompts
+                for r, values in zip(rows, logits[at], strict=True):
+                    check_logp(live[r].request, float(values.float().log_softmax(-1).max()))
+                raise
             for r, t, lp in zip(rows, *_read(token, logp), strict=True):
+                check_logp(live[r].request, lp)
                 live[r].tokens.append(t)
                 live[r].logp.append(lp)
         for row in live:

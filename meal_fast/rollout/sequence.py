@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -119,6 +120,16 @@ def encode(
             )
         parts.append((prompt, suffix))
     return parts
+
+
+def check_logp(request: Request, logp: float) -> None:
+    """Raise ValueError where a model gave no distribution to draw a token of `request` from."""
+    if not math.isfinite(logp):
+        raise ValueError(
+            f"prompt {request.prompt.id}: the model's logits are not finite, so that there is "
+            "nothing to draw from: its weights are damaged, or have grown too large for their "
+            "type; load them in float32 (policy.dtype), or train with a lower grpo.lr"
+        )
 
 
 def row_id(rng_key: Sequence[int | str], request: Request, sample: int, attempt: int = 0) -> int:

@@ -12,7 +12,7 @@ import torch
 from meal_fast.data.markers import MARKERS
 
 from .batch import Batch, Task
-from .metrics import LinesFile
+from .metrics import LinesFile, finite
 from .reward_hacking import RewardHacking
 
 FILE = "completions.jsonl"
@@ -120,7 +120,7 @@ class Completions:
         for task, part, line in zip(tasks, batch.parts(), lines, strict=True):
             rows = rows_of(task, part, self._names, self._marks)
             if self._file is not None and self._keep and rows:
-                text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+                text = "\n".join(json.dumps(finite(row), ensure_ascii=False) for row in rows)
                 # What a model says may hold half of a pair of surrogates, which has no UTF-8.
                 self._file.write(text.encode("utf-8", "replace"))
             self._told(rows)

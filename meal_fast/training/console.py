@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -57,11 +58,28 @@ class Display:
     def __enter__(self) -> Display:
         if self._live:
             self._screen.start()
+        self._warn, warnings.showwarning = warnings.showwarning, self._warned
         return self
 
     def __exit__(self, *_: object) -> None:
+        warnings.showwarning = self._warn
         if self._live:
             self._screen.stop()
+
+    def _warned(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        """Say a run's own warning in one line; whatever shows warnings shows the others."""
+        if category is UserWarning and "meal_fast" in filename:
+            self._say(f"meal-fast: {message}", whole=True)
+        else:
+            self._warn(message, category, filename, lineno, file, line)
 
     def begin(self, updates: int | None, done: int, progress: float) -> None:
         """Take what the run's length is; None: a budget of tokens ends it. From here it trains."""

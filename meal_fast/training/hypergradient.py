@@ -35,6 +35,10 @@ from .net_trainer import acceptance_weights
 _REACH = 0.01
 
 
+class NotFinite(ValueError):
+    """The look-ahead leads to where the gradient is not finite."""
+
+
 def coefficients(
     normalized_RK: Tensor,
     w0_RK: Tensor,
@@ -102,7 +106,8 @@ def hypergradient(
     something raises; their `.grad` is left alone.
 
     Raises:
-        ValueError: no rows, shapes that differ, η not positive, a gradient at θ′ not finite.
+        ValueError: no rows, shapes that differ, η not positive; its kind `NotFinite` for a gradient
+            at θ′ that is not finite.
     """
     checks.positive("eta", eta)
     rows = len(inner.group_R)
@@ -127,7 +132,8 @@ def hypergradient(
             policy, held_out, share_R, temperature, micro_tokens=micro_tokens, recompute=recompute
         )
         norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(v))))
-        require(norm < float("inf"), "eta", eta, f"‖∇L_meta‖ at θ′ is {norm}; look ahead less far")
+        if not norm < float("inf"):
+            raise NotFinite(f"eta={eta!r}: ‖∇L_meta‖ at θ′ is {norm}; look ahead less far")
         if norm > 0:
             ends = []
             for epsilon in (_REACH / norm, -_REACH / norm):

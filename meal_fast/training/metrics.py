@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -54,6 +55,15 @@ class LinesFile:
         self._file.close()
 
 
+def finite(value: Any) -> Any:
+    """Give a line's values with null for each number that is not finite: JSON has none for it."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class MetricsLog:
     """Write metrics.jsonl in the order of the updates' numbers, which tasks at once mix up.
 
@@ -100,7 +110,7 @@ class MetricsLog:
     def _write(self, more: dict[str, Any]) -> None:
         line = self._held.pop(self._due) | more
         self._due += 1
-        self._file.write(json.dumps(line).encode())
+        self._file.write(json.dumps(finite(line), allow_nan=False).encode())
         self._told(line)
 
 

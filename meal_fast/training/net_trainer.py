@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -120,7 +122,8 @@ class NetTrainer:
 
     The caller counts policy updates and calls, every M of them, `step` (`alternating`) or `descend`
     (`hypergradient`). While the buffer is empty nothing moves, Adam's state included, and there are
-    no metrics.
+    no metrics. What would leave a net that is not finite is undone, Adam's state included; its
+    metrics are `net_skipped` alone.
 
     Args:
         buffer: prompts; a prompt that comes again takes its old place's values away.
@@ -175,11 +178,12 @@ class NetTrainer:
         h_BD, target_BK = self._batch()
         with torch.no_grad():
             before = float(divergence(target_BK, self.net(h_BD)).mean())
+        kept = self._moving()
         for _ in range(self.net_steps):
             self.optimizer.zero_grad(set_to_none=True)
             net_loss(self.net(h_BD), target_BK, self.gamma).backward()
             self.optimizer.step()
-        return self._measured(before)
+        return self._measured(before, kept)
 
     def descend(self, surrogate: Tensor) -> dict[str, float]:
         """Take one Adam step on `surrogate` − γ mean H(w_φ), H over the buffer; as `step`.
@@ -192,17 +196,17 @@ class NetTrainer:
         h_BD, target_BK = self._batch()
         w_BK = self.net(h_BD)
         before = float(divergence(target_BK, w_BK.detach()).mean())
+        kept = self._moving()
         self.optimizer.zero_grad(set_to_none=True)
         (surrogate - self.gamma * entropy(w_BK).mean()).backward()
         self.optimizer.step()
-        return self._measured(before)
+        return self._measured(before, kept)
 
     def state(self) -> dict[str, Any]:
         """Give everything that the next step depends on, copied."""
         h, target = zip(*self._held.values(), strict=True) if self._held else ((), ())
         return {
-            "net": {name: value.clone() for name, value in self.net.state_dict().items()},
-            "adam": copy.deepcopy(self.optimizer.state_dict()),
+            **self._moving(),
             "ids": list(self._held),
             "h": [x.clone() for x in h],
             "target": [x.clone() for x in target],
@@ -210,8 +214,7 @@ class NetTrainer:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave."""
-        self.net.load_state_dict(state["net"])
-        self.optimizer.load_state_dict(copy.deepcopy(state["adam"]))
+        self._move_back(state)
         values = zip(state["ids"], state["h"], state["target"], strict=True)
         self._held = {i: (h.to(self.device), w.to(self.device)) for i, h, w in values}
 
@@ -219,13 +222,32 @@ class NetTrainer:
         h, target = zip(*self._held.values(), strict=True)
         return torch.stack(h), torch.stack(target)
 
+    def _moving(self) -> dict[str, Any]:
+        """Copy what a step moves."""
+        return {
+            "net": {name: value.clone() for name, value in self.net.state_dict().items()},
+            "adam": copy.deepcopy(self.optimizer.state_dict()),
+        }
+
+    def _move_back(self, kept: dict[str, Any]) -> None:
+        self.net.load_state_dict(kept["net"])
+        self.optimizer.load_state_dict(copy.deepcopy(kept["adam"]))
+
     @torch.no_grad()
-    def _measured(self, before: float) -> dict[str, float]:
+    def _measured(self, before: float, kept: dict[str, Any]) -> dict[str, float]:
+        """Measure what the steps made of the net; undo them where it is not finite."""
         h_BD, target_BK = self._batch()
         w_BK = self.net(h_BD)
-        return {
+        found = {
             "net_loss": float(net_loss(w_BK, target_BK, self.gamma)),
             "net_entropy": float(entropy(w_BK).mean()),
             "net_kl_before": before,
             "net_kl_after": float(divergence(target_BK, w_BK).mean()),
         }
+        moments = [m for state in self.optimizer.state.values() for m in state.values()]
+        finite = torch.stack([m.isfinite().all() for m in (*moments, *self.net.parameters())])
+        if all(map(math.isfinite, found.values())) and bool(finite.all()):
+            return found
+        self._move_back(kept)
+        warnings.warn("preference net: its step is not finite; it is skipped", stacklevel=4)
+        return {"net_skipped": 1.0}

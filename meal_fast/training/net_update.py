@@ -8,6 +8,7 @@ under drawn preferences.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from meal_fast.data_types import Prompt
 from meal_fast.models.policy import Policy
 
 from .batch import Batch, Hindsight
-from .hypergradient import coefficients, hypergradient
+from .hypergradient import NotFinite, coefficients, hypergradient
 from .net_trainer import NetTrainer
 from .preference_net import Features, PreferenceNet
 
@@ -96,17 +97,21 @@ class NetUpdate:
             scalarization=self.kind,
         )
         share_R = a_R / inner.mask_RT.sum(1) / len(asked_R[inner_R].unique())
-        slope_R, metrics = hypergradient(
-            self.policy,
-            inner,
-            share_R.detach(),
-            held_out,
-            eta=self.config.meal.eta,
-            temperature=self.config.rollout.temperature,
-            micro_tokens=self.config.grpo.micro_tokens,
-            held_out_R=1.0 / held_out.mask_RT.sum(1),
-            recompute=self.config.grpo.recompute,
-        )
+        try:
+            slope_R, metrics = hypergradient(
+                self.policy,
+                inner,
+                share_R.detach(),
+                held_out,
+                eta=self.config.meal.eta,
+                temperature=self.config.rollout.temperature,
+                micro_tokens=self.config.grpo.micro_tokens,
+                held_out_R=1.0 / held_out.mask_RT.sum(1),
+                recompute=self.config.grpo.recompute,
+            )
+        except NotFinite as error:
+            warnings.warn(f"preference net: {error}; its step is skipped", stacklevel=2)
+            return {"net_skipped": 1.0}
         return metrics | self.trainer.descend((share_R * slope_R).sum())
 
     def state(self) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class Joint:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=inner.lr, betas=betas, weight_decay=inner.weight_decay, fused=True
         )
+        self.left_out = torch.zeros((), device=self.parameters[0].device)
+        self._loss: Tensor | None = None
 
     def _momentum_free(self) -> bool:
         return False
@@ -70,14 +72,39 @@ class Joint:
     def begin_task(self, w: Preference) -> None:
         """Prepare for the inner updates of one preference."""
 
+    def watch(self, loss: Tensor) -> None:
+        """Leave out the next step where this loss, whose gradient it follows, is not finite."""
+        self._loss = loss.detach()
+
     def advance(self, lr: float, max_grad_norm: float) -> Tensor:
-        """Take Adam's step along the gradients, drop them; give their norm before any clipping."""
+        """Take Adam's step along the gradients, drop them; give their norm before any clipping.
+
+        Where that norm, or the loss that is watched, is not finite, parameters and Adam's state
+        stay as they are, and `left_out` is 1 instead of 0. It is decided where the parameters are:
+        nothing waits for it.
+        """
         norm = nn.utils.clip_grad_norm_(self.parameters, max_grad_norm or float("inf"))
+        # Unclipped, Adam squares it.
+        sound = (norm if max_grad_norm else norm * norm).isfinite()
+        if self._loss is not None:
+            sound, self._loss = sound & self._loss.isfinite(), None
+        self.left_out = (~sound).float()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        # What a gradient scaler sets: the fused step then reads it beside the gradients.
+        self.optimizer.found_inf = self.left_out  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def settle(self) -> None:
+        """After a step that was left out: drop an Adam state that no step has made yet.
+
+        The optimizer makes one of zeros, and it would be averaged with those of other tasks.
+        """
+        state = self.optimizer.state[self.parameters[0]]
+        if state and float(state["step"]) == 0:
+            self.optimizer.state.clear()
 
     def end_task(self, w: Preference) -> None:
         """Take up what became of them."""

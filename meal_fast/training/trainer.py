@@ -37,6 +37,7 @@ from .metrics import Clock, MetricsLog, of_responses
 from .outer import Drawn
 from .recipes import recipe_of
 from .reward_hacking import RewardHacking, own_marks
+from .skips import Skips
 from .warmup import warm_up
 
 
@@ -86,6 +87,7 @@ class Trainer:
             self.policy, self.objectives, scales, self.config, self.recipe.spec.score
         )
         self.net = self.collector.net  # Meal's; None: there is no net to train
+        self.skips = Skips(self.config.grpo, by_model=bool(self.recipe.spec.models))
         self.step = 0  # meta-steps done
         self.tokens = 0  # generated
         if checkpoint is not None:
@@ -196,9 +198,13 @@ class Trainer:
             self.meta_step()
             self.step += 1
             due = self.step % self.config.checkpoint_every == 0
-            if due or self.stop_requested or self.finished:
+            if due or self.stop_requested or self.finished or self.skips.too_many:
                 self.save_checkpoint()
                 saved = self.step
+            if self.skips.too_many:
+                self.log.close()
+                self.completions.close()
+                raise ValueError(f"{self.skips.too_many}; what was learnt before is saved")
             if self.stop_requested:
                 break
         if saved != self.step:
@@ -257,18 +263,25 @@ class Trainer:
         if not len(batch.rolled.group_R):
             return [{} for _ in tasks]
         options, temperature = self.config.grpo, self.config.rollout.temperature
+        lanes, left_out = self.outer.lanes, torch.zeros(len(tasks), device=self.policy.device)
         for _ in range(options.epochs):
             with self.policy.stacked(self.outer.stack):
                 learned = self.recipe.loss(
                     self.policy, batch.rolled, batch.scored, options, temperature
                 )
-            norms = [
-                lane.advance(task.lr, options.max_grad_norm)
-                for lane, task in zip(self.outer.lanes, tasks, strict=True)
-            ]
+            norms = []
+            for lane, task, loss in zip(lanes, tasks, learned["loss"].reshape(-1), strict=True):
+                lane.watch(loss)
+                norms.append(lane.advance(task.lr, options.max_grad_norm))
             learned["grad_norm"] = torch.stack(norms)
+            left_out = left_out + torch.stack([lane.left_out for lane in lanes])
+        learned["left_out"] = left_out  # steps whose loss or gradient was not finite
         values = torch.stack([v.detach().double().reshape(-1) for v in learned.values()])
-        return [dict(zip(learned, of_task, strict=True)) for of_task in values.T.tolist()]
+        found = [dict(zip(learned, of_task, strict=True)) for of_task in values.T.tolist()]
+        for lane, metrics in zip(lanes, found, strict=True):
+            if metrics["left_out"]:
+                lane.settle()
+        return found
 
     def _lines(
         self,
@@ -291,7 +304,7 @@ class Trainer:
                 "inner": task.inner,
                 "progress": self.progress(task.update + 1),
                 "w": task.preference,
-                **(metrics or {"skipped": True}),
+                **(self.skips.said(task, metrics) or {"skipped": True}),
                 "lr": task.lr,
                 **of_responses(part, names, scales),
                 **of_net,

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -84,13 +86,15 @@ def taught(
     """Give the parameters, by name, that learn the lessons, and each step's loss.
 
     A step is AdamW's along the mean negative log-likelihood of the answers' tokens, at a rate that
-    falls linearly to zero. The policy is left as it was.
+    falls linearly to zero. One whose loss or gradient is not finite is skipped, its loss given as
+    0; `grpo.skip_limit` in a row raise ValueError. The policy is left as it was.
     """
     options = config.warmup
     before = [p.detach().clone() for p in policy.trainable]
     adam = torch.optim.AdamW(policy.trainable, lr=options.lr, weight_decay=0.0, fused=True)
     loss = dataclasses.replace(config.grpo, beta=0.0, reduce="dapo")
-    nll = []
+    nll: list[float] = []
+    skipped = 0  # in a row
     for step in range(options.steps):
         requests, answers = _asked(lessons, config, step)
         rolled = gathered(
@@ -104,13 +108,25 @@ def taught(
         ones_R = torch.ones(len(answers), device=policy.device)
         reward_RK = ones_R.new_zeros(len(answers), len(config.names))
         metrics = sft(policy, rolled, Weighted(reward_RK, ones_R, ones_R), loss, 1.0)
-        nn.utils.clip_grad_norm_(policy.trainable, 1.0)
+        norm = float(nn.utils.clip_grad_norm_(policy.trainable, 1.0))
         for group in adam.param_groups:
             left = (options.steps - step) / options.steps
             group["lr"] = options.lr * min((step + 1) / 2, left)
-        adam.step()
-        adam.zero_grad(set_to_none=True)
         nll.append(float(metrics["nll"]))
+        sound = math.isfinite(norm) and math.isfinite(nll[-1])
+        if sound:
+            adam.step()
+        adam.zero_grad(set_to_none=True)
+        skipped = 0 if sound else skipped + 1
+        if skipped:
+            nll[-1] = 0.0  # of a step that is skipped; JSON has no number for it
+            said = f"warm start, step {step}: gradient norm {norm:g} is not finite"
+            warnings.warn(f"{said}; it is skipped", stacklevel=2)
+            if skipped >= config.grpo.skip_limit:
+                raise ValueError(
+                    f"{said}, and so were the {skipped} steps up to it; lower warmup.lr="
+                    f"{options.lr:g}, or leave the warm start out"
+                )
         tell(f"warm start: step {step + 1}/{options.steps}, NLL {nll[-1]:.2f}")
     found = {name: p.detach().clone().contiguous() for name, p in policy.named.items()}
     with torch.no_grad():
