@@ -7,12 +7,20 @@ built whole; a model for which that is not the same is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+import transformers
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
 
 from meal_fast.common import quiet
 from meal_fast.config.config import PolicyConfig
@@ -30,6 +38,7 @@ from .policies.base import Policy
 from .policies.full import FullPolicy
 from .policies.lora import LoRAPolicy, with_lora
 from .policies.pblora import GUIDE, PBLoRAPolicy
+from .probe import INSTEAD, probe
 from .reference_offload import FrozenCopy
 
 
@@ -92,48 +101,98 @@ def load_policy(
         if trained is not None:
             adapter.load(trained / GUIDE)
         policy = PBLoRAPolicy(ready(model), adapter, *words)
-    _check_head(policy)
+    probe(policy, config.path)
     return policy
 
 
 def _load(path: str, config: PolicyConfig) -> tuple[Any, Any]:
-    try:
-        settings = AutoConfig.from_pretrained(path)
+    """The model and its tokenizer. Raises ValueError, one line, for whatever cannot be loaded."""
+    said = f"policy.path={config.path!r}"
+    with _one_line(f"{said}: its config.json cannot be used", config.path):
+        settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        kind = settings.model_type
+        if type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError(f"{said}: {kind} is no causal language model; {INSTEAD}")
         shared_prefix.check_supported(settings)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[config.dtype], attn_implementation=shared_prefix.ATTENTION
+    own = f"{said}: {kind} has an attention of its own and is not supported; {INSTEAD}"
+    _check_files(said, Path(path))
+    with _one_line(f"{said}: its weights cannot be loaded", config.path, own):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=DTYPES[config.dtype],
+            attn_implementation=shared_prefix.ATTENTION,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except KeyError as error:
-        if str(error) != repr(shared_prefix.ATTENTION):
-            raise
-        raise ValueError(
-            f"policy.path={config.path!r}: {settings.model_type} has an attention of its own and "
-            "is not supported; use a model of transformers' attention interface (Llama, Qwen, …)"
-        ) from None
-    except OSError as error:
-        line = str(error).splitlines()[0]
-        raise ValueError(
-            f"policy.path={config.path!r}: no model could be loaded ({line})"
-        ) from None
-    exact_angles(model)
     if not getattr(model, "_supports_attention_backend", False):
+        raise ValueError(own)
+    if missing := sorted(found["missing_keys"]):
         raise ValueError(
-            f"policy.path={config.path!r}: {type(model).__name__} has an attention of its own and "
-            "is not supported; use a model of transformers' attention interface (Llama, Qwen, …)"
+            f"{said}: its weights lack {missing[0]} and {len(missing) - 1} more of "
+            f"{type(model).__name__}, which would be drawn at random; name a folder with a whole "
+            "causal language model"
         )
+    if not isinstance(getattr(model.get_output_embeddings(), "weight", None), torch.Tensor):
+        raise ValueError(f"{said}: {kind} has no linear head; {INSTEAD}")
+    with _one_line(f"{said}: its tokenizer cannot be loaded", config.path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.chat_template is None:
-        raise ValueError(f"policy.path={config.path!r}: its tokenizer has no chat template")
+        raise ValueError(
+            f"{said}: its tokenizer has no chat template; use the model's instruct version, or "
+            "write a template to chat_template.jinja in a copy of the folder"
+        )
+    rows = len(model.get_input_embeddings().weight)
+    if (last := max(tokenizer.get_vocab().values(), default=0)) >= rows:
+        raise ValueError(
+            f"{said}: its tokenizer has a token of number {last}, its model embeddings for "
+            f"{rows}; use the tokenizer that belongs to the model"
+        )
+    exact_angles(model)
     return model, tokenizer
 
 
-@torch.no_grad()
-def _check_head(policy: Policy) -> None:
-    """Refuses a model that scales or shifts what leaves its head: cut apart it is another."""
-    ids = torch.tensor([policy.encode_prompt("a")[-3:]], device=policy.device)
-    whole = policy.causal_lm(input_ids=ids, use_cache=False).logits[0].float()
-    network = policy.network
-    apart = network.logits(network.body(input_ids=ids, use_cache=False).last_hidden_state[0])
-    if not torch.allclose(whole, apart, atol=1e-2, rtol=1e-2):
-        name = type(policy.causal_lm).__name__
-        raise ValueError(f"policy: {name} does more than a linear head and softcap to its logits")
+def _check_files(said: str, folder: Path) -> None:
+    """Refuse weights that are not safetensors: a pickle runs what code its writer likes."""
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        pickled = sorted(x.name for x in folder.glob("*.bin"))
+        raise ValueError(
+            f"{said}: {pickled[0]} is a pickle, which may run code; convert it where you trust it: "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)"
+            if pickled
+            else f"{said}: has no *.safetensors; name a folder that save_pretrained wrote"
+        )
+
+
+@contextmanager
+def _one_line(what: str, path: str, own_attention: str = "") -> Iterator[None]:
+    """Make one line of whatever transformers, or the files, raise: a ValueError that begins with
+    `what` and gives a remedy."""
+    try:
+        yield
+    except Exception as error:  # of other people's code and files: it may be anything
+        text = str(error)
+        if text.startswith("policy"):
+            raise
+        if isinstance(error, KeyError) and text == repr(shared_prefix.ATTENTION):
+            raise ValueError(own_attention) from None
+        line = next((x.strip() for x in text.splitlines() if x.strip()), type(error).__name__)
+        raise ValueError(f"{what} ({_shortened(line)}); {_remedy(error, text)}") from error
+
+
+def _remedy(error: Exception, text: str) -> str:
+    if "trust_remote_code" in text:
+        return "it needs code of its own, which is never run; use a model that transformers knows"
+    if "does not recognize this architecture" in text or "Unrecognized model" in text:
+        return f"transformers {transformers.__version__} does not know it; use another model"
+    if isinstance(error, ImportError):
+        return "install what it needs, or use another model"
+    if isinstance(error, SafetensorError):
+        return "a file is damaged or cut short; copy it again"
+    if "tokenizer" in text.lower():
+        return "save it beside the model: AutoTokenizer.from_pretrained(NAME).save_pretrained(…)"
+    return f"see that it is whole: AutoModelForCausalLM.from_pretrained(…) must load it; {INSTEAD}"
+
+
+def _shortened(line: str, most: int = 200) -> str:
+    return line if len(line) <= most else line[: most - 1] + "…"

@@ -22,6 +22,18 @@ class Network:
     softcap: float | None
     runs: int = 1  # of each of the body's layers in a pass: so many keys and values a token
 
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """Layers, heads, and numbers of a head: the keys of one token, and its values."""
+        config: Any = self.body.config
+        text = config.get_text_config()
+        queries = text.num_attention_heads
+        return (
+            text.num_hidden_layers * self.runs,
+            getattr(text, "num_key_value_heads", None) or queries,
+            getattr(text, "head_dim", None) or text.hidden_size // queries,
+        )
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute full logits of a few hidden states, (R, D) -> (R, V) float32: a sampler's.
 

@@ -23,8 +23,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
 
 ATTENTION = "meal_fast_tree"
+WATCHED = "meal_fast_watched"  # the same, and refuses what it is asked for beyond it: models.probe
+
+
+class Refused(ValueError):
+    """Why a model cannot be a policy; whoever loads it puts its name before."""
 
 
 class Pass(Protocol):
@@ -315,7 +321,75 @@ def _attention(
     return tree.attend(module.layer_idx, query, key, value, scale), None
 
 
+# What models hand to their attention function that changes nothing of causal attention.
+_HARMLESS = {
+    "dropout",  # none: a policy is in eval mode
+    "position_ids",
+    "cache_position",
+    "position_embeddings",
+    "past_key_values",
+    "past_key_value",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "logits_to_keep",
+    "return_dict",
+}
+
+
+def _watched(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    tree: Pass | None = None,
+    **asked: Any,
+) -> tuple[Tensor, None]:
+    """`_attention`; raises Refused for whatever that would leave out without a word."""
+    if tree is None:
+        raise Refused("does not hand what it is called with on to its attention")
+    if attention_mask is not None:
+        raise Refused("makes an attention mask of its own")
+    context = context_of(module.config)
+    for name, said in asked.items():
+        if name in _HARMLESS or said is None or said is False:
+            continue
+        if name == "is_causal" or (name == "sliding_window" and said >= context):
+            continue
+        raise Refused(f"asks its attention for {name}")
+    if asked.get("is_causal", getattr(module, "is_causal", True)) is False:
+        raise Refused("does not attend causally")
+    return _attention(module, query, key, value, None, scaling, tree)
+
+
+def _whole_mask(
+    mask_function: Any, config: Any, device: Any = None, attention_mask: Any = None, **_: Any
+) -> None:
+    """The mask that a model would be given: none. Raises Refused where at any distance within
+    the model's context it shows less than everything before a token, or more."""
+    last = min(context_of(config), 1 << 24) - 1
+    near = torch.arange(64, device=device).clamp(max=last)
+    steps = 2 ** torch.arange(max(last, 1).bit_length(), device=device)
+    far = torch.cat([last - steps, last - steps + 1, last - steps - 1]).clamp(0, last)
+    at = torch.cat([near, far, torch.tensor([last], device=device)]).unique()
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    seen = mask_function(zero, zero, at[:, None], at[None])
+    if not torch.equal(seen.expand(len(at), len(at)), at[None] <= at[:, None]):
+        raise Refused("does not attend to all tokens before each")
+
+
 AttentionInterface.register(ATTENTION, _attention)
+AttentionInterface.register(WATCHED, _watched)
+AttentionMaskInterface.register(WATCHED, _whole_mask)
+
+
+def context_of(config: Any) -> int:
+    """Give the tokens that a model can see by its configuration; 2**30 where it does not say."""
+    text = config.get_text_config()
+    return int(getattr(text, "max_position_embeddings", None) or 1 << 30)
 
 
 def forward(body: nn.Module, packed: Packed) -> Tensor:

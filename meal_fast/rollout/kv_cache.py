@@ -43,18 +43,8 @@ class Shape:
 
     @staticmethod
     def of(network: Network) -> Shape:
-        config: Any = network.body.config
-        text = config.get_text_config()
-        queries = text.num_attention_heads
-        weight = network.weight
-        return Shape(
-            layers=text.num_hidden_layers * network.runs,
-            heads=getattr(text, "num_key_value_heads", None) or queries,
-            width=getattr(text, "head_dim", None) or text.hidden_size // queries,
-            hidden=weight.shape[1],
-            dtype=weight.dtype,
-            device=weight.device,
-        )
+        (layers, heads, width), weight = network.kv_shape, network.weight
+        return Shape(layers, heads, width, weight.shape[1], weight.dtype, weight.device)
 
     @property
     def token_bytes(self) -> int:

@@ -19,6 +19,7 @@ from ..network import Network, cut
 from ..pblora import Adapter
 from ..prompt_format import PromptFormat
 from ..served import Served
+from ..shared_prefix import context_of
 from ..sizes import Sizes, sizes_of
 
 
@@ -38,6 +39,8 @@ class Policy(PromptFormat, ABC):
         self._copy: Served | None = None  # the same, where weights are copied: see `merged`
         self.kept: Any = None  # what a sampler keeps for as long as the copy stays
         self.trainable = list(self.named.values())
+        # Tokens that the model can see: `models.probe` lowers it to what position tables hold.
+        self.context = min(context_of(self.causal_lm.config), self.tokenizer.model_max_length)
 
     @property
     def causal_lm(self) -> Any:
@@ -150,12 +153,6 @@ class Policy(PromptFormat, ABC):
         finally:
             for layer in layers:
                 layer.training = False
-
-    @property
-    def context(self) -> int:
-        """Tokens that the model can see."""
-        text = self.causal_lm.config.get_text_config()
-        return int(getattr(text, "max_position_embeddings", None) or 1 << 30)
 
     @property
     def stop_ids(self) -> frozenset[int]:
