@@ -13,11 +13,14 @@ and the keys of a model, with `%0A` for a newline and `%26` for `&`, are
     format      pair                (prompt, response) as the tokenizer's pair: the default
                 response            the response alone
                 response+prompt     the tokenizer's pair in the reversed order
+                chat                a user's and an assistant's turn, in the tokenizer's template
                 template:TEXT       one text; {prompt}, {response}, {bos}, {eos}, {sep} are put in
     prompt      how the prompt is written, with {prompt}; `{post}` is a TL;DR prompt's post alone
-    logit       which output is the reward (0)
+    logit       which output is the reward; to be given where there are several
+    label       the same by its name
     sign        1, or -1 when lower is better
-    max_length  tokens; longer inputs are cut (default: what the model takes, 1024 at most)
+    max_length  tokens; of longer inputs the prompt is cut from the left, and that is counted
+                (default: what the model takes, 1024 at most)
     path        where the weights lie, when not at SOURCE
     device      where it runs: cpu, cuda, cuda:N (default: the option objectives_device)
 """

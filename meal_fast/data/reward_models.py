@@ -1,188 +1,72 @@
-"""Reward models: how a sequence-classification model is fed, read and run."""
+"""Reward models: a sequence-classification model as an objective, and where its reward is read."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
-from urllib.parse import unquote
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from meal_fast.config.schema import check_device
 from meal_fast.ops.gemm import accelerate
 
-FORMATS = ("pair", "response", "response+prompt", "template:TEXT")
+from .reward_loading import load_classifier
+from .reward_rows import Encoded, RowEncoder
+from .reward_specs import FORMATS, HUB, Classifier, post_of, with_options
+
+__all__ = ["FORMATS", "HUB", "Classifier", "ClassifierScorer", "post_of", "with_options"]
+
 BATCH = 32  # rows of a forward pass on a CPU, of like length
 PASS_TOKENS = 32_768  # with padding, of one on a GPU: 32 rows of 1,024, or 512 of 64
+MAX_LENGTH = 1024  # tokens of a row, where the spec does not say and the model allows them
+TOLERANCE = 1e-4  # of a reward in a batch, to that of its row alone; relative above 1
 
-# TL;DR prompts carry their post between these marks (RiC's layout): see meal_fast.data.prompts.
-_POST = re.compile(r"### Input:(.*?)(?:### Response:|$)", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """How a sequence-classification model is fed and read."""
-
-    path: str
-    format: str = "pair"
-    prompt: str = "{prompt}"
-    logit: int = 0
-    sign: float = 1.0
-    max_length: int = 0  # 0: what tokenizer and model allow
-    device: str = ""  # empty: where the others run
-
-
-_HH = "\n\nHuman: {prompt} \n\nAssistant:"
-
-# Each model's published format: model cards of Ray2333 and OpenAssistant, the code of
-# "Rewards-in-Context" (RiC) for the others [P].
-HUB: dict[str, Classifier] = {
-    model.path: model
-    for model in (
-        Classifier("Ray2333/gpt2-large-helpful-reward_model", prompt=_HH),
-        Classifier("Ray2333/gpt2-large-harmless-reward_model", prompt=_HH),
-        Classifier("mohameddhiab/humor-no-humor", format="response", logit=1),
-        Classifier(
-            "Tristan/gpt2_reward_summarization",
-            format="template:{response} {bos} {prompt}",
-            prompt="{post}",
-        ),
-        Classifier(
-            "CogComp/bart-faithful-summary-detector",
-            format="response+prompt",
-            prompt="{post}",
-            logit=1,
-        ),
-        Classifier("OpenAssistant/reward-model-deberta-v3-large-v2"),
-    )
-}
-
-
-def with_options(name: str, base: Classifier, query: str) -> Classifier:
-    """Give `base` with the options of a source's query, `key=value&key=value`, put in."""
-    kinds: dict[str, Callable[[str], Any]] = {
-        "format": str,
-        "prompt": str,
-        "logit": int,
-        "sign": float,
-        "max_length": int,
-        "path": str,
-        "device": str,
-    }
-    options: dict[str, Any] = {}
-    for part in filter(None, query.split("&")):
-        key, _, text = part.partition("=")
-        if key not in kinds:
-            raise ValueError(f"objective {name!r}: unknown key {key!r}; known: {', '.join(kinds)}")
-        try:
-            options[key] = kinds[key](unquote(text))
-        except ValueError as error:
-            raise ValueError(f"objective {name!r}: {key}={text!r} is not a number") from error
-    if options.get("device"):
-        check_device(f"objective {name!r}: device", options["device"])
-    model = replace(base, **options)
-    if model.format not in FORMATS[:3] and not model.format.startswith("template:"):
-        raise ValueError(
-            f"objective {name!r}: unknown format {model.format!r}; choose from {', '.join(FORMATS)}"
-        )
-    if model.format.startswith("template:"):
-        _check_fields(name, "format", model.format, {"prompt", "response", "bos", "eos", "sep"})
-        if "{response}" not in model.format:
-            raise ValueError(f"objective {name!r}: format={model.format!r} lacks {{response}}")
-    _check_fields(name, "prompt", model.prompt, {"prompt", "post"})
-    if model.sign not in (1.0, -1.0):
-        raise ValueError(f"objective {name!r}: sign={model.sign:g} must be 1 or -1")
-    for key in ("logit", "max_length"):
-        if getattr(model, key) < 0:
-            raise ValueError(f"objective {name!r}: {key}={getattr(model, key)} is negative")
-    return model
-
-
-def _check_fields(name: str, key: str, text: str, known: set[str]) -> None:
-    unknown = sorted(set(re.findall(r"\{(\w*)\}", text)) - known)
-    if unknown:
-        raise ValueError(
-            f"objective {name!r}: {key} has {{{unknown[0]}}}; known: {', '.join(sorted(known))}"
-        )
-
-
-def _put(template: str, **values: str) -> str:
-    """`template` with its {fields} put in; other braces, and those of the values, stay."""
-    return re.sub(r"\{(\w+)\}", lambda m: values.get(m.group(1), m.group(0)), template)
-
-
-def post_of(prompt: str) -> str:
-    """The post of a TL;DR prompt, without the instruction around it; any other text unchanged."""
-    found = _POST.search(prompt)
-    return (found.group(1) if found else prompt).strip()
+# Rows of unlike length: in a batch the shorter ones are padded.
+_PROBE = (
+    ("How do tides work?", "The moon pulls the water, and so does the sun, if less so. " * 2),
+    ("Name three birds.", "Robin, wren and owl."),
+    ("Hi", "Yes"),
+)
 
 
 class ClassifierScorer:
-    """A sequence-classification model as an objective."""
+    """A sequence-classification model as an objective.
+
+    Causal models read their reward at the last token, which those of transformers look for by
+    comparing tokens with the pad token: one too early where a text ends in that token. Here a batch
+    is padded with a token that none of its rows has. Rows in a batch are compared with rows alone
+    when the model is loaded.
+
+    Raises ValueError for a model that cannot be loaded or read in batches, and for one of several
+    outputs of which the spec names none.
+    """
 
     def __init__(self, name: str, spec: Classifier, device: torch.device) -> None:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        self.spec, self.device = spec, device
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(spec.path)
-            self.model, found = AutoModelForSequenceClassification.from_pretrained(
-                spec.path, dtype=torch.float32, output_loading_info=True
-            )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
-            raise ValueError(
-                f"objective {name!r}: {spec.path!r} cannot be loaded as a sequence-classification "
-                f"model ({reason})"
-            ) from error
-        words = set(self.tokenizer("one two three")["input_ids"])
-        if not words - set(self.tokenizer.all_special_ids):  # it was made up from nothing
-            raise ValueError(f"objective {name!r}: {spec.path!r} has no tokenizer files")
-        if found["missing_keys"]:  # transformers would fill them in at random, and go on
-            missing = sorted(found["missing_keys"])[0]
-            raise ValueError(
-                f"objective {name!r}: {spec.path!r} is no trained classifier, it lacks {missing}"
-            )
+        self.name, self.spec, self.device = name, spec, device
+        self.model, self.tokenizer = load_classifier(name, spec)
         accelerate(self.model).to(device).eval().requires_grad_(False)
-        labels = self.model.config.num_labels
-        if spec.logit >= labels:
-            raise ValueError(f"objective {name!r}: logit={spec.logit}, but there are {labels}")
-        if self.tokenizer.pad_token is None:  # GPT-2 has none; its head reads the last other token
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.tokenizer.padding_side = "right"
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        positions = getattr(self.model.config, "max_position_embeddings", None) or 1024
-        limit = min(1024, positions, self.tokenizer.model_max_length)
+        self.logit = _chosen(name, spec, self.model.config)
+        limit = min(_positions(self.model), self.tokenizer.model_max_length)
         if spec.max_length > limit:
             raise ValueError(f"objective {name!r}: max_length={spec.max_length} is above {limit}")
-        self.max_length = spec.max_length or limit
+        self.max_length = spec.max_length or min(MAX_LENGTH, limit)
+        self._reads_by_pad = False
+        try:
+            self.encode = RowEncoder(name, self.tokenizer, spec, self.max_length)
+            self._probe()
+        except ValueError as error:
+            if str(error).startswith("objective "):
+                raise
+            raise self._unreadable(error) from error
+        except Exception as error:  # of another model's code, or a template's: anything
+            raise self._unreadable(error) from error
+        self._told = False
 
-    def encode(self, prompt: str, response: str) -> dict[str, list[int]]:
-        """Token ids (and what else the model takes) of one row."""
-        tokenizer, spec = self.tokenizer, self.spec
-        prompt = _put(spec.prompt, prompt=prompt, post=post_of(prompt))
-        texts: tuple[str, ...]
-        if spec.format == "pair":
-            texts = (prompt, response)
-        elif spec.format == "response":
-            texts = (response,)
-        elif spec.format == "response+prompt":
-            texts = (response, prompt)
-        else:
-            special = {
-                key: getattr(tokenizer, f"{key}_token") or "" for key in ("bos", "eos", "sep")
-            }
-            template = spec.format.removeprefix("template:")
-            texts = (_put(template, prompt=prompt, response=response, **special),)
-        # As lists, because a bare empty string as the second text is taken for no second text.
-        lists = [[text] for text in texts]
-        encoded = tokenizer(*lists, truncation=True, max_length=self.max_length)
-        if not encoded["input_ids"][0]:  # an empty response alone, and no special tokens
-            encoded = tokenizer([tokenizer.eos_token])
-        return {key: rows[0] for key, rows in encoded.items()}
+    @property
+    def cuts(self) -> dict[str, int]:
+        """How many prompts and responses had to be cut, so far."""
+        return {"cut_prompts": self.encode.cut_prompts, "cut_responses": self.encode.cut_responses}
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
@@ -191,21 +75,79 @@ class ClassifierScorer:
         Rows of like length share a batch: padding costs as much.
         """
         rows = [self.encode(p, r) for p, r in zip(prompts, responses, strict=True)]
+        if self.encode.cut_responses and not self._told:
+            self._told = True
+            warnings.warn(
+                f"objective {self.name!r}: a response is longer than the {self.max_length} tokens "
+                "that the reward model is given, and is cut at its end; raise its max_length, or "
+                "lower rollout.max_new_tokens",
+                stacklevel=2,
+            )
+        return self._rewards(rows)
+
+    def _rewards(self, rows: Sequence[Encoded]) -> Tensor:
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-        made = []
-        for chosen in self._batches(rows, order):
-            inputs = self.tokenizer.pad([rows[i] for i in chosen], return_tensors="pt")
-            given = {name: self._sent(value) for name, value in inputs.items()}
-            logits = self.model(**given).logits[:, self.spec.logit]
-            made.append(self.spec.sign * logits.float())
+        made = [self._read([rows[i] for i in chosen]) for chosen in self._batches(rows, order)]
         reward = torch.empty(len(rows), device=self.device)
         if made:
             reward[self._sent(torch.tensor(order))] = torch.cat(made)
         return reward
 
-    def _batches(
-        self, rows: Sequence[dict[str, list[int]]], order: Sequence[int]
-    ) -> Iterator[Sequence[int]]:
+    def _read(self, rows: Sequence[Encoded]) -> Tensor:
+        """The rewards of a batch."""
+        pad = self._pad(rows)
+        if self._reads_by_pad:
+            self._say_pad(pad)
+        width = max(len(row["input_ids"]) for row in rows)
+        given = {}
+        for key in rows[0]:
+            fill = pad if key == "input_ids" else 0
+            filled = [row[key] + [fill] * (width - len(row[key])) for row in rows]
+            given[key] = self._sent(torch.tensor(filled))
+        return self.spec.sign * self.model(**given).logits[:, self.logit].float()
+
+    def _pad(self, rows: Sequence[Encoded]) -> int:
+        """The token that rows are padded with: the usual one, or one of none of them."""
+        there = {token for row in rows for token in row["input_ids"]}
+        usual = self.tokenizer.pad_token_id
+        if usual is not None and usual not in there:
+            return int(usual)
+        return next(token for token in range(len(there) + 1) if token not in there)
+
+    def _say_pad(self, pad: int | None) -> None:
+        for config in (self.model.config, self.model.config.get_text_config()):
+            config.pad_token_id = pad
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        """Find whether the model looks for its pad token, and compare a batch with rows alone."""
+        rows = [self.encode._whole(prompt, response) for prompt, response in _PROBE]
+        ids, before = rows[0]["input_ids"], self.model.config.pad_token_id
+        self._say_pad(ids[-1])
+        with_last = self._read(rows[:1])
+        unused = next(token for token in range(len(ids) + 1) if token not in ids)
+        self._say_pad(unused)
+        without = self._read(rows[:1])
+        self._reads_by_pad = bool((with_last != without).any())
+        self._say_pad(before)
+        alone = torch.cat([self._read([row]) for row in rows])
+        batch = self._rewards(rows)
+        for one, among in zip(alone.tolist(), batch.tolist(), strict=True):
+            if not abs(one - among) <= TOLERANCE * max(1.0, abs(one)):
+                raise ValueError(
+                    f"objective {self.name!r}: {self.spec.path!r} gives a row {one:g} alone and "
+                    f"{among:g} in a batch with a longer one: its rewards would depend on the "
+                    "other rows; choose a reward model of another type"
+                )
+
+    def _unreadable(self, error: Exception) -> ValueError:
+        reason = " ".join(str(error).split()) or "no reason given"
+        return ValueError(
+            f"objective {self.name!r}: {self.spec.path!r} cannot score two trial rows "
+            f"({type(error).__name__}: {reason})"
+        )
+
+    def _batches(self, rows: Sequence[Encoded], order: Sequence[int]) -> Iterator[Sequence[int]]:
         """Runs of `order`, which goes by length: of BATCH rows, on a GPU of PASS_TOKENS tokens."""
         start = 0
         while start < len(order):
@@ -225,3 +167,40 @@ class ClassifierScorer:
         if self.device.type != "cuda":
             return value.to(self.device)
         return value.pin_memory().to(self.device, non_blocking=True)
+
+
+def _chosen(name: str, spec: Classifier, config: Any) -> int:
+    """Which output is the reward. Raises ValueError where there are several, and none is named."""
+    count, names = config.num_labels, config.id2label or {}
+    listed = ", ".join(f"{i}={names.get(i, '?')}" for i in range(count))
+    if spec.label:
+        wanted = spec.label.casefold()
+        at = [i for i in range(count) if str(names.get(i, "")).casefold() == wanted]
+        if len(at) != 1:
+            raise ValueError(
+                f"objective {name!r}: label={spec.label!r} is none of its labels: {listed}"
+            )
+        return at[0]
+    if spec.logit is None:
+        if count > 1:
+            last = names.get(count - 1, "?")
+            raise ValueError(
+                f"objective {name!r}: {spec.path!r} has {count} outputs ({listed}), and which of "
+                f"them is the reward is not said; add ?logit={count - 1}, or ?label={last}"
+            )
+        return 0
+    if spec.logit >= count:
+        raise ValueError(f"objective {name!r}: logit={spec.logit}, but there are {count}")
+    return spec.logit
+
+
+def _positions(model: nn.Module) -> int:
+    """How many tokens a model has positions for."""
+    config: Any = model.config
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    most = int(most) if isinstance(most, int) and most > 0 else MAX_LENGTH
+    for name, module in model.named_modules():  # RoBERTa's begin behind that of the padding
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            if module.padding_idx is not None:
+                most = min(most, module.num_embeddings - module.padding_idx - 1)
+    return most

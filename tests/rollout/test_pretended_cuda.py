@@ -249,7 +249,7 @@ def test_scoring_itself_waits_once_however_many_passes_it_takes(reward_model, mo
         cuda.reset()
         reward = objectives.rewards(prompts, responses)
         # transformers looks into every mask, whether it hides anything: that is not ours to mend.
-        lines, first = inspect.getsourcelines(ClassifierScorer.__call__)
+        lines, first = inspect.getsourcelines(ClassifierScorer._read)
         model = first + next(i for i, line in enumerate(lines) if "self.model(" in line)
         waits = {place: n for (what, _, place), n in cuda.where.items() if what == "sync"}
         assert waits.pop(f"meal_fast/data/reward_models.py:{model}") > 20
