@@ -22,7 +22,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from meal_fast.common import quiet
+from meal_fast.common import first_line, quiet
 from meal_fast.config.config import PolicyConfig
 from meal_fast.data.assets import asset
 from meal_fast.data.devices import DTYPES, device_of, exact_angles, prepare, settled
@@ -111,7 +111,10 @@ def _load(path: str, config: PolicyConfig) -> tuple[Any, Any]:
         kind = settings.model_type
         if type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"{said}: {kind} is no causal language model; {INSTEAD}")
-        shared_prefix.check_supported(settings)
+        try:
+            shared_prefix.check_supported(settings)
+        except shared_prefix.Refused as error:
+            raise ValueError(f"{said}: {kind} {error}; {INSTEAD}") from None
     own = f"{said}: {kind} has an attention of its own and is not supported; {INSTEAD}"
     _check_files(said, Path(path))
     with _one_line(f"{said}: its weights cannot be loaded", config.path, own):
@@ -174,8 +177,7 @@ def _one_line(what: str, path: str, own_attention: str = "") -> Iterator[None]:
             raise
         if isinstance(error, KeyError) and text == repr(shared_prefix.ATTENTION):
             raise ValueError(own_attention) from None
-        line = next((x.strip() for x in text.splitlines() if x.strip()), type(error).__name__)
-        raise ValueError(f"{what} ({_shortened(line)}); {_remedy(error, text)}") from error
+        raise ValueError(f"{what} ({first_line(error)}); {_remedy(error, text)}") from error
 
 
 def _remedy(error: Exception, text: str) -> str:
@@ -190,7 +192,3 @@ def _remedy(error: Exception, text: str) -> str:
     if "tokenizer" in text.lower():
         return "save it beside the model: AutoTokenizer.from_pretrained(NAME).save_pretrained(…)"
     return f"see that it is whole: AutoModelForCausalLM.from_pretrained(…) must load it; {INSTEAD}"
-
-
-def _shortened(line: str, most: int = 200) -> str:
-    return line if len(line) <= most else line[: most - 1] + "…"
