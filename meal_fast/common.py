@@ -119,6 +119,13 @@ def require_text(text: str, name: str) -> None:
         raise ValueError(f"{name}: is not UTF-8 text (character {error.start})") from None
 
 
+def first_line(error: BaseException, most: int = 200) -> str:
+    """Give an error's class and the first line of what it says, for a message of one line."""
+    said = next((x.strip() for x in str(error).splitlines() if x.strip()), "")
+    line = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Any]:
     """Open a file that takes `path`'s place when it is whole and on the disk, or not at all."""

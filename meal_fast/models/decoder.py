@@ -1,9 +1,10 @@
 """The body of a Llama-like model with few launches a layer: what a sampler runs on a GPU.
 
 It rounds where transformers' modules do, so that a token's log-probability is the learner's up to
-the order in which products are summed. A model is Llama-like if its modules have the names that we
-know (`llama_like`), and the two bodies agree on a few tokens (`agree`): Llama, Mistral, Qwen2,
-Qwen3. Whatever scales, shifts or norms something else does not agree.
+the order in which products are summed. A model is Llama-like if it is of a class that we know, its
+modules have the names that we know (`llama_like`), and the two bodies agree on a few tokens
+(`agree`): Llama, Mistral, Qwen2, Qwen3. Others with the same names scale queries far behind in the
+context (Ministral 3), or turn no heads in every fourth layer (SmolLM3).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from meal_fast.ops.gemm import linear
 
 from .shared_prefix import Pass, causal
 
+_BODIES = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _PROJECTIONS, _HEAD_NORMS = ("q_proj", "k_proj", "v_proj", "o_proj"), {"q_norm", "k_norm"}
@@ -147,7 +149,7 @@ def base_of(layer: Any) -> nn.Linear:
 
 
 def llama_like(body: Any) -> bool:
-    """Tell whether all modules have the names, and are of the kinds, that `Decoder` knows."""
+    """Tell whether it is of a class that `Decoder` knows, and so are its modules."""
 
     def children(module: Any) -> set[str]:
         return {name for name, _ in module.named_children()}
@@ -157,7 +159,12 @@ def llama_like(body: Any) -> bool:
         kinds = all(isinstance(base, nn.Linear) for base in bases)
         return kinds and len({base.bias is None for base in bases}) == 1
 
-    if children(body) != {"embed_tokens", "layers", "norm", "rotary_emb"}:
+    if type(body).__name__ not in _BODIES or children(body) != {
+        "embed_tokens",
+        "layers",
+        "norm",
+        "rotary_emb",
+    }:
         return False
     norms = [body.norm]
     for layer in body.layers:

@@ -22,7 +22,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from meal_fast.common import quiet
+from meal_fast.common import first_line, quiet
 from meal_fast.config.config import PolicyConfig
 from meal_fast.config.model_files import check_model_files
 from meal_fast.data.assets import asset
@@ -73,7 +73,8 @@ def load_policy(
     path, config = resolve(config.path), settled(config)
     device = device_of(config.device)
     prepare(device, config.dtype)
-    model, tokenizer = _load(path, config)
+    said = f"policy.path={config.path!r}"
+    model, tokenizer = _load(path, config, said)
     style, goals = config.preference_text, None
     if trained is not None and style == "scores":
         goals = Goals.load(trained / "preference.json", len(names))
@@ -87,10 +88,12 @@ def load_policy(
     if config.tuning == "full":
         frozen = FrozenCopy(ready(model), path)
         if trained is not None:
-            model, _ = _load(str(trained), config)
+            model, _ = _load(str(trained), config, repr(str(trained)))
         policy = FullPolicy(ready(model), frozen, *words)
     elif config.tuning == "lora":
-        policy = LoRAPolicy(ready(with_lora(model, config, seed, trained)), *words)
+        with _one_line(f"{said}: LoRA's factors cannot be put on it"):
+            model = with_lora(model, config, seed, trained)
+        policy = LoRAPolicy(ready(model), *words)
     else:
         if cut(model).softcap is not None:
             raise ValueError(
@@ -105,18 +108,21 @@ def load_policy(
     return policy
 
 
-def _load(path: str, config: PolicyConfig) -> tuple[Any, Any]:
-    """The model and its tokenizer. Raises ValueError, one line, for whatever cannot be loaded."""
-    said = f"policy.path={config.path!r}"
-    with _one_line(f"{said}: its config.json cannot be used", config.path):
+def _load(path: str, config: PolicyConfig, said: str) -> tuple[Any, Any]:
+    """The model and its tokenizer. Raises ValueError, one line that begins with `said`, for
+    whatever cannot be loaded."""
+    with _one_line(f"{said}: its config.json cannot be used"):
         settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
         kind = settings.model_type
         if type(settings) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"{said}: {kind} is no causal language model; {INSTEAD}")
-        shared_prefix.check_supported(settings)
+        try:
+            shared_prefix.check_supported(settings)
+        except shared_prefix.Refused as error:
+            raise ValueError(f"{said}: {kind} {error}; {INSTEAD}") from None
     own = f"{said}: {kind} has an attention of its own and is not supported; {INSTEAD}"
     _check_files(said, Path(path))
-    with _one_line(f"{said}: its weights cannot be loaded", config.path, own):
+    with _one_line(f"{said}: its weights cannot be loaded", own):
         model, found = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=DTYPES[config.dtype],
@@ -133,9 +139,16 @@ def _load(path: str, config: PolicyConfig) -> tuple[Any, Any]:
             f"{type(model).__name__}, which would be drawn at random; name a folder with a whole "
             "causal language model"
         )
+    of_body = f"{model.base_model_prefix}."
+    left = [n for n in sorted(found["unexpected_keys"]) if n.startswith(of_body)]
+    if left := [name for name in left if not name.endswith("inv_freq")]:
+        raise ValueError(
+            f"{said}: its weights hold {left[0]} and {len(left) - 1} more, which its configuration "
+            "leaves out; put config.json and weights of one model together"
+        )
     if not isinstance(getattr(model.get_output_embeddings(), "weight", None), torch.Tensor):
         raise ValueError(f"{said}: {kind} has no linear head; {INSTEAD}")
-    with _one_line(f"{said}: its tokenizer cannot be loaded", config.path):
+    with _one_line(f"{said}: its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -165,19 +178,18 @@ def _check_files(said: str, folder: Path) -> None:
 
 
 @contextmanager
-def _one_line(what: str, path: str, own_attention: str = "") -> Iterator[None]:
+def _one_line(what: str, own_attention: str = "") -> Iterator[None]:
     """Make one line of whatever transformers, or the files, raise: a ValueError that begins with
     `what` and gives a remedy."""
     try:
         yield
     except Exception as error:  # of other people's code and files: it may be anything
         text = str(error)
-        if text.startswith("policy"):
+        if isinstance(error, ValueError) and text.startswith(("policy", what.partition(": ")[0])):
             raise
         if isinstance(error, KeyError) and text == repr(shared_prefix.ATTENTION):
             raise ValueError(own_attention) from None
-        line = next((x.strip() for x in text.splitlines() if x.strip()), type(error).__name__)
-        raise ValueError(f"{what} ({_shortened(line)}); {_remedy(error, text)}") from error
+        raise ValueError(f"{what} ({first_line(error)}); {_remedy(error, text)}") from error
 
 
 def _remedy(error: Exception, text: str) -> str:
@@ -192,7 +204,3 @@ def _remedy(error: Exception, text: str) -> str:
     if "tokenizer" in text.lower():
         return "save it beside the model: AutoTokenizer.from_pretrained(NAME).save_pretrained(…)"
     return f"see that it is whole: AutoModelForCausalLM.from_pretrained(…) must load it; {INSTEAD}"
-
-
-def _shortened(line: str, most: int = 200) -> str:
-    return line if len(line) <= most else line[: most - 1] + "…"

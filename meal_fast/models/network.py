@@ -28,9 +28,10 @@ class Network:
         config: Any = self.body.config
         text = config.get_text_config()
         queries = text.num_attention_heads
+        heads = getattr(text, "num_key_value_heads", None) or queries
         return (
             text.num_hidden_layers * self.runs,
-            getattr(text, "num_key_value_heads", None) or queries,
+            1 if getattr(text, "multi_query", False) else heads,
             getattr(text, "head_dim", None) or text.hidden_size // queries,
         )
 

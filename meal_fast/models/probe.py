@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from meal_fast.common import first_line
+
 from . import shared_prefix
 from .network import Network
 from .policies.base import Policy
@@ -63,9 +65,7 @@ def probe(policy: Policy, path: str) -> None:
 def _why(error: Exception) -> str:
     if isinstance(error, Refused):
         return str(error)
-    line = next((x.strip() for x in str(error).splitlines() if x.strip()), "")
-    said = f"{type(error).__name__}: {line}" if line else type(error).__name__
-    return f"cannot run as our passes need it ({said})"
+    return f"cannot run as our passes need it ({first_line(error)})"
 
 
 def _probe(policy: Policy, model: Any, network: Network) -> None:
@@ -113,8 +113,8 @@ def _compare(got: Tensor, wanted: Tensor, where: str) -> None:
     apart = float((got - wanted).abs().max())
     if not apart <= NEAR:  # NaN too
         raise Refused(
-            f"is not what transformers computes {where}: log-probabilities are {apart:.2g} nats "
-            "off, so its layers do more than our attention, or than a linear head, gives"
+            f"computes more than our attention and a linear head give: {where}, log-probabilities "
+            f"are {apart:.2g} nats from transformers' own"
         )
 
 

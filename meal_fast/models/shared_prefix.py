@@ -219,27 +219,28 @@ class _Copies(torch.autograd.Function):
 
 
 def check_supported(config: Any) -> None:
-    """Raise ValueError for a model whose attention is more than causal softmax attention."""
+    """Raise Refused for a model whose attention is more than causal softmax attention.
+
+    This is what a configuration says; `models.probe` asks the model itself.
+    """
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or [])
-    if kinds - {"full_attention"} or (not kinds and getattr(text, "sliding_window", None)):
-        raise ValueError(
-            f"policy: {text.model_type} with {sorted(kinds) or 'sliding-window'} layers is not "
-            "supported; use a model with full attention in every layer"
-        )
+    window = getattr(text, "sliding_window", None)
+    if window and window >= context_of(config):
+        kinds, window = kinds - {"sliding_attention"}, None  # it never shows
+    if kinds - {"full_attention"} or (not kinds and window):
+        raise Refused(f"with {sorted(kinds) or 'sliding-window'} layers is not supported")
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        raise ValueError(
-            f"policy: {text.model_type} with {rope['rope_type']} rotary positions is not supported:"
-            " a row's positions would depend on the longest row beside it"
-        )
+    for each in (rope, *(x for x in rope.values() if isinstance(x, dict))):
+        if each.get("rope_type", each.get("type")) in ("dynamic", "longrope"):
+            raise Refused(
+                f"with {each.get('rope_type', each.get('type'))} rotary positions is not supported "
+                "(a row's positions would depend on the longest row beside it)"
+            )
     if getattr(text, "v_head_dim", None) is not None:
-        raise ValueError(
-            f"policy: {text.model_type} has values of another width than its keys, which is not "
-            "supported"
-        )
+        raise Refused("with values of another width than its keys is not supported")
     if getattr(text, "attn_logit_softcapping", None):
-        raise ValueError(f"policy: {text.model_type} caps attention scores, which is not supported")
+        raise Refused("with capped attention scores is not supported")
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -352,7 +353,7 @@ def _watched(
     if tree is None:
         raise Refused("does not hand what it is called with on to its attention")
     if attention_mask is not None:
-        raise Refused("makes an attention mask of its own")
+        raise Refused("does not attend to all tokens before each, or makes a mask of its own")
     context = context_of(module.config)
     for name, said in asked.items():
         if name in _HARMLESS or said is None or said is False:
@@ -365,11 +366,9 @@ def _watched(
     return _attention(module, query, key, value, None, scaling, tree)
 
 
-def _whole_mask(
-    mask_function: Any, config: Any, device: Any = None, attention_mask: Any = None, **_: Any
-) -> None:
-    """The mask that a model would be given: none. Raises Refused where at any distance within
-    the model's context it shows less than everything before a token, or more."""
+def _whole_mask(mask_function: Any, config: Any, device: Any = None, **_: Any) -> Tensor | None:
+    """The mask that a model would be given: none where, at any distance within the model's context,
+    it shows everything before a token and nothing after; else one that `_watched` refuses."""
     last = min(context_of(config), 1 << 24) - 1
     near = torch.arange(64, device=device).clamp(max=last)
     steps = 2 ** torch.arange(max(last, 1).bit_length(), device=device)
@@ -377,8 +376,8 @@ def _whole_mask(
     at = torch.cat([near, far, torch.tensor([last], device=device)]).unique()
     zero = torch.zeros((), dtype=torch.int64, device=device)
     seen = mask_function(zero, zero, at[:, None], at[None])
-    if not torch.equal(seen.expand(len(at), len(at)), at[None] <= at[:, None]):
-        raise Refused("does not attend to all tokens before each")
+    whole = torch.equal(seen.expand(len(at), len(at)), at[None] <= at[:, None])
+    return None if whole else zero
 
 
 AttentionInterface.register(ATTENTION, _attention)
