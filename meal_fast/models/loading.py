@@ -29,6 +29,7 @@ from .policies.base import Policy
 from .policies.full import FullPolicy
 from .policies.lora import LoRAPolicy, with_lora
 from .policies.pblora import GUIDE, PBLoRAPolicy
+from .probe_text import words_of
 from .reference_offload import FrozenCopy
 
 
@@ -52,9 +53,16 @@ def resolve(path: str) -> str:
 
 @quiet()
 def load_policy(
-    config: PolicyConfig, names: Sequence[str], *, seed: int = 0, trained: Path | None = None
+    config: PolicyConfig,
+    names: Sequence[str],
+    *,
+    seed: int = 0,
+    trained: Path | None = None,
+    template: str | None = None,
 ) -> Policy:
     """Load the policy; `trained`: the `policy/` folder of a run to continue from or evaluate.
+
+    template: the chat template as the run has kept it; None: the model's own, as it is today.
 
     LoRA factors and a guide's start with B = 0, A drawn from `seed`. Raises ValueError where the
     path is not a model, or the model is one that the shared-prefix attention cannot run.
@@ -66,7 +74,7 @@ def load_policy(
     style, goals = config.preference_text, None
     if trained is not None and style == "scores":
         goals = Goals.load(trained / "preference.json", len(names))
-    words = (tokenizer, names, style, goals)
+    words = words_of(config, tokenizer, names, goals, template)
 
     def ready(model: Any) -> Any:
         # eval: no dropout anywhere, so that log-probabilities are comparable
@@ -90,6 +98,7 @@ def load_policy(
         if trained is not None:
             adapter.load(trained / GUIDE)
         policy = PBLoRAPolicy(ready(model), adapter, *words)
+    policy.source = config.path
     _check_head(policy)
     return policy
 
@@ -120,8 +129,6 @@ def _load(path: str, config: PolicyConfig) -> tuple[Any, Any]:
             f"policy.path={config.path!r}: {type(model).__name__} has an attention of its own and "
             "is not supported; use a model of transformers' attention interface (Llama, Qwen, …)"
         )
-    if tokenizer.chat_template is None:
-        raise ValueError(f"policy.path={config.path!r}: its tokenizer has no chat template")
     return model, tokenizer
 
 
