@@ -67,12 +67,25 @@ class PolicyConfig:
         "How the policy reads w: as numbers with a bar of marks, or as numbers alone. "
         "Recipes choose none (no text) and scores (rewards) by themselves.",
     )
+    template_kwargs: tuple[str, ...] = opt(
+        (),
+        "Switches of the model's chat template, as name=value, the value JSON or else a text: "
+        "enable_thinking=false, say. They are part of the saved template.",
+    )
+    system: str = opt(
+        "",
+        "The text of a system turn that is put before every conversation without one, in training "
+        "and in the saved chat template; empty puts none.",
+    )
     device: str = opt(
         "auto", "Where the policy is: cpu, cuda, cuda:N, or auto, which is cuda where there is one."
     )
 
     def __post_init__(self) -> None:
         check_device("policy.device", self.device)
+        for entry in self.template_kwargs:
+            good = entry.partition("=")[0].isidentifier() and "=" in entry
+            require(good, "policy.template_kwargs", entry, "must be name=value")
         require(self.lora_rank >= 1, "policy.lora_rank", self.lora_rank, "must be at least 1")
         require(self.lora_alpha > 0, "policy.lora_alpha", self.lora_alpha, "must be positive")
         full_bf16 = self.tuning == "full" and self.dtype == "bfloat16"

@@ -18,6 +18,7 @@ from meal_fast.config.config import Config
 from meal_fast.config.run_dir import PREFERENCE_NET
 from meal_fast.data.assets.licences import Origin, origin
 from meal_fast.data.preferences import Preference, preference_text
+from meal_fast.models.export import base_of, is_hub_name
 
 from .html_page import TEMPLATES
 from .stored import read_evaluation
@@ -59,7 +60,7 @@ def model_card(
     )
     evaluated = (run / "evaluation.json").is_file()
     result = read_evaluation(run) if evaluated else {}
-    known = _base(config)
+    known = base_of(config.policy.path)
     known = known._replace(hub=base or known.hub)
     title = _one_line(title)
     table = []
@@ -124,27 +125,8 @@ def _code(text: str) -> str:
 
 def base_name(config: Config) -> str:
     """Name the model that was trained: its hub's name where it has one, else its folder's."""
-    base = _base(config)
+    base = base_of(config.policy.path)
     return base.hub or base.about
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether it is of the form OWNER/NAME."""
-    return bool(re.fullmatch(r"(?!\.)[\w.-]+/[\w.-]+", name))
-
-
-def _base(config: Config) -> Origin:
-    """Tell what was trained. OWNER/NAME is a hub's where the hub's cache has it, else a folder."""
-    path = config.policy.path
-    known = origin(path)
-    if known is not None:
-        return known
-    from huggingface_hub import try_to_load_from_cache
-
-    hub = is_hub_name(path) and not Path(path).is_dir()
-    if hub and isinstance(try_to_load_from_cache(path, "config.json"), str):
-        return Origin(path, path, "")
-    return Origin(_one_line(Path(path.partition(":")[2] or path).name), "", "")
 
 
 def _source(source: str) -> str:

@@ -39,6 +39,7 @@ from .policies.full import FullPolicy
 from .policies.lora import LoRAPolicy, with_lora
 from .policies.pblora import GUIDE, PBLoRAPolicy
 from .probe import INSTEAD, probe
+from .probe_text import words_of
 from .reference_offload import FrozenCopy
 
 
@@ -63,9 +64,16 @@ def resolve(path: str) -> str:
 
 @quiet()
 def load_policy(
-    config: PolicyConfig, names: Sequence[str], *, seed: int = 0, trained: Path | None = None
+    config: PolicyConfig,
+    names: Sequence[str],
+    *,
+    seed: int = 0,
+    trained: Path | None = None,
+    template: str | None = None,
 ) -> Policy:
     """Load the policy; `trained`: the `policy/` folder of a run to continue from or evaluate.
+
+    template: the chat template as the run has kept it; None: the model's own, as it is today.
 
     LoRA factors and a guide's start with B = 0, A drawn from `seed`. Raises ValueError where the
     path is not a model, or the model is one that the shared-prefix attention cannot run.
@@ -78,7 +86,7 @@ def load_policy(
     style, goals = config.preference_text, None
     if trained is not None and style == "scores":
         goals = Goals.load(trained / "preference.json", len(names))
-    words = (tokenizer, names, style, goals)
+    words = words_of(config, tokenizer, names, goals, template)
 
     def ready(model: Any) -> Any:
         # eval: no dropout anywhere, so that log-probabilities are comparable
@@ -104,6 +112,7 @@ def load_policy(
         if trained is not None:
             adapter.load(trained / GUIDE)
         policy = PBLoRAPolicy(ready(model), adapter, *words)
+    policy.source = config.path
     probe(policy, config.path)
     return policy
 
@@ -123,7 +132,7 @@ def _load(path: str, config: PolicyConfig, said: str) -> tuple[Any, Any]:
     own = f"{said}: {kind} has an attention of its own and is not supported; {INSTEAD}"
     _check_files(said, Path(path))
     with _one_line(f"{said}: its weights cannot be loaded", own):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        both: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=DTYPES[config.dtype],
             attn_implementation=shared_prefix.ATTENTION,
@@ -131,6 +140,7 @@ def _load(path: str, config: PolicyConfig, said: str) -> tuple[Any, Any]:
             use_safetensors=True,
             output_loading_info=True,
         )
+    model, found = both
     if not getattr(model, "_supports_attention_backend", False):
         raise ValueError(own)
     if missing := sorted(found["missing_keys"]):
@@ -150,11 +160,6 @@ def _load(path: str, config: PolicyConfig, said: str) -> tuple[Any, Any]:
         raise ValueError(f"{said}: {kind} has no linear head; {INSTEAD}")
     with _one_line(f"{said}: its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"{said}: its tokenizer has no chat template; use the model's instruct version, or "
-            "write a template to chat_template.jinja in a copy of the folder"
-        )
     rows = len(model.get_input_embeddings().weight)
     if (last := max(tokenizer.get_vocab().values(), default=0)) >= rows:
         raise ValueError(

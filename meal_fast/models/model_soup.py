@@ -29,6 +29,7 @@ from meal_fast.config.recipes import spec_of
 from meal_fast.config.run_dir import policy_folder
 from meal_fast.data.preferences import Preference
 
+from .chat_template import kept_template
 from .guided import Guides
 from .policy import Policy, load_policy
 
@@ -160,12 +161,15 @@ def load_served(run: Path, config: Config) -> tuple[Policy, Family | Guides | No
 
     Of a family the policy is the base model until then. Raises ValueError for a run without them.
     """
-    trained = policy_folder(run)
+    trained, template = policy_folder(run), kept_template(run)
     if not config.model_points:
-        policy = load_policy(config.policy, config.names, seed=config.seed, trained=trained)
+        policy = load_policy(
+            config.policy, config.names, seed=config.seed, trained=trained, template=template
+        )
         return policy, Guides(config.parm.beta) if spec_of(config).guide else None
     family = Family.load(run / FILE)
-    return load_policy(config.policy, config.names, seed=config.seed), family
+    policy = load_policy(config.policy, config.names, seed=config.seed, template=template)
+    return policy, family
 
 
 def _corners(k: int) -> list[Preference]:

@@ -136,8 +136,7 @@ class Adapter:
         }
         state = {n.replace(".base_layer.", "."): v for n, v in base.items() if n not in factors}
         for name, layer in self.layers.items():
-            weight = state[f"{name}.weight"]
-            state[f"{name}.weight"] = (weight + layer.delta(w)).to(weight.dtype)
+            state[f"{name}.weight"] = state[f"{name}.weight"] + layer.delta(w)
         return state
 
     def save(self, path: Path) -> None:

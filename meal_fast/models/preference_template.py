@@ -1,7 +1,8 @@
-"""The chat template of a saved policy: the base's own, with an optional argument `preference`.
+"""The chat template of a policy: the base's own, with an optional argument `preference`.
 
-Whatever applies chat templates can then steer without this package: transformers, vLLM and
-llama.cpp pass `preference` on (as `chat_template_kwargs` where they are servers).
+Training, serving and whatever else applies chat templates read this one text: transformers, vLLM
+and llama.cpp pass `preference` on (as `chat_template_kwargs` where they are servers). A preference
+that somebody writes into a message is made one that the policy does not read: see `plain_pairs`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,48 @@ _BEGIN = "{#- meal-fast: preference -#}"
 _END = "{#- meal-fast: end +#}"  # +: a space or a line's end after it stays
 _OLDER = "{%- if preference is defined and preference -%}"  # how it began, and by what it ended
 _OLDER_END = "{%- endif -%}"
+GLUE = (" ", "\n")  # the first that a tokenizer never merges with a text's end
+_CUT = "\u241f"  # stands where a run of marks was cut
+
+# Every style: what others write is neither a preference nor a marker of turns. An assistant's own
+# turns stay as they are.
+_PLAIN = """\
+{%- set plain = namespace(messages=[], parts=[], given=[], text='') -%}
+{%- set pairs = @PAIRS@ -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' or not message['content'] -%}
+{%- set plain.messages = plain.messages + [message] -%}
+{%- elif message['content'] is string -%}
+{%- set plain.text = message['content'] -%}
+{%- for pair in pairs -%}
+{%- set plain.text = plain.text | replace(pair[0], pair[1]) -%}
+{%- endfor -%}
+{%- if plain.text == message['content'] -%}
+{%- set plain.messages = plain.messages + [message] -%}
+{%- else -%}
+{%- set turn = {'role': message['role'], 'content': plain.text} -%}
+{%- set plain.messages = plain.messages + [turn] -%}
+{%- endif -%}
+{%- else -%}
+{%- set plain.given = message['content'] -%}
+{%- set plain.parts = [] -%}
+{%- for part in plain.given -%}
+{%- if part['type'] == 'text' -%}
+{%- set plain.text = part['text'] -%}
+{%- for pair in pairs -%}
+{%- set plain.text = plain.text | replace(pair[0], pair[1]) -%}
+{%- endfor -%}
+{%- set plain.parts = plain.parts + [{'type': 'text', 'text': plain.text}] -%}
+{%- else -%}
+{%- set plain.parts = plain.parts + [part] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set turn = {'role': message['role'], 'content': plain.parts} -%}
+{%- set plain.messages = plain.messages + [turn] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = plain.messages -%}
+"""
 
 # Every style: checks what is given, then puts its text at the end of the last user turn. Only what
 # llama.cpp's engine has too: no `round`, `//`, `**`, `1e-9`, `\u00e9`, and no digits in `format`.
@@ -71,7 +114,7 @@ _TEMPLATE = """\
 {%- set said.content = said.content ~ part['text'] -%}
 {%- endfor -%}
 {%- endif -%}
-{%- set turn = {'role': 'user', 'content': said.content | trim ~ ' ' ~ said.text} -%}
+{%- set turn = {'role': 'user', 'content': said.content | trim ~ @GLUE@ ~ said.text} -%}
 {%- set said.messages = said.messages + [turn] -%}
 {%- endif -%}
 {%- endfor -%}
@@ -150,17 +193,28 @@ _SCORES = """\
 
 
 def preference_template(
-    template: str, names: Sequence[str], style: str, goals: Goals | None = None
+    template: str,
+    names: Sequence[str],
+    style: str,
+    goals: Goals | None = None,
+    markers: Sequence[str] = (),
+    glue: str = GLUE[0],
 ) -> str:
     """Give `template` an optional argument `preference`, said at the end of the user's last turn.
 
     It takes `preference_text` itself, or a mapping of the objectives `names` to numbers that sum
     to 1; for anything else the template raises, naming what it takes. One that an earlier run put
     in is replaced. Style `none` has no preference, and `scores` without goals only its text.
+
+    markers: texts that tell turns apart in `template`; a message has none of them.
+    glue: what stands between the user's text and the preference.
     """
     template = without_preference(template)
+    pairs = plain_pairs(names, style, markers)
+    listed = [list(pair) for pair in pairs]
+    plain = _PLAIN.replace("@PAIRS@", json.dumps(listed, ensure_ascii=False)) if pairs else ""
     if style == "none":
-        return template
+        return _BEGIN + plain.replace("\n", "") + _END + template if pairs else template
     if style == "scores":
         said = _SCORES
         if goals is None:
@@ -169,11 +223,44 @@ def preference_template(
             said = said.replace("@LO@", _digits(goals.lo)).replace("@HI@", _digits(goals.hi))
     else:
         said = _NUMBERS + (_BAR if style == "bar" else "")
-    marks = [MARKS[i % len(MARKS)] for i in range(len(names))]
+    marks = json.dumps([MARKS[i % len(MARKS)] for i in range(len(names))])
     whole = _TEMPLATE.replace("@SAID@", said).replace("@ROUND@", _ROUND)
-    listed = json.dumps(list(names), ensure_ascii=False)
-    whole = whole.replace("@NAMES@", listed).replace("@MARKS@", json.dumps(marks))
+    whole = whole.replace("@NAMES@", json.dumps(list(names), ensure_ascii=False))
+    whole = plain + whole.replace("@MARKS@", marks).replace("@GLUE@", json.dumps(glue))
     return _BEGIN + whole.replace("\n", "") + _END + template
+
+
+def plain_pairs(
+    names: Sequence[str], style: str, markers: Sequence[str] = ()
+) -> list[tuple[str, str]]:
+    """Give what is replaced by what, one after the other, in what others write.
+
+    Afterwards a text holds no preference as `preference_text` writes it, and no marker. Of four and
+    more of the bar's marks the first three stay; `name=0` and `name=1` get spaces. What has none of
+    these stays as it is. Done twice, it changes nothing more.
+    """
+    pairs = []
+    if style in ("bar", "numbers"):
+        pairs += [(f"{n}={digit}", f"{n} = {digit}") for n in names for digit in "01"]
+    if style == "scores":
+        pairs += [(f"<rm{k}_score>", f"< rm{k}_score>") for k in range(1, len(names) + 1)]
+    if style == "bar":
+        pairs += _shorter(MARKS[: len(names)])
+    return pairs + [(marker, f"{marker[0]} {marker[1:]}") for marker in markers]
+
+
+def _shorter(marks: Sequence[str]) -> list[tuple[str, str]]:
+    """Cut runs of marks to three: behind each three a cut, and no marks right behind a cut."""
+    runs: list[list[str]] = [[] for _ in range(5)]  # by length, of one or two marks, in order
+    for i, one in enumerate(marks):
+        for n in range(1, 5):
+            runs[n].append(one * n)
+            runs[n] += [one * a + other * (n - a) for other in marks[i + 1 :] for a in range(1, n)]
+    pairs = [(_CUT, " "), *((run, run[:3] + _CUT) for run in runs[4])]
+    for n in (3, 2, 1):
+        pairs += [(_CUT + run, _CUT) for run in runs[n]]
+    apart = [(_CUT + mark, f" {mark}") for mark in marks]  # of marks in another order
+    return [*pairs, *apart, (_CUT, "")]
 
 
 def without_preference(template: str) -> str:

@@ -1,4 +1,4 @@
-"""How a prompt and a preference become tokens: the chat template, cut at the user's text."""
+"""How a conversation and a preference become tokens: the chat template, applied whole."""
 
 from __future__ import annotations
 
@@ -8,44 +8,92 @@ from typing import Any
 
 from meal_fast.data.preferences import Goals, preference_text
 
-_MARK = "\u241f"  # stands for the user's text while the chat template is cut in two
+from .chat_template import applied, default_template, end_of_turn, prepared, text_markers
+from .preference_template import GLUE, preference_template
+
+# Ends, digits, brackets and marks of many kinds, where a tokenizer might merge across a cut.
+PLAIN_TEXTS = (
+    "How do tides work?",
+    " \n two lines,\n\tindented  \n",
+    "naïve 東京 🙂👩‍👩‍👧",
+    "cafe\u0301 नि",
+    "2024 = 1,000.50",
+    "a [list] (of",
+    "C++ --- [a] *b*",
+    ".",
+)
+
+Ids = tuple[int, ...]
+History = tuple[tuple[str, str], ...]  # (role, text) of earlier turns
 
 
 class PromptFormat:
     """What a policy reads and says, as tokens.
 
-    The prompt's tokens (template, system line, the user's text) do not depend on the preference,
-    whose text and the assistant's header are a suffix of their own.
+    They are those of `template`, the saved policy's own, applied whole by transformers: training,
+    evaluation, chat and serving read what any other program reads that applies it. What a message
+    says is encoded as text, also where it is spelt like a token of the tokenizer's. The tokens are
+    cut in two where the preference begins, so that what stands before it is computed once for all
+    preferences.
+
+    template: as `chat_template.prepared` gives it; None: the tokenizer's, without more ado.
     """
 
     def __init__(
-        self, tokenizer: Any, names: Sequence[str], style: str = "bar", goals: Goals | None = None
+        self,
+        tokenizer: Any,
+        names: Sequence[str],
+        style: str = "bar",
+        goals: Goals | None = None,
+        template: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.names = tuple(names)
         self.style = style
         self.goals = goals  # of style `scores`; None in training, whose requests hold rewards
-        self._before, self._after = split_template(tokenizer)
+        if template is None:
+            template = prepared(tokenizer, default_template(tokenizer))
+        self.base_template = template
+        self.markers = text_markers(tokenizer, template)
+        self.end = end_of_turn(tokenizer, template)
+        # As transformers has them: what is special, and what the template has besides.
+        added = [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
+        controls = [t.content for t in added if t.special or t.content in template]
+        self._controls = sorted(controls, key=len, reverse=True)
+        unknown = tokenizer.unk_token_id
+        self._special = frozenset(tokenizer.all_special_ids) - {unknown}
+        self._written: dict[bool, int] = {}
         self.encode_prompt = lru_cache(maxsize=4096)(self._encode_prompt)
-        self._encode_said = lru_cache(maxsize=4096)(self._encode_said_text)
+        self._encoded = lru_cache(maxsize=4096)(self._encode)
+        for self.glue in GLUE:
+            self.template = self.saved_template()
+            self._tail = self._encode_tail()
+            if self._stable():
+                break
+            self.encode_prompt.cache_clear(), self._encoded.cache_clear(), self._written.clear()
+        else:
+            raise ValueError(
+                "its tokenizer merges the end of a prompt with the preference behind it, in other "
+                "tokens for each; use a model whose tokenizer keeps words apart"
+            )
 
-    def _encode_prompt(self, text: str) -> tuple[int, ...]:
-        """Tokens of everything before the preference: template, system line, the user's text."""
-        ids = self.tokenizer(self._before + text, add_special_tokens=False)["input_ids"]
-        return tuple(ids)
+    def saved_template(self) -> str:
+        """Give the chat template of the saved policy: `template`, and of `scores` with its goals."""
+        how = (self.names, self.style, self.goals, self.markers, self.glue)
+        return preference_template(self.base_template, *how)
 
-    def encode_conversation(self, history: Sequence[tuple[str, str]], text: str) -> tuple[int, ...]:
-        """Encode (role, text) of earlier turns, and the user's text, up to the preference.
-
-        Raises ValueError for turns that the chat template does not take.
-        """
-        try:
-            before, after = split_template(self.tokenizer, history)
-        except Exception as error:  # jinja2's own, whose classes are not at hand
-            raise ValueError(f"messages: the chat template does not take them ({error})") from error
-        if after != self._after:
-            raise ValueError("messages: the chat template ends otherwise after several turns")
-        return tuple(self.tokenizer(before + text, add_special_tokens=False)["input_ids"])
+    def _stable(self) -> bool:
+        """Say whether a text's tokens and a preference's are those of both together."""
+        if self.style == "none":
+            return True
+        k = len(self.names)
+        said = [self.said(tuple(float(i == j) for j in range(k))) for i in range(k)]
+        apart = [self._encoded("a", s, ())[1] for s in said]
+        return all(
+            (*self.encode_prompt(text), *suffix) == self._whole(text, s, ())
+            for text in PLAIN_TEXTS
+            for s, suffix in zip(said, apart, strict=True)
+        )
 
     def said(self, w: tuple[float, ...] | None) -> str:
         """Give the text by which the policy reads a preference; none: no text."""
@@ -54,26 +102,141 @@ class PromptFormat:
         read = w if self.goals is None else self.goals.of(w)
         return preference_text(read, self.names, self.style)
 
-    def encode_suffix(self, w: tuple[float, ...] | None) -> tuple[int, ...]:
-        """Encode the preference (none: no preference text) and the assistant's header."""
-        return self._encode_said(self.said(w))
+    def encode(
+        self, text: str, w: tuple[float, ...] | None = None, history: History = ()
+    ) -> tuple[Ids, Ids]:
+        """Encode the user's `text` behind earlier turns, up to the preference, and what follows it:
+        the preference (None: no preference text) and the assistant's header.
 
-    def _encode_said_text(self, said: str) -> tuple[int, ...]:
-        text = (f" {said}" if said else "") + self._after
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        Raises ValueError for turns that the chat template does not take.
+        """
+        return self._encoded(text, self.said(w), tuple(history))
+
+    def encode_suffix(self, w: tuple[float, ...] | None) -> Ids:
+        """Encode the preference and the header, as they stand behind most texts: see `encode`."""
+        return self._encoded("a", self.said(w), ())[1]
+
+    def _encode_prompt(self, text: str) -> Ids:
+        """Encode what stands before the preference: template, system line, the user's text."""
+        return self._shared(text, ())
+
+    def _encode(self, text: str, said: str, history: History) -> tuple[Ids, Ids]:
+        whole = self._whole(text, said, history)
+        n = _common(whole, self._shared(text, history) if history else self.encode_prompt(text))
+        n = max(n, 1)  # some tokenizers merge a text's end with what follows: cut before that
+        return whole[:n], whole[n:]
+
+    def _shared(self, text: str, history: History) -> Ids:
+        tail = self._tail
+        whole = self._whole(text, "" if self.style == "none" else "[", history)
+        return whole[: -len(tail)] if whole[-len(tail) :] == tail else whole
+
+    def _encode_tail(self) -> Ids:
+        """Encode what `_shared` cuts off behind a text."""
+        if self.style == "none":
+            whole, other = self._whole("a", "", ()), self._whole("a [", "", ())
+        else:
+            whole, other = self._whole("a", "[", ()), self._whole("a", "\u241f", ())
+        return whole[min(_common(whole, other), len(whole) - 1) :]
+
+    def _whole(self, text: str, said: str, history: History) -> Ids:
+        return self.apply([*history, ("user", text)], said)
+
+    def apply(self, turns: Sequence[tuple[str, str]], said: str, *, reply: bool = True) -> Ids:
+        """Apply the template to (role, text) of turns. Raises ValueError, one line, where it fails.
+
+        reply: end with the header of an answer.
+        """
+        given: dict[str, Any] = {"preference": said} if said else {}
+        if any(token in text for _, text in turns for token in self._controls):
+            return self._as_text(turns, reply, given)
+        return self._checked(turns, reply, given)
+
+    def _as_text(self, turns: Sequence[tuple[str, str]], reply: bool, given: dict[str, Any]) -> Ids:
+        """Encode turns that hold tokens of the tokenizer's as the text that they are.
+
+        Where the tokenizer makes such a token of that text too, it gets a space.
+        """
+        messages = [{"role": role, "content": text} for role, text in turns]
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.template,
+                add_generation_prompt=reply,
+                sanitize_control_tokens=True,
+                return_dict=False,
+                **given,
+            )
+            return tuple(ids)
+        except ValueError as error:
+            if "sanitize" not in str(error):
+                raise
+        except Exception as error:  # jinja2's own
+            raise ValueError(" ".join(str(error).split())) from None
+        return self._checked([(role, self._spaced(text)) for role, text in turns], reply, given)
+
+    def _checked(self, turns: Sequence[tuple[str, str]], reply: bool, given: dict[str, Any]) -> Ids:
+        whole = applied(self.tokenizer, self.template, turns, reply=reply, **given)
+        ids = tuple(self.tokenizer.encode(whole, add_special_tokens=False))
+        if len(turns) == 1 and reply and self._special:
+            own = self._special_in(bool(given))
+            if sum(token in self._special for token in ids) != own:
+                raise ValueError(
+                    f"the text {turns[0][1][:40]!r} becomes tokens that only a chat template may "
+                    "write; leave them out"
+                )
+        return ids
+
+    def _special_in(self, preferred: bool) -> int:
+        """Count the special tokens that the template itself writes around one turn."""
+        if preferred not in self._written:
+            given = {"preference": "["} if preferred else {}
+            whole = applied(self.tokenizer, self.template, [("user", "a")], **given)
+            ids = self.tokenizer.encode(whole, add_special_tokens=False)
+            self._written[preferred] = sum(token in self._special for token in ids)
+        return self._written[preferred]
+
+    def _spaced(self, text: str) -> str:
+        for token in self._controls:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
+
+    def answer(self, text: str) -> Ids:
+        """Encode a text as an assistant's whole turn, behind its header, with the token that ends
+        it."""
+        asked = self._whole("a", "", ())
+        end = self.end_ids
+        try:
+            whole = self.apply([("user", "a"), ("assistant", text)], "", reply=False)
+        except ValueError:
+            whole = ()
+        ids = whole[len(asked) :] if whole[: len(asked)] == asked else ()
+        ends = [i for i, token in enumerate(ids) if token in end]
+        if ends:
+            return ids[: ends[-1] + 1]
+        plain = tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        last = min(end, default=self.tokenizer.eos_token_id)
+        return plain if last is None else (*plain, last)
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The token that ends an assistant's turn in the template; none: it has no such turn."""
+        if not self.end:
+            return frozenset()
+        return frozenset(self.tokenizer.encode(self.end, add_special_tokens=False))
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Token ids that end a response."""
+        return self.end_ids
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Give the text of these tokens, special ones left out."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        """Give the text of these tokens, special ones and those that end a response left out."""
+        stop = self.stop_ids
+        return self.tokenizer.decode([t for t in tokens if t not in stop], skip_special_tokens=True)
 
 
-def split_template(tokenizer: Any, history: Sequence[tuple[str, str]] = ()) -> tuple[str, str]:
-    """Cut the chat template into the text before and after the user's last turn (the assistant's
-    header), behind the turns (role, text) of `history`."""
-    messages = [{"role": role, "content": said} for role, said in history]
-    messages.append({"role": "user", "content": _MARK})
-    whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    before, mark, after = whole.rpartition(_MARK)
-    if not mark or (not history and _MARK in before):
-        raise ValueError("the tokenizer's chat template does not hold the user's text exactly once")
-    return before, after
+def _common(one: Ids, other: Ids) -> int:
+    """Count the tokens that both begin with."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -30,11 +30,7 @@ class Request:
 
     def encoded(self, policy: Policy) -> tuple[Tokens, Tokens]:
         """Encode what stands before the preference, and the preference's suffix."""
-        if self.history:
-            prompt = policy.encode_conversation(self.history, self.prompt.text)
-        else:
-            prompt = policy.encode_prompt(self.prompt.text)
-        return prompt, policy.encode_suffix(self.w)
+        return policy.encode(self.prompt.text, self.w, self.history)
 
 
 @dataclass(frozen=True)
@@ -88,9 +84,7 @@ class Drawn:
 
 def as_drawn(policy: Policy, text: str, length: int) -> Drawn:
     """Read a text as a response: its tokens and the one that ends it, cut at `length`."""
-    tokens = policy.tokenizer.encode(text.strip(), add_special_tokens=False)
-    end = policy.tokenizer.eos_token_id
-    tokens += [] if end is None else [end]
+    tokens = list(policy.answer(text.strip()))
     finish = "stop" if len(tokens) <= length else "length"
     kept = tokens[:length]
     return Drawn(kept, [0.0] * len(kept), finish)  # nobody's samples: no log-probabilities

@@ -18,6 +18,7 @@ from meal_fast.data.devices import device_of, settled
 from meal_fast.data.objectives import Objectives, load_objectives
 from meal_fast.data.prompts import by_turns, load_prompts
 from meal_fast.data.reward_statistics import Scales
+from meal_fast.models.chat_template import keep_template, kept_template
 from meal_fast.models.policy import Policy, load_policy
 from meal_fast.models.threads import same_sums, use_threads
 
@@ -74,6 +75,7 @@ class Trainer:
         out.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
             write_config(out, config)
+        keep_template(out, self.policy.base_template)
         if config.warmup.steps:
             warm_up(self.policy, self.objectives, self.prompts, config, out, tell)
         self.outer = self.recipe.outer(self.policy.trainable, config.meta, config.grpo)
@@ -132,7 +134,9 @@ class Trainer:
         # A broken one fails here; two rows, so that one number for all of them is noticed.
         self.objectives.rewards(["How are you?", "Who are you?"], ["Fine, thank you.", "A model."])
         self.tell(f"loading the model on {device}")
-        self.policy: Policy = load_policy(config.policy, config.names, seed=config.seed)
+        self.policy: Policy = load_policy(
+            config.policy, config.names, seed=config.seed, template=kept_template(self.out)
+        )
         same_sums(self.policy.device.type == "cpu")
         micro_tokens = config.grpo.micro_tokens or self.policy.sizes.micro_tokens
         grpo = dataclasses.replace(config.grpo, micro_tokens=micro_tokens)

@@ -58,5 +58,8 @@ class NumberPolicy:
         tokens = (90,) if w is None else (1 + int(9 * w[0]), 20 + int(9 * w[1]), 33)
         return tokens[: 1 + sum(tokens) % 3]
 
+    def encode(self, text, w=None, history=()):
+        return self.encode_prompt(text), self.encode_suffix(w)
+
     def decode(self, tokens: list[int]) -> str:
         return " ".join(map(str, tokens))

@@ -31,6 +31,7 @@ class Policy(PromptFormat, ABC):
 
     adapter: Adapter | None = None  # of a guide: the policy then is the base model, guided by it
     rank: int = 0  # of LoRA's factors; 0: there are none
+    source: str = ""  # where it was loaded from, as `policy.path` has it
 
     def __init__(self, model: Any, *format: Any) -> None:
         super().__init__(*format)
@@ -156,8 +157,8 @@ class Policy(PromptFormat, ABC):
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Token ids that end a response."""
-        ids = {self.tokenizer.eos_token_id}
+        """Token ids that end a response: the template's own end of a turn, and the model's."""
+        ids = {*self.end_ids, self.tokenizer.eos_token_id}
         configured = getattr(self.causal_lm.generation_config, "eos_token_id", None)
         ids.update(configured if isinstance(configured, list) else [configured])
         return frozenset(int(i) for i in ids if i is not None)

@@ -207,10 +207,7 @@ def relabelled(
     new = dataclasses.replace(
         rollout.of_rows(order_R),
         prompts=tuple(rollout.prompts[b] for b, _ in groups),
-        prefix=tuple(
-            policy.encode_prompt(rollout.prompts[b].text) + policy.encode_suffix(w)
-            for b, w in groups
-        ),
+        prefix=tuple(sum(policy.encode(rollout.prompts[b].text, w), ()) for b, w in groups),
         group_R=torch.tensor(group, dtype=torch.int64, device=device),
         condition_RK=torch.tensor([w_R[r] for r in order], device=device).view(-1, k),
     )

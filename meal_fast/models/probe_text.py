@@ -1,0 +1,74 @@
+"""Whether a policy reads, token by token, what its saved chat template says: asked when it loads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from meal_fast.config.config import PolicyConfig
+from meal_fast.data.preferences import Goals
+
+from .chat_template import default_template, prepared
+from .prompt_format import PLAIN_TEXTS, PromptFormat
+
+TEXTS = (*PLAIN_TEXTS, "▁x▁", " [", "<b>")
+_TURNS = (("user", "Who are you?"), ("assistant", "A model."))
+
+
+def words_of(
+    config: PolicyConfig,
+    tokenizer: Any,
+    names: Sequence[str],
+    goals: Goals | None,
+    template: str | None,  # as the run has kept it; None: the tokenizer's, made fast now
+) -> tuple[Any, ...]:
+    """Give what `PromptFormat` is made of, once it has been seen to be right.
+
+    Raises ValueError, naming the option, where the template cannot be used, and where the tokens
+    that training would see are not those of the saved template applied by transformers.
+    """
+    try:
+        if template is None:
+            own = default_template(tokenizer)
+            template = prepared(tokenizer, own, config.template_kwargs, config.system)
+        words = (tokenizer, names, config.preference_text, goals, template)
+        _check(PromptFormat(*words))
+    except ValueError as error:
+        if str(error).startswith("policy."):
+            raise
+        raise ValueError(f"policy.path={config.path!r}: {error}") from None
+    return words
+
+
+def _check(format: PromptFormat) -> None:
+    """Compare training's tokens with transformers', whole, at several texts and preferences."""
+    k, tokenizer = len(format.names), format.tokenizer
+    corners = [tuple(float(i == j) for j in range(k)) for i in range(k)]
+    asked: list[tuple[float, ...] | None] = [None]
+    asked += [] if format.style == "none" else [(1.0 / k,) * k, *corners[:3]]
+    template = format.saved_template()
+    mapped = format.style in ("bar", "numbers") or format.goals is not None
+    histories: list[tuple[tuple[str, str], ...]] = [()]
+    try:
+        format.encode("a", None, _TURNS)
+        histories.append(_TURNS)
+    except ValueError:
+        pass  # a template of single turns
+    cases = [(t, w, ()) for t in TEXTS for w in asked]
+    cases += [(TEXTS[1], w, h) for w in asked for h in histories[1:]]
+    for text, w, history in cases:
+        prompt, suffix = format.encode(text, w, history)
+        turns = [{"role": role, "content": said} for role, said in (*history, ("user", text))]
+        given: dict[str, Any] = {}
+        if w is not None:
+            given["preference"] = (
+                dict(zip(format.names, w, strict=True)) if mapped else format.said(w)
+            )
+        whole = tokenizer.apply_chat_template(
+            turns, chat_template=template, add_generation_prompt=True, return_dict=False, **given
+        )
+        if [*prompt, *suffix] != list(whole):
+            raise ValueError(
+                f"its tokenizer gives other tokens for the prompt {text!r} than its saved chat "
+                "template would: what is trained would not be what is served"
+            )
