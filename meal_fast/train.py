@@ -90,6 +90,11 @@ def train(config: Config, args: TrainArgs) -> None:
                 f"out={str(args.out)!r}: {error.strerror or error}; the last checkpoint is good: "
                 "make room, then add --resume"
             )
+        except KeyboardInterrupt as stopped:  # of an objective that does not come back
+            again = f"python -m meal_fast.train --resume --out {args.out}"
+            said = f"{stopped}; the meta-step is given up, the last checkpoint is good"
+            print(f"meal-fast: {said}: go on with {again}", file=sys.stderr)
+            sys.exit(130)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

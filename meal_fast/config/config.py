@@ -52,6 +52,11 @@ class Config:
         "auto",
         "Where the reward models are: cpu, cuda, cuda:N, or auto, which is the policy's device.",
     )
+    objectives_timeout: float = opt(
+        300.0,
+        "Seconds that a Python or HTTP objective may take for each 256 responses of a call; 0 "
+        "waits for ever.",
+    )
     checkpoint_every: int = opt(5, "Meta-steps between checkpoints.")
     logger: Logger = opt(
         "none", "A logger beside metrics.jsonl, which is sent some of the answers as well."

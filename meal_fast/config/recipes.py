@@ -47,6 +47,7 @@ class CollectorSpec:
     at_once: bool = False  # it collects for several tasks in one rollout
     reads: Literal["preference", "scores"] = "preference"  # what stands in the prompt
     mates: bool = True  # it can ask a prompt under several preferences
+    needs_all: bool = False  # it reads every reward of a response: no objective may leave one out
     sections: tuple[str, ...] = ()  # of options that it alone reads
 
 
@@ -65,8 +66,8 @@ OUTERS: dict[str, OuterSpec] = {
 COLLECTORS: dict[str, CollectorSpec] = {
     "samples": CollectorSpec(at_once=True),
     "base-samples": CollectorSpec(sections=("parm",)),
-    "meal": CollectorSpec(rejects=True, sections=("rejection", "meal")),
-    "ric": CollectorSpec(reads="scores", mates=False, sections=("ric",)),
+    "meal": CollectorSpec(rejects=True, needs_all=True, sections=("rejection", "meal")),
+    "ric": CollectorSpec(reads="scores", mates=False, needs_all=True, sections=("ric",)),
 }
 # Sections that a recipe may have no use for.
 OWN_SECTIONS = ("rejection", "meal", "parm", "ric")
@@ -144,6 +145,11 @@ class RecipeSpec:
     def mates(self) -> bool:
         """Say whether a prompt of an update may be asked under several preferences."""
         return COLLECTORS[self.collector].mates and not self.models
+
+    @property
+    def needs_all(self) -> bool:
+        """Say whether every objective must apply to every response."""
+        return COLLECTORS[self.collector].needs_all
 
     @property
     def sections(self) -> frozenset[str]:

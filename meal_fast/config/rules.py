@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from meal_fast.common import require
 
 from .recipes import OWN_SECTIONS, RECIPES, RecipeSpec, named, spec_of
-from .schema import check_device
+from .schema import check_device, check_names
 
 if TYPE_CHECKING:
     from .config import Config
@@ -26,9 +26,9 @@ def check_run(config: Config) -> None:
     names = [o.partition("=")[0] for o in config.objectives]
     several = len(names) >= 2 and all("=" in o for o in config.objectives)
     require(several, "objectives", config.objectives, "two or more, each NAME=SOURCE")
-    plain = len(set(names)) == len(names) and all(n.isidentifier() for n in names)
-    remedy = "names must differ and be plain words: the policy reads them"
-    require(plain, "objectives", config.objectives, remedy)
+    check_names(names)
+    limit, remedy = config.objectives_timeout, "seconds; 0 is no limit"
+    require(limit >= 0, "objectives_timeout", limit, remedy)
     z, remedy = config.score.utopia, f"needs {len(names)} numbers, one per objective"
     require(len(z) in (0, len(names)), "score.utopia", z, remedy)
     ok = 0 <= config.threads <= 1024

@@ -6,7 +6,7 @@ import dataclasses
 import re
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import field
 from typing import Any
 
@@ -25,6 +25,21 @@ def check_device(option: str, name: str) -> None:
     """Raise ValueError for what is no device's name; whether it is there is seen later."""
     known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", name)
     require(bool(known), option, name, "no device; use cpu, cuda, cuda:N or auto")
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise ValueError for objectives' names that the policy cannot read, or that are alike.
+
+    The policy reads `[helpful=0.80 harmless=0.20]`: names are plain words, 40 characters at most.
+    """
+    for i, name in enumerate(names):
+        short = name if len(name) <= 60 else name[:57] + "..."
+        remedy = (
+            "names are plain words of letters, digits and _, of 40 characters at most: the policy "
+            "reads them"
+        )
+        require(name.isidentifier() and len(name) <= 40, "objectives", short, remedy)
+        require(name not in names[:i], "objectives", name, "is given twice; names must differ")
 
 
 def replaced(base: Any, values: dict[str, Any], choices: Choices, where: str = "") -> Any:

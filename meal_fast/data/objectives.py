@@ -6,7 +6,8 @@ An objective is given as `NAME=SOURCE`, or `NAME=SOURCE?key=value&key=value`. SO
     Ray2333/gpt2-large-helpful-reward_model  a hub name in `HUB`: its right format is known
     PATH or owner/name                       any sequence-classification model, format given
     world:first, world:second                exact rewards of a toy world: meal_fast.data.toy
-    module:function                          Python: (prompts, responses) -> R numbers
+    module:function, module:Class.method     Python: (prompts, responses) -> R numbers, or None
+                                             where the objective does not apply to a response
 
 and the keys of a model, with `%0A` for a newline and `%26` for `&`, are
 
@@ -27,58 +28,123 @@ and the keys of a model, with `%0A` for a newline and `%26` for `&`, are
 
 from __future__ import annotations
 
-import importlib
-import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from meal_fast.common import quiet
+from meal_fast.config.schema import check_names
 
 from .assets import NAMES as ASSETS
 from .assets import asset
 from .devices import device_of
+from .objective_calls import ObjectiveError, Scorer, column, never, short
+from .objective_sources import FUNCTION, check_no_function, imported
 from .reward_models import HUB, Classifier, ClassifierScorer, with_options
 from .toy import world_objective
 
-Scorer = Callable[[Sequence[str], Sequence[str]], Any]
-
-
-class ObjectiveError(ValueError):
-    """An objective failed while scoring; the message names it, and the row where there is one."""
+__all__ = ["ObjectiveError", "Objectives", "Scorer", "load_objectives"]
 
 
 class Objectives:
-    """K objectives in order. `rewards` is the only way in; it checks what comes out."""
+    """K objectives in order. `rewards` is the only way in; it checks what comes out.
 
-    def __init__(self, scorers: dict[str, Scorer], device: str | torch.device = "cpu") -> None:
+    An objective may give None for a response that it does not apply to: its reward is then NaN in
+    what `rewards` returns, and nowhere else is there a NaN. `partial` says whether that has ever
+    happened.
+
+    Args:
+        device: of the rewards, wherever the scorers run.
+        limits: seconds that a call of an objective may take for each 256 responses; 0, or no
+            entry: as long as it likes.
+        needs_all: what cannot do without a reward, for the message that refuses a None; empty:
+            None is allowed.
+    """
+
+    stopping: Callable[[], bool] = staticmethod(never)  # whether the run is to end
+
+    def __init__(
+        self,
+        scorers: dict[str, Scorer],
+        device: str | torch.device = "cpu",
+        *,
+        limits: dict[str, float] | None = None,
+        needs_all: str = "",
+    ) -> None:
         if len(scorers) < 2:
             raise ValueError(
                 f"objectives={list(scorers)!r}: two or more are needed, there is nothing to steer"
             )
         self.names = tuple(scorers)
-        self.device = torch.device(device)  # of the rewards, wherever the scorers run
-        self._scorers = scorers
+        self.device = torch.device(device)
+        self.partial = False
+        self._scorers, self._limits, self._needs_all = scorers, limits or {}, needs_all
+        self._counted: dict[str, dict[str, int]] = {}
 
     def rewards(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Raw rewards (R, K), float32 on `device`; row r scores `responses[r]` to `prompts[r]`.
 
-        Raises ObjectiveError when an objective raises, returns another number of scores than R, or
-        one that is NaN or infinite.
+        Raises ObjectiveError when an objective raises, is late, returns another number of scores
+        than R, or one that is NaN or infinite, and when no objective applies to a row.
         """
         if len(prompts) != len(responses):
             raise ValueError(f"{len(prompts)} prompts, but {len(responses)} responses")
-        columns = [
-            _checked(name, scorer, prompts, responses) for name, scorer in self._scorers.items()
+        found = [
+            column(name, scorer, prompts, responses, self._limits.get(name, 0.0), self.stopping)
+            for name, scorer in self._scorers.items()
         ]
         # Looked at and copied together: every objective on a GPU has then been asked its work.
-        places = {column.device for column in columns}
+        columns = [values for values, _ in found]
+        places = {values.device for values in columns}
         at = places.pop() if len(places) == 1 else self.device
-        reward_RK = torch.stack([column.to(at) for column in columns], dim=1)
+        reward_RK = torch.stack([values.to(at) for values in columns], dim=1)
         _check_finite(self.names, reward_RK, responses)
-        return reward_RK.to(self.device)
+        reward_RK = reward_RK.to(self.device)
+        if all(none is None for _, none in found):
+            return reward_RK
+        return self._without(reward_RK, [none for _, none in found], prompts, responses)
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Count the rows that had to be cut for a reward model since this was last asked.
+
+        {"cut_prompts": {objective: rows}, "cut_responses": …}, with what is not zero alone.
+        """
+        counted: dict[str, dict[str, int]] = {}
+        for name, scorer in self._scorers.items():
+            if isinstance(scorer, ClassifierScorer):
+                before = self._counted.get(name, {})
+                self._counted[name] = scorer.cuts
+                for what, n in scorer.cuts.items():
+                    if more := n - before.get(what, 0):
+                        counted.setdefault(what, {})[name] = more
+        return counted
+
+    def _without(
+        self,
+        reward_RK: Tensor,
+        none: Sequence[Tensor | None],
+        prompts: Sequence[str],
+        responses: Sequence[str],
+    ) -> Tensor:
+        """NaN where an objective does not apply."""
+        nowhere = torch.zeros(len(responses), dtype=torch.bool)
+        none_RK = torch.stack([nowhere if one is None else one for one in none], dim=1)
+        if self._needs_all:
+            row, k = none_RK.nonzero()[0].tolist()
+            raise ObjectiveError(
+                f"objective {self.names[k]!r} returned None for row {row}, the response "
+                f"{short(responses[row])}: {self._needs_all} needs every reward of every response; "
+                "return a number, or choose another recipe"
+            )
+        if bool(none_RK.all(1).any()):
+            row = int(none_RK.all(1).nonzero()[0, 0])
+            raise ObjectiveError(
+                f"every objective returned None for row {row}, the response "
+                f"{short(responses[row])} to {short(prompts[row])}: one at least must apply"
+            )
+        self.partial = True
+        return reward_RK.masked_fill(none_RK.to(reward_RK.device), torch.nan)
 
 
 @quiet()
@@ -86,19 +152,21 @@ def load_objectives(
     specs: Sequence[str],
     device: str | torch.device = "auto",  # of the models whose spec names none; auto: `to`
     to: str | torch.device = "cpu",  # of the rewards: the policy's
+    *,
+    timeout: float = 0.0,  # seconds of a Python function's call, for each 256 responses; 0: no end
+    needs_all: str = "",  # what cannot do without a reward, as `Objectives` has it
 ) -> Objectives:
     """The objectives that `specs` name (the grammar is at the head of this file).
 
-    Raises ValueError for a broken spec, an unknown key or format, a device that is not there, or a
-    model that cannot be loaded.
+    Raises ValueError for a broken spec, an unknown key or format, a device that is not there, a
+    model that cannot be loaded, or a function that cannot be imported.
     """
-    sources = {}
+    sources: dict[str, str] = {}
     for spec in specs:
         name, equals, source = spec.partition("=")
         if not name.strip() or not equals or not source.strip():
             raise ValueError(f"objectives: {spec!r} is not of the form NAME=SOURCE")
-        if name in sources:
-            raise ValueError(f"objectives: the name {name!r} is given twice")
+        check_names([*sources, name])
         sources[name] = source
     # All are parsed before one is loaded: a misprint in the last must not cost the first's loading.
     parsed = {name: _parse(name, source) for name, source in sources.items()}
@@ -116,26 +184,9 @@ def load_objectives(
         else target
         for name, target in parsed.items()
     }
-    return Objectives(scorers, to)
-
-
-def _checked(
-    name: str, scorer: Scorer, prompts: Sequence[str], responses: Sequence[str]
-) -> Tensor:  # (R,) float32
-    column = _column(scorer, prompts, responses)
-    if isinstance(column, ObjectiveError):
-        raise column
-    if isinstance(column, Exception):
-        row = _first_failing(scorer, prompts, responses)
-        raise ObjectiveError(
-            f"objective {name!r} raised {type(column).__name__}: {column} ({row})"
-        ) from column
-    if column.shape != (len(responses),):
-        raise ObjectiveError(
-            f"objective {name!r} returned shape {tuple(column.shape)} for {len(responses)} "
-            f"responses: one number for each is needed"
-        )
-    return column
+    limited = [n for n, s in sources.items() if FUNCTION.fullmatch(s) and not _ours(s)]
+    limits = dict.fromkeys(limited, timeout)
+    return Objectives(scorers, to, limits=limits, needs_all=needs_all)
 
 
 def _check_finite(names: Sequence[str], reward_RK: Tensor, responses: Sequence[str]) -> None:
@@ -144,38 +195,26 @@ def _check_finite(names: Sequence[str], reward_RK: Tensor, responses: Sequence[s
         k, row = bad_RK.T.nonzero()[0].tolist()
         raise ObjectiveError(
             f"objective {names[k]!r} returned {reward_RK[row, k].item()} for row {row}, "
-            f"the response {_short(responses[row])}"
+            f"the response {short(responses[row])}"
         )
 
 
-def _column(scorer: Scorer, prompts: Sequence[str], responses: Sequence[str]) -> Tensor | Exception:
-    """What the scorer says, float32; what it raised: a user's function, so anything."""
-    try:
-        return torch.as_tensor(scorer(prompts, responses), dtype=torch.float32).detach()
-    except Exception as error:
-        return error
+_WORLDS = ("world:", "meal_fast.worlds:")  # the latter in runs of before
 
 
-def _first_failing(scorer: Scorer, prompts: Sequence[str], responses: Sequence[str]) -> str:
-    """Which row alone makes the scorer raise; only called when it has raised."""
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        if isinstance(_column(scorer, [prompt], [response]), Exception):
-            return f"row {row}, the response {_short(response)}"
-    return f"a batch of {len(responses)}, though no row of it alone"
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "...")
+def _ours(source: str) -> bool:
+    """Whether a source that looks like module:function is a name of ours."""
+    return source.startswith(("packaged:", *_WORLDS))
 
 
 def _parse(name: str, spec: str) -> Classifier | Scorer:
     source, _, query = spec.partition("?")
-    kind, _, of_world = source.partition(":")
-    if kind in ("world", "meal_fast.worlds"):  # the latter in runs of before
+    _, _, of_world = source.partition(":")
+    if source.startswith(_WORLDS):
         if query:
             raise ValueError(f"objective {name!r}: {source} takes no options, got {query!r}")
         return world_objective(of_world)
-    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source) and not source.startswith("packaged:"):
+    if FUNCTION.fullmatch(source) and not _ours(source):
         if query:
             raise ValueError(
                 f"objective {name!r}: a Python function takes no options, got {query!r}"
@@ -191,16 +230,11 @@ def _parse(name: str, spec: str) -> Classifier | Scorer:
             )
         base = Classifier(str(asset(model)))
     else:
+        check_no_function(name, source)
         base = HUB.get(source, Classifier(source))
     return with_options(name, base, query)
 
 
 def _function(name: str, source: str) -> Scorer:
-    module_name, _, attribute = source.partition(":")
-    try:
-        function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"objective {name!r}: {source!r} cannot be imported ({error})") from error
-    if not callable(function):
-        raise ValueError(f"objective {name!r}: {source!r} is not a function")
+    function: Scorer = imported(name, source)
     return function

@@ -301,7 +301,12 @@ def run_evaluation(run: Path, config: Config, statistics: dict[str, Any], say: P
     if config.warmup.steps:
         after = learned(run)
         policies["warmup"] = lambda: policy.holding(after)
-    objectives = load_objectives(config.objectives, config.objectives_device, policy.device)
+    objectives = load_objectives(
+        config.objectives,
+        config.objectives_device,
+        policy.device,
+        timeout=config.objectives_timeout,
+    )
     # a set of its own is held out as a whole; of the training set, one split is
     prompts = load_prompts(
         config.prompts.evaluation or config.prompts.train,

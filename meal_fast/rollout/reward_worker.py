@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meal_fast.data.objectives import ObjectiveError
+from meal_fast.data.objective_calls import Late, ObjectiveError
 
 Row = tuple[Hashable, str, str]  # key, prompt, response
 
@@ -172,6 +172,8 @@ def _scores(score: Callable[..., Any], rows: Sequence[Row]) -> Tensor:
     """In the thread: a chunk's scores (R, K), checked."""
     try:
         scores = _called(score, rows)
+    except Late as error:  # to ask again, row by row, would be to wait as long again
+        raise ObjectiveError(f"scoring {_named([key for key, _, _ in rows])}: {error}") from error
     except Exception as error:  # a user's function, so anything
         raise ObjectiveError(f"scoring {_first_failing(score, rows)}: {_said(error)}") from error
     keys = [key for key, _, _ in rows]

@@ -123,7 +123,11 @@ class Rewards:
         if self._objectives is None:
             config = self._config
             try:
-                self._objectives = load_objectives(config.objectives, config.objectives_device)
+                self._objectives = load_objectives(
+                    config.objectives,
+                    config.objectives_device,
+                    timeout=config.objectives_timeout,
+                )
             except (ValueError, ImportError, OSError) as error:
                 self._objectives = ValueError(f"the run's objectives cannot be loaded: {error}")
         if isinstance(self._objectives, ValueError):

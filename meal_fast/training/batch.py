@@ -49,12 +49,13 @@ class Batch:
     log: dict[str, Any] = field(default_factory=dict)
     hindsight: Hindsight | None = None  # Meal's
     asked_RK: Tensor | None = None  # what its rows were asked for, where they are learnt otherwise
+    counts: dict[str, Any] = field(default_factory=dict)  # of rows that a reward model's limit cut
 
     def parts(self) -> list[Batch]:
         """Give what each task learns from, where it holds that of several."""
         if not self.rolled.task_id:
             return [self]
-        parts = []
+        parts: list[Batch] = []
         for rows in self.rolled.tasks:
             rolled, scored = self.rolled.of_task(rows), self.scored.of_rows(rows)
             tokens = sum(rolled.lengths)
@@ -65,6 +66,7 @@ class Batch:
                     scored=scored,
                     tokens=tokens,
                     reward_RK=self.reward_RK[rows],
+                    counts={} if parts else self.counts,  # which are of all tasks: said once
                 )
             )
         return parts

@@ -153,5 +153,6 @@ def of_responses(batch: Batch, names: Sequence[str], scales: Scales) -> dict[str
         "prefill_tokens": rolled.prefill_tokens,
         "length": length if kept else None,
         "stopped": sum(f == "stop" for f in rolled.finish) / max(len(rolled.finish), 1),
+        **batch.counts,
         **batch.log,
     }

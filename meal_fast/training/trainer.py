@@ -32,6 +32,7 @@ from .checkpoint import (
     write_config,
     write_policy,
 )
+from .collectors.base import collected
 from .completions import Completions, Row
 from .lessons import check_sources
 from .metrics import Clock, MetricsLog, of_responses
@@ -129,8 +130,13 @@ class Trainer:
         benign = load_prompts(more, "train") if more else ()
         self.tell("loading the reward models")
         self.objectives: Objectives = load_objectives(
-            config.objectives, config.objectives_device, device
+            config.objectives,
+            config.objectives_device,
+            device,
+            timeout=config.objectives_timeout,
+            needs_all=f"recipe {config.recipe}" if self.recipe.spec.needs_all else "",
         )
+        self.objectives.stopping = lambda: self.stop_requested
         # A broken one fails here; two rows, so that one number for all of them is noticed.
         self.objectives.rewards(["How are you?", "Who are you?"], ["Fine, thank you.", "A model."])
         self.tell(f"loading the model on {device}")
@@ -230,7 +236,7 @@ class Trainer:
                     clock, tasks = Clock(), self.tasks(drawn, inner)
                     # At first all tasks are the policy itself, whose factors can be multiplied out.
                     with self.policy.stacked(self.outer.stack if inner else ()):
-                        batch = self.collector.collect(tasks)  # rollout, rewards, advantages
+                        batch = collected(self.collector, tasks)  # rollout, rewards, advantages
                     collecting = clock.lap()
                     of_net = self.net.update(batch) if self.net else {}  # Meal's outer level
                     learned = self.update_policy(batch, tasks)  # loss, backward, clip, AdamW

@@ -28,6 +28,14 @@ from meal_fast.training.net_update import NetUpdate
 from meal_fast.training.sampled import sampled
 
 
+def collected(collector: Sampled, tasks: Sequence[Task]) -> Batch:
+    """Collect, and note in the batch's log how many rows reward models had to cut."""
+    collector.objectives.counts()  # of calibration and evaluation, which no update is told of
+    batch = collector.collect(tasks)
+    counts = collector.objectives.counts()
+    return replace(batch, counts=counts) if counts else batch
+
+
 class Sampled:
     """Sample every prompt under the task's preference, `rollout.samples` times; reject nothing."""
 
