@@ -10,12 +10,14 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from meal_fast.common import write_atomic
 from meal_fast.config.cli import OneLineParser, one_line_errors, require_packages
 from meal_fast.config.config import Config
-from meal_fast.config.run_dir import policy_folder, read_config, read_statistics
+from meal_fast.config.run_dir import read_config, read_statistics
+from meal_fast.config.sealed import check_measuring, warned_unfinished
 
 
 def parser() -> OneLineParser:
@@ -67,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = read_config(args.run)
     shared = config.evaluation.statistics
     statistics = read_statistics(Path(shared) if shared else args.run / "statistics.json")
-    policy_folder(args.run)
+    check_measuring(args.run)
+    say = partial(print, file=sys.stderr, flush=True)
+    warned_unfinished(args.run, say)
     require_packages("evaluation", "moocore", then=f"python -m meal_fast.evaluate {args.run}")
     out = args.out or args.run
     config = asked(config, args)
@@ -77,9 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from meal_fast.evaluation.tables import aligned, by_weight
     from meal_fast.evaluation.verdict import scope, verdict
 
-    result = run_evaluation(
-        args.run, config, statistics, lambda line: print(line, file=sys.stderr, flush=True)
-    )
+    result = run_evaluation(args.run, config, statistics, say)
     write_atomic(out / "evaluation.json", json.dumps(result, allow_nan=False))
     print(*aligned(*by_weight(result)), "", sep="\n")
     print(*(f"{about}: {said}" for about, said in verdict(result)), scope(result), sep="\n")

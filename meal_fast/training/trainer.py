@@ -14,6 +14,7 @@ import torch
 from meal_fast.common import write_atomic
 from meal_fast.config.config import Config
 from meal_fast.config.run_dir import as_saved, read_config, read_metrics, shared_statistics
+from meal_fast.config.sealed import break_seal
 from meal_fast.data.devices import device_of, settled
 from meal_fast.data.objectives import Objectives, load_objectives
 from meal_fast.data.prompts import by_turns, load_prompts
@@ -211,8 +212,10 @@ class Trainer:
             self.save_checkpoint()
         self.log.close()
         self.completions.close()
+        break_seal(self.out)
         self.collector.save(self.out)
-        write_policy(self.out, self.policy, self.config, self.outer.models())
+        progress = self.progress(self.done)
+        write_policy(self.out, self.policy, self.config, self.outer.models(), progress)
         return self.finished
 
     def meta_step(self) -> None:
@@ -319,10 +322,11 @@ class Trainer:
             "tokens": self.tokens,
             "metrics_bytes": self.log.sync(),
             "completions_bytes": self.completions.sync(),
+            "files": self.log.digest | self.completions.digest,
             "outer": self.outer.state(),
             "experience": self.collector.state(),  # the name that runs have been saved with
         }
-        write_checkpoint(self.out, state)
+        write_checkpoint(self.out, state, self.config)
 
 
 def _timed(
