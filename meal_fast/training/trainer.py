@@ -6,6 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from meal_fast.data.prompts import by_turns, load_prompts
 from meal_fast.data.reward_statistics import Scales
 from meal_fast.models.policy import Policy, load_policy
 from meal_fast.models.threads import same_sums, use_threads
+from meal_fast.rollout.fitting import fitting
 
 from .batch import Batch, Task
-from .calibration import calibrate, fitting
+from .calibration import calibrate
 from .checkpoint import (
     check_space,
     note_threads,
@@ -49,7 +51,7 @@ class Trainer:
     CPU torch's deterministic algorithms.
 
     Raise ValueError, before anything expensive, for whatever is wrong with config, folder, prompts
-    or objectives.
+    or objectives. `ahead` is called when these are loaded: to check what the run is for later.
     """
 
     def __init__(
@@ -61,13 +63,14 @@ class Trainer:
         on_update: Callable[[dict[str, Any]], None] | None = None,
         on_answers: Callable[[list[Row]], None] | None = None,
         tell: Callable[[str], None] = lambda stage: None,
+        ahead: Callable[[Policy, Config], None] = lambda policy, config: None,
     ) -> None:
         held = read_config(out) if resume and (out / "config.json").is_file() else None
         config = config if held is None else as_saved(config, held)
         self.out = out
         self.on_update = on_update or (lambda metrics: None)
         self.on_answers = on_answers or (lambda rows: None)
-        self.tell = tell
+        self.tell, self.ahead = tell, ahead
         self.stop_requested = False
         checkpoint = open_run(config, out, resume)
         shared = shared_statistics(config) if checkpoint is None else None
@@ -140,8 +143,13 @@ class Trainer:
         config = dataclasses.replace(config, grpo=grpo)
         if config.meta.parallel:
             self.policy.check_stackable()
-        self.prompts = fitting(self.policy, prompts, config)
-        self.benign = fitting(self.policy, benign, config) if benign else ()
+        say = partial(warnings.warn, stacklevel=3)
+        train, least = f"prompts.train={config.prompts.train!r}", config.rollout.prompts
+        self.prompts = fitting(self.policy, prompts, config, train, say, at_least=least)
+        self.benign = benign and fitting(
+            self.policy, benign, config, f"prompts.benign={config.prompts.benign!r}", say
+        )
+        self.ahead(self.policy, config)
         check_space(self.out, self.policy, config.meta.tasks if config.model_points else 1)
         return config
 
