@@ -16,6 +16,7 @@ from pathlib import Path
 from meal_fast.common import require
 from meal_fast.config.cli import OneLineParser, one_line_errors
 from meal_fast.config.run_dir import read_config
+from meal_fast.config.sealed import warned_unfinished
 from meal_fast.evaluation.conversation import prompted_lines, spoken, talk
 from meal_fast.evaluation.session import LENGTH, Session, preference, sampling_of
 
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompt = None if args.prompt is None else args.prompt.strip()
     require(prompt != "", "--prompt", "", "is empty; give a text, or leave it out to read lines")
     say = partial(print, file=sys.stderr, flush=True)
+    warned_unfinished(args.run, say)
     with Session(args.run, config, say, device=args.device, **sampling) as session:
         if prompt is None:
             talk(session, prompted_lines(w, config.names), w)

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from meal_fast.common import require_text, write_atomic
@@ -21,7 +22,8 @@ from meal_fast.config.cli import (
     require_packages,
 )
 from meal_fast.config.config import Config
-from meal_fast.config.run_dir import policy_folder, read_config, read_statistics
+from meal_fast.config.run_dir import read_config, read_statistics
+from meal_fast.config.sealed import check_measuring, warned_unfinished
 
 
 def parser() -> OneLineParser:
@@ -76,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_trust(args.run, config, trusted=args.trust_run, objectives=args.objectives)
     shared = config.evaluation.statistics
     statistics = read_statistics(Path(shared) if shared else args.run / "statistics.json")
-    policy_folder(args.run)
+    check_measuring(args.run)
+    say = partial(print, file=sys.stderr, flush=True)
+    warned_unfinished(args.run, say)
     require_packages("evaluation", "moocore", then=f"python -m meal_fast.evaluate {args.run}")
     out = args.out or args.run
     config = asked(config, args)
@@ -86,9 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from meal_fast.evaluation.tables import aligned, by_weight
     from meal_fast.evaluation.verdict import scope, verdict
 
-    result = run_evaluation(
-        args.run, config, statistics, lambda line: print(line, file=sys.stderr, flush=True)
-    )
+    result = run_evaluation(args.run, config, statistics, say)
     write_atomic(out / "evaluation.json", json.dumps(result, allow_nan=False))
     print(*aligned(*by_weight(result)), "", sep="\n")
     print(*(f"{about}: {said}" for about, said in verdict(result)), scope(result), sep="\n")

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from meal_fast.common import require
@@ -25,6 +26,7 @@ from meal_fast.config.cli import OneLineParser, one_line_errors, parse_weights, 
 from meal_fast.config.config import Config
 from meal_fast.config.recipes import spec_of
 from meal_fast.config.run_dir import policy_folder, read_config
+from meal_fast.config.sealed import check_policy, warned_unfinished
 
 KINDS = ("hub", "adapter", "gguf")
 TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -55,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     w = None if args.w is None else parse_weights(args.w, config.names)
     from meal_fast.evaluation.model_card import base_name, model_card
     from meal_fast.models.export import copy_adapter, copy_model
-    from meal_fast.serving.run import unfinished
 
+    check_policy(args.run)
+    stopped = warned_unfinished(args.run, partial(print, file=sys.stderr, flush=True))
     with _whole(out) as folder, _saved(args.run, config, w, folder) as policy:
         title = out.name
         if args.to == "hub":
@@ -74,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             title=title,
             at=w,
             base=args.base or "",
-            unfinished=unfinished(args.run, config),
+            unfinished=stopped,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
         if (args.run / "front.png").is_file():

@@ -14,10 +14,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FrameType
 from typing import Any
 
-from meal_fast.config.cli import TrainArgs, fail, one_line_errors, parse_train
+from meal_fast.config.cli import TrainArgs, fail, one_line_errors, parse_train, require_packages
 from meal_fast.config.config import Config, to_dict
 from meal_fast.config.plan import plan
 from meal_fast.config.run_dir import check_folder
@@ -35,6 +36,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     check_logger(config.logger)
     check_folder(config, args.out, args.resume)
+    if args.evaluate:
+        then = "train again, or without it: --no-evaluate"
+        require_packages("the evaluation after training", "moocore", then=then)
+        if args.report:
+            require_packages("the report", "matplotlib", then="train again, or add --no-report")
     what = {"resume": args.resume, "evaluate": args.evaluate, "report": args.report}
     print(plan(config, args.out, **what), file=sys.stderr, flush=True)
     train(config, args)
@@ -59,11 +65,13 @@ def train(config: Config, args: TrainArgs) -> None:
     with Display() as display:
         try:
             display.stage("loading PyTorch")
+            from meal_fast.evaluation.asked import check_ahead
             from meal_fast.training.loggers import Loggers
             from meal_fast.training.metrics import note_cost
             from meal_fast.training.trainer import Trainer
 
-            trainer = Trainer(config, args.out, resume=args.resume, tell=display.stage)
+            asked = {"ahead": partial(check_ahead, say=display.note)} if args.evaluate else {}
+            trainer = Trainer(config, args.out, resume=args.resume, tell=display.stage, **asked)
         except OSError as error:
             fail(f"out={str(args.out)!r}: {error}; name a folder that can be written")
         except KeyboardInterrupt:

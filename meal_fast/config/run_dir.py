@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,10 @@ def read_config(run: Path) -> Config:
             o.replace("=meal_fast.worlds:", "=world:") if isinstance(o, str) else o
             for o in objectives
         ]
-    return from_dict(values)
+    try:
+        return from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"RUN={str(run)!r}: config.json: {error}") from None
 
 
 def as_saved(config: Config, saved: Config) -> Config:
@@ -73,19 +77,25 @@ def check_folder(config: Config, out: Path, resume: bool) -> None:
                 "own files alone: replace it by what it leads to"
             )
     saved = read_config(out)
-    old, new = flat(to_dict(saved)), flat(to_dict(as_saved(config, saved)))
-    changed = [
-        f"{name} ({old.get(name)!r} -> {new.get(name)!r})"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-        and not name.startswith(FREE_ON_RESUME)
-        and not (name in AUTOMATIC and old[name] == AUTOMATIC[name])  # older: does not say
-    ]
+    changed = changed_options(to_dict(saved), to_dict(as_saved(config, saved)))
     if changed:
         raise ValueError(
             f"--resume with a changed config: {', '.join(changed)}; leave PRESET and these options "
             "out to go on, or name another --out"
         )
+
+
+def changed_options(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """Name the options, of those that both have, which a resumed run must not change."""
+    # As JSON has them: a list for a tuple.
+    old, new = (flat(json.loads(json.dumps(values))) for values in (saved, asked))
+    return [
+        f"{name} ({old[name]!r} -> {new[name]!r})"
+        for name in sorted(old.keys() & new.keys())
+        if old[name] != new[name]
+        and not name.startswith(FREE_ON_RESUME)
+        and not (name in AUTOMATIC and old[name] == AUTOMATIC[name])  # older: does not say
+    ]
 
 
 def flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:

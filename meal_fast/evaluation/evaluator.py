@@ -28,6 +28,7 @@ from meal_fast.data_types import Prompt
 from meal_fast.models.threads import use_threads
 
 from . import marks, metrics, shown
+from .asked import choose_asked, load_asked
 from .generate import MODES, Progress, Served, Sweep, answers
 from .metrics import Array
 
@@ -70,8 +71,9 @@ def evaluate(
     policies, greedy and sampled, minus a tenth of their range. PU is the mean of -S_smooth over
     answers, a shortfall: lower is better [P].
 
-    Raises ValueError where no prompt is of at most `prompts.max_tokens` tokens, and for `policies`
-    without base and policy, or with others than POLICIES.
+    Raises ValueError where no prompt is of at most `prompts.max_tokens` tokens and within the
+    model's context (see `asked`), and for `policies` without base and policy, or with others than
+    POLICIES.
     """
     swept = policies or {"base": policy.reference, "policy": nullcontext}
     order = [name for name in POLICIES if name in swept]
@@ -82,12 +84,11 @@ def evaluate(
     started = time.perf_counter()
     say = progress or (lambda line: None)
     options, names = config.evaluation, config.names
-    chosen = _first(policy, prompts, config, "prompts.evaluation")
-    ordinary = _first(policy, benign, config, "evaluation.benign") if benign else ()
+    chosen, ordinary, ask = choose_asked(policy, config, prompts, benign, say)
     weights = evaluation_weights(len(names), options.grid)
     five = [weights[i] for i in metrics.five_weights(weights)]
-    at_asked = shown_weights(weights) if options.ask else ()
-    examples = shown.choose(chosen, ordinary, options.ask)
+    at_asked = shown_weights(weights) if ask else ()
+    examples = shown.choose(chosen, ordinary, ask)
     extra = [e.prompt for e in examples if e.kind != "evaluation"]
     at_extra = tuple(dict.fromkeys((*weights, *at_asked)))
     sweeps: dict[tuple[str, str], Sweep] = {}
@@ -201,20 +202,6 @@ def evaluate(
     )
 
 
-def _first(
-    policy: Policy, prompts: Sequence[Prompt], config: Config, option: str
-) -> tuple[Prompt, ...]:
-    """The first of them in the order of their ids, as many as an evaluation asks."""
-    limit = config.prompts.max_tokens
-    fitting = [p for p in prompts if len(policy.encode_prompt(p.text)) <= limit]
-    if not fitting:
-        raise ValueError(
-            f"{option}: none of {len(prompts)} prompts has at most {limit} tokens; raise "
-            "prompts.max_tokens"
-        )
-    return tuple(sorted(fitting, key=lambda p: p.id)[: config.evaluation.prompts])
-
-
 def _differences(
     after: Mapping[str, Any], before: Mapping[str, Any], prompts: int
 ) -> dict[str, dict[str, metrics.Estimate]]:
@@ -290,7 +277,6 @@ def versions(device: str) -> dict[str, str]:
 def run_evaluation(run: Path, config: Config, statistics: dict[str, Any], say: Progress) -> Any:
     """Loads what a finished run folder holds and evaluates it."""
     from meal_fast.data.objectives import load_objectives
-    from meal_fast.data.prompts import load_prompts
     from meal_fast.data.reward_statistics import Normalizer
     from meal_fast.models.model_soup import load_served
     from meal_fast.training.warmup import learned
@@ -307,19 +293,7 @@ def run_evaluation(run: Path, config: Config, statistics: dict[str, Any], say: P
         policy.device,
         timeout=config.objectives_timeout,
     )
-    # a set of its own is held out as a whole; of the training set, one split is
-    prompts = load_prompts(
-        config.prompts.evaluation or config.prompts.train,
-        "evaluation",
-        whole=bool(config.prompts.evaluation),
-        count_tokens=lambda text: len(policy.encode_prompt(text)),
-        max_tokens=config.prompts.max_tokens,
-    )
-    benign: tuple[Prompt, ...] = ()
-    if config.evaluation.benign:
-        benign = load_prompts(
-            config.evaluation.benign, "evaluation", max_tokens=config.prompts.max_tokens
-        )
+    prompts, benign = load_asked(policy, config)
     return evaluate(
         policy,
         objectives,

@@ -27,6 +27,8 @@ from meal_fast.common import require_simplex
 from meal_fast.config.config import Config
 from meal_fast.config.recipes import spec_of
 from meal_fast.config.run_dir import policy_folder
+from meal_fast.config.sealed import FAMILY as FILE
+from meal_fast.config.sealed import check_policy, how_to_finish
 from meal_fast.data.preferences import Preference
 
 from .chat_template import kept_template
@@ -34,7 +36,6 @@ from .guided import Guides
 from .policy import Policy, load_policy
 
 Rule = Literal["interpolate", "nearest"]
-FILE = "family.safetensors"  # in the run's folder
 
 
 @dataclass(frozen=True)
@@ -159,13 +160,22 @@ class Family:
 def load_served(run: Path, config: Config) -> tuple[Policy, Family | Guides | None]:
     """Load what answers for a finished run: its policy, or what `at` makes of it at a w.
 
-    Of a family the policy is the base model until then. Raises ValueError for a run without them.
+    Of a family the policy is the base model until then. Raises ValueError for a run without them,
+    and for files that are not what training wrote.
     """
     trained, template = policy_folder(run), kept_template(run)
+    check_policy(run)
     if not config.model_points:
-        policy = load_policy(
-            config.policy, config.names, seed=config.seed, trained=trained, template=template
-        )
+        try:
+            policy = load_policy(
+                config.policy, config.names, seed=config.seed, trained=trained, template=template
+            )
+        except (SafetensorError, RuntimeError, json.JSONDecodeError) as error:
+            # of an older version, whose files have no digests
+            raise ValueError(
+                f"RUN={str(run)!r}: policy/ is damaged ({str(error).splitlines()[0]}); write it "
+                f"anew with {how_to_finish(run)}"
+            ) from None
         return policy, Guides(config.parm.beta) if spec_of(config).guide else None
     family = Family.load(run / FILE)
     policy = load_policy(config.policy, config.names, seed=config.seed, template=template)

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from meal_fast.common import off_simplex, opening
+from meal_fast.common import off_simplex
 from meal_fast.config.config import Config
 from meal_fast.config.run_dir import PREFERENCE_NET, policy_folder, read_statistics
+from meal_fast.config.sealed import unfinished
 from meal_fast.data.objectives import Objectives, load_objectives
 from meal_fast.data.preferences import Preference, snapped
 from meal_fast.data_types import Prompt
@@ -32,7 +33,7 @@ class ServedRun:
         policy_folder(run)
         use_threads(config.threads)
         self.name, self.config, self.names = run.resolve().name, config, config.names
-        self.unfinished = unfinished(run, config)
+        self.unfinished = unfinished(run)
         self.policy, self.family = load_served(run, config)
         net = run / PREFERENCE_NET
         self.net = PreferenceNet.load(net, config.names) if net.is_file() else None
@@ -139,16 +140,3 @@ class Rewards:
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-
-
-def unfinished(run: Path, config: Config) -> str:
-    """Say how far a run is that can be resumed; "" for one at its end."""
-    path = run / "checkpoint.pt"
-    if not path.is_file():
-        return ""
-    with opening(f"RUN={str(run)!r}: checkpoint.pt", "remove it where the run is finished"):
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        done, of, what = int(state["step"]), config.meta.steps, "meta-steps"
-        if config.meta.tokens:
-            done, of, what = int(state.get("tokens", 0)), config.meta.tokens, "tokens"
-    return "" if done >= of else f"{done} of {of} {what}"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from meal_fast.config.config import Config
 from meal_fast.config.run_dir import policy_folder
+from meal_fast.config.sealed import how_to_finish
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -98,7 +99,8 @@ def serve(
         hosts = names_of(host, port)
         app = application(served, worker, hosts=hosts, token=token, max_new_tokens=max_new_tokens)
         if served.unfinished:
-            say(f"meal-fast: {run} is not finished ({served.unfinished})")
+            more = f"go on with {how_to_finish(run)}"
+            say(f"meal-fast: {run} is not finished ({served.unfinished}); {more}")
         shown = f"[{host}]" if ":" in host else host
         say(f"meal-fast: playground at http://{shown}:{port}/, API at http://{shown}:{port}/v1")
         if browse and has_screen():

@@ -1,4 +1,4 @@
-"""Before a run's first update: prompts that fit, and the statistics that rewards are brought to."""
+"""Before a run's first update: the statistics that rewards are brought to."""
 
 from __future__ import annotations
 
@@ -14,18 +14,6 @@ from meal_fast.models.policy import Policy
 from meal_fast.rollout import Request
 
 from .sampled import sampled
-
-
-def fitting(policy: Policy, prompts: tuple[Prompt, ...], config: Config) -> tuple[Prompt, ...]:
-    """Choose the prompts of at most `prompts.max_tokens` tokens. Raise ValueError for too few."""
-    limit = config.prompts.max_tokens
-    kept = tuple(p for p in prompts if len(policy.encode_prompt(p.text)) <= limit)
-    if len(kept) < config.rollout.prompts:
-        raise ValueError(
-            f"prompts.train={config.prompts.train!r}: {len(kept)} of {len(prompts)} prompts have "
-            f"at most {limit} tokens, but rollout.prompts={config.rollout.prompts}"
-        )
-    return kept
 
 
 def calibrate(

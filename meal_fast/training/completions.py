@@ -133,6 +133,11 @@ class Completions:
         """Bring what was written to the disk; give the file's length."""
         return self._written if self._file is None else self._file.sync()
 
+    @property
+    def digest(self) -> dict[str, str]:
+        """Give the SHA-256 of the file, by its name, where there is one."""
+        return {} if self._file is None else self._file.digest
+
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:

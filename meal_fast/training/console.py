@@ -77,7 +77,7 @@ class Display:
     ) -> None:
         """Say a run's own warning in one line; whatever shows warnings shows the others."""
         if category is UserWarning and "meal_fast" in filename:
-            self._say(f"meal-fast: {message}", whole=True)
+            self.note(str(message))
         else:
             self._warn(message, category, filename, lineno, file, line)
 
@@ -95,6 +95,10 @@ class Display:
         if not self._live and (name != self._told[0] or now - self._told[1] >= STAGE_EVERY):
             self._told = name, now
             print(f"meal-fast: {text}", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """Show a line that stays."""
+        self._say(f"meal-fast: {text}", whole=True)
 
     def answers(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Take an update's answers, rows of completions.jsonl."""

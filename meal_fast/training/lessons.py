@@ -23,6 +23,7 @@ from meal_fast.data.prompts import held_out, in_turn, load_prompts
 from meal_fast.data_types import Prompt
 from meal_fast.models.policy import Policy
 from meal_fast.rollout import Request
+from meal_fast.rollout.fitting import context_room
 
 from .sampled import sampled
 
@@ -94,8 +95,11 @@ def gather(
     unseen = held_out(config.prompts.train, config.prompts.evaluation)
     given = _answer_rows(config, unseen)
     count = max(options.draws // SAMPLES, 1)
+    told = {k: t for k, source in enumerate(_sources(config)) if (t := _told(source)) is not None}
+    tellings = list(dict.fromkeys(told.values()))
     refused = 0
     chosen: list[list[Prompt]] = []
+    limit, room = config.prompts.max_tokens, context_room(policy, config)
     for source, own, most in (
         (options.prompts, prompts, count),
         (options.benign, (), round(count * options.benign_share)),
@@ -103,12 +107,20 @@ def gather(
         found = load_prompts(source, "train") if source else own
         seen = [p for p in found if p.id not in unseen]
         refused += len(found) - len(seen)
-        limit = config.prompts.max_tokens
-        fit = [p for p in seen if len(policy.encode_prompt(p.text)) <= limit]
+        short = [p for p in seen if len(policy.encode_prompt(p.text)) <= limit]
+        behind = tellings if own or source == options.prompts else [""]
+        fit = [
+            p
+            for p in short
+            if all(len(policy.encode_prompt(_with(p, t).text)) <= room for t in ("", *behind))
+        ]
+        if len(fit) < len(short):
+            tell(
+                f"warm start: {len(short) - len(fit)} of {len(found)} prompts are left out: they "
+                f"exceed the model's context of {policy.context}"
+            )
         chosen.append(in_turn(fit, 0, min(most, len(fit)), config.seed, f"warmup {source}"))
     divided, plain = chosen
-    told = {k: t for k, source in enumerate(_sources(config)) if (t := _told(source)) is not None}
-    tellings = list(dict.fromkeys(told.values()))
     asked = [(p, t) for t in tellings for p in divided] + [(p, "") for p in plain]
     drawn = dict(zip(asked, _own_answers(policy, asked, config, tell), strict=True))
     pairs = [(prompt, a) for (prompt, _), answers in drawn.items() for a in answers]
@@ -166,6 +178,10 @@ def _rewards(objectives: Objectives, pairs: Sequence[tuple[Prompt, str]]) -> Ten
     return objectives.rewards([p.text for p, _ in pairs], [a for _, a in pairs]).float().cpu()
 
 
+def _with(prompt: Prompt, told: str) -> Prompt:
+    return dataclasses.replace(prompt, text=f"{prompt.text}\n{told}".strip())
+
+
 def _own_answers(
     policy: Policy, asked: Sequence[tuple[Prompt, str]], config: Config, tell: Tell
 ) -> list[tuple[str, ...]]:
@@ -173,7 +189,7 @@ def _own_answers(
     if not asked:
         return []
     tell(f"warm start: the base model answers {len(asked)} prompts")
-    prompts = [dataclasses.replace(p, text=f"{p.text}\n{t}".strip()) for p, t in asked]
+    prompts = [_with(p, t) for p, t in asked]
     requests = [Request(prompt, None, SAMPLES) for prompt in prompts]
     with policy.reference() as base:
         rolled = sampled(policy, requests, config, ("warmup",), base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -33,17 +34,31 @@ class Clock:
 
 
 class LinesFile:
-    """Write lines to a file that a resumed run goes on with: its first `written` bytes are kept."""
+    """Write lines to a file that a resumed run goes on with: its first `written` bytes are kept.
+
+    Raises ValueError for a file that is shorter, which would otherwise be filled up with NULs.
+    """
 
     def __init__(self, path: Path, written: int) -> None:
-        self._file = open(path, "r+b" if written else "wb")
+        size = path.stat().st_size if path.is_file() else 0
+        if size < written:
+            raise ValueError(f"{str(path)!r}: has {size} bytes, and had {written}; restore it")
+        self._path, self._sha256 = path, hashlib.sha256()
+        self._file = open(path, "r+b" if written else "w+b")
         self._file.truncate(written)
-        self._file.seek(0, os.SEEK_END)
+        while block := self._file.read(1 << 20):
+            self._sha256.update(block)
 
     def write(self, line: bytes) -> None:
         """Write a line, or several, without the last newline; whoever reads the file sees it."""
+        self._sha256.update(line + b"\n")
         self._file.write(line + b"\n")
         self._file.flush()
+
+    @property
+    def digest(self) -> dict[str, str]:
+        """Give the SHA-256 of what is in the file, by its name."""
+        return {self._path.name: self._sha256.hexdigest()}
 
     def sync(self) -> int:
         """Bring what was written to the disk; give the file's length."""
@@ -102,6 +117,11 @@ class MetricsLog:
     def sync(self) -> int:
         """Bring what was written to the disk; give the file's length."""
         return self._file.sync()
+
+    @property
+    def digest(self) -> dict[str, str]:
+        """Give the SHA-256 of the file, by its name."""
+        return self._file.digest
 
     def close(self) -> None:
         """Close the file."""

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from meal_fast.common import write_atomic
 from meal_fast.config.config import Config
 from meal_fast.config.run_dir import as_saved, read_config, read_metrics, shared_statistics
+from meal_fast.config.sealed import break_seal
 from meal_fast.data.devices import device_of, settled
 from meal_fast.data.objectives import Objectives, load_objectives
 from meal_fast.data.prompts import by_turns, load_prompts
@@ -21,9 +23,10 @@ from meal_fast.data.reward_statistics import Scales
 from meal_fast.models.chat_template import keep_template, kept_template
 from meal_fast.models.policy import Policy, load_policy
 from meal_fast.models.threads import same_sums, use_threads
+from meal_fast.rollout.fitting import fitting
 
 from .batch import Batch, Task
-from .calibration import calibrate, fitting
+from .calibration import calibrate
 from .checkpoint import (
     check_space,
     note_threads,
@@ -50,7 +53,7 @@ class Trainer:
     CPU torch's deterministic algorithms.
 
     Raise ValueError, before anything expensive, for whatever is wrong with config, folder, prompts
-    or objectives.
+    or objectives. `ahead` is called when these are loaded: to check what the run is for later.
     """
 
     def __init__(
@@ -62,13 +65,14 @@ class Trainer:
         on_update: Callable[[dict[str, Any]], None] | None = None,
         on_answers: Callable[[list[Row]], None] | None = None,
         tell: Callable[[str], None] = lambda stage: None,
+        ahead: Callable[[Policy, Config], None] = lambda policy, config: None,
     ) -> None:
         held = read_config(out) if resume and (out / "config.json").is_file() else None
         config = config if held is None else as_saved(config, held)
         self.out = out
         self.on_update = on_update or (lambda metrics: None)
         self.on_answers = on_answers or (lambda rows: None)
-        self.tell = tell
+        self.tell, self.ahead = tell, ahead
         self.stop_requested = False
         checkpoint = open_run(config, out, resume)
         shared = shared_statistics(config) if checkpoint is None else None
@@ -149,8 +153,13 @@ class Trainer:
         config = dataclasses.replace(config, grpo=grpo)
         if config.meta.parallel:
             self.policy.check_stackable()
-        self.prompts = fitting(self.policy, prompts, config)
-        self.benign = fitting(self.policy, benign, config) if benign else ()
+        say = partial(warnings.warn, stacklevel=3)
+        train, least = f"prompts.train={config.prompts.train!r}", config.rollout.prompts
+        self.prompts = fitting(self.policy, prompts, config, train, say, at_least=least)
+        self.benign = benign and fitting(
+            self.policy, benign, config, f"prompts.benign={config.prompts.benign!r}", say
+        )
+        self.ahead(self.policy, config)
         check_space(self.out, self.policy, config.meta.tasks if config.model_points else 1)
         return config
 
@@ -221,8 +230,10 @@ class Trainer:
             self.save_checkpoint()
         self.log.close()
         self.completions.close()
+        break_seal(self.out)
         self.collector.save(self.out)
-        write_policy(self.out, self.policy, self.config, self.outer.models())
+        progress = self.progress(self.done)
+        write_policy(self.out, self.policy, self.config, self.outer.models(), progress)
         return self.finished
 
     def meta_step(self) -> None:
@@ -329,10 +340,11 @@ class Trainer:
             "tokens": self.tokens,
             "metrics_bytes": self.log.sync(),
             "completions_bytes": self.completions.sync(),
+            "files": self.log.digest | self.completions.digest,
             "outer": self.outer.state(),
             "experience": self.collector.state(),  # the name that runs have been saved with
         }
-        write_checkpoint(self.out, state)
+        write_checkpoint(self.out, state, self.config)
 
 
 def _timed(

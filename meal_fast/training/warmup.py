@@ -16,6 +16,7 @@ and of LoRA's factors, which start anew. The run keeps its parameters in `warmup
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import time
@@ -24,11 +25,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from meal_fast.common import opening, write_atomic
+from meal_fast.common import write_atomic
 from meal_fast.config.config import Config
+from meal_fast.config.run_dir import read_json
+from meal_fast.config.sealed import sha256
 from meal_fast.data import preferences
 from meal_fast.data.objectives import Objectives
 from meal_fast.data.prompts import by_turns
@@ -61,23 +65,40 @@ def warm_up(
         lessons = gather(policy, objectives, prompts, config, tell)
         parameters, nll = taught(policy, lessons, config, tell)
         seconds = time.perf_counter() - started
-        said = {"steps": len(nll), "nll": nll, "lessons": dict(lessons.counts), "seconds": seconds}
+        content = save(parameters)
+        said = {
+            "steps": len(nll),
+            "nll": nll,
+            "lessons": dict(lessons.counts),
+            "seconds": seconds,
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / REPORT, json.dumps(said, indent=1))
-        write_atomic(folder / PARAMETERS, save(parameters))
+        write_atomic(folder / PARAMETERS, content)
     policy.rebase(learned(out))
 
 
 def learned(run: Path) -> dict[str, Tensor]:
     """Read the parameters, by name, that the supervised start of a run ended with.
 
-    Raises ValueError where the run's folder has lost them.
+    Raises ValueError where the run's folder has lost them, or they are not what was written.
     """
     path = run / FOLDER / PARAMETERS
     if not path.is_file():
         raise ValueError(f"run {str(run)!r}: {FOLDER}/{PARAMETERS} is missing; train it anew")
-    with opening(f"{str(path)!r}", "train the run anew"):
+    report, written = run / FOLDER / REPORT, None
+    if report.is_file():
+        written = read_json(run, f"{FOLDER}/{REPORT}").get("sha256")  # None: of an older version
+    try:
+        if written not in (None, sha256(path)):
+            raise ValueError(f"another digest than in {REPORT}")
         return load_file(path)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"run {str(run)!r}: {FOLDER}/{PARAMETERS} is damaged ({error}); restore it from a "
+            f"copy, or remove {FOLDER}/ where the run has no checkpoint yet, and it is made anew"
+        ) from None
 
 
 def taught(

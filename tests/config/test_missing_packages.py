@@ -32,12 +32,23 @@ def test_without_any_of_them_training_ends_with_its_policy(tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "policy")
 
 
-def test_what_comes_after_training_names_its_package_and_goes_on_later(tmp_path):
+@pytest.mark.reliability("lost", "a package that only the evaluation after training needs")
+def test_what_comes_after_training_is_named_before_it(tmp_path):
     run = tmp_path / "run"
-    ran = without("moocore", *TRAIN, "--evaluation.prompts", "1", "--out", run)
-    assert ran.returncode == 2 and "policy in" in ran.stdout
-    AutoModelForCausalLM.from_pretrained(run / "policy")
+    ran = without("moocore", *TRAIN, "--out", run)
+    assert ran.returncode == 2 and not run.exists()
+    assert_one_line(error(ran), "moocore is not installed", "pip install moocore", "--no-evaluate")
+    ran = without("matplotlib", *TRAIN, "--out", run)
+    assert ran.returncode == 2 and not run.exists()
+    assert_one_line(error(ran), "matplotlib is not installed", "the report", "--no-report")
+
+
+def test_what_evaluation_and_report_need_is_named_and_goes_on_later(tmp_path):
+    run = tmp_path / "run"
+    ran = without("moocore", *TRAIN, "--evaluation.prompts", "1", "--no-evaluate", "--out", run)
+    assert ran.returncode == 0 and "policy in" in ran.stdout
     evaluate = f"python -m meal_fast.evaluate {run}"
+    ran = without("moocore", "evaluate", run)
     assert_one_line(error(ran), "moocore is not installed", "pip install moocore", evaluate)
     ran = without("matplotlib", "evaluate", run)
     assert ran.returncode == 2 and (run / "evaluation.json").exists()

@@ -179,7 +179,7 @@ def test_three_objectives(policy):
 
 
 def test_prompts_that_are_all_too_long_are_refused(policy):
-    with pytest.raises(ValueError, match="none of 5 prompts has at most 2 tokens"):
+    with pytest.raises(ValueError, match="0 of 5 prompts have at most 2 tokens"):
         sweep(tiny_config(prompts={"max_tokens": 2}), policy)
 
 

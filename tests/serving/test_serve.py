@@ -1,5 +1,6 @@
 """The command, a run's state, its net and its several models; texts cut at a stop."""
 
+import json
 import os
 import re
 import signal
@@ -68,26 +69,22 @@ def test_as_a_program_it_says_where_it_is_and_ends_by_a_signal(run):
 def test_a_run_that_is_not_finished_says_so(run, monkeypatch):
     from meal_fast.serving import run as module
 
-    config = read_config(run.folder)
-    assert unfinished(run.folder, config) == ""
+    assert unfinished(run.folder) == ""
     monkeypatch.setattr(module, "unfinished", lambda *_: "3 of 9 meta-steps")
     with serving(run.folder) as server:
         models = httpx.get(f"{server.url}/v1/models").json()["data"]
     assert models[0]["meal_fast"]["unfinished"] == "3 of 9 meta-steps"
 
 
-def test_how_far_a_checkpoint_is(tmp_path):
-    import torch
-
-    from tests.helpers.run_folder import tiny_config
-
-    torch.save({"step": 3, "tokens": 50}, tmp_path / "checkpoint.pt")
-    for meta, said in (
-        ({"steps": 9}, "3 of 9 meta-steps"),
-        ({"steps": 3}, ""),
-        ({"steps": 3, "tokens": 80}, "50 of 80 tokens"),
-    ):
-        assert unfinished(tmp_path, tiny_config(meta=meta)) == said
+def test_how_far_a_saved_policy_is(tmp_path):
+    """As `policy.json` says; of an older version without it, as the last update does."""
+    assert unfinished(tmp_path) == ""
+    (tmp_path / "metrics.jsonl").write_text('{"update": 0, "progress": 0.125}\n')
+    assert unfinished(tmp_path) == "stopped at 12 % of its updates"
+    for progress, said in ((1 / 3, "stopped at 33 % of its updates"), (0.999, "99 %"), (1.0, "")):
+        seal = {"progress": progress, "files": {}}
+        (tmp_path / "policy.json").write_text(json.dumps(seal))
+        assert said in unfinished(tmp_path) and bool(said) == bool(unfinished(tmp_path))
 
 
 def test_auto_is_the_preference_of_the_net(run, tmp_path):

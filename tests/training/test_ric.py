@@ -397,6 +397,7 @@ def test_without_its_goals_a_run_is_neither_evaluated_nor_asked(run, tmp_path, c
     broken = tmp_path / "broken"
     shutil.copytree(run, broken)
     path = broken / "policy" / "preference.json"
+    (broken / "policy.json").unlink()  # as of a version without its digests
     path.write_text(json.dumps({"objectives": ["first", "second"], "style": "scores"}))
     for command in (lambda: evaluate([str(broken)]), lambda: chat([str(broken), "--prompt", "Hi"])):
         with pytest.raises(SystemExit) as stop:

@@ -72,7 +72,7 @@ def test_a_run_leaves_everything(whole):
     names = {path.name for path in run.iterdir()}
     assert names == {
         "config.json", "statistics.json", "metrics.jsonl", "completions.jsonl", "checkpoint.pt",
-        "policy", "cost.json", "evaluation.json", "front.png", "report.html",
+        "policy", "policy.json", "cost.json", "evaluation.json", "front.png", "report.html",
     }  # fmt: skip
     config = preset("tiny")
     rows = updates(run)

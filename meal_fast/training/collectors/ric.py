@@ -42,6 +42,7 @@ from meal_fast.data.reward_statistics import Scales
 from meal_fast.data_types import Prompt, Rollout, Weighted, rng_seed
 from meal_fast.models.policy import Policy
 from meal_fast.rollout import Request
+from meal_fast.rollout.fitting import context_room
 from meal_fast.rollout.sequence import Drawn, as_drawn, gathered
 from meal_fast.training.batch import Batch, Task
 from meal_fast.training.sampled import sampled
@@ -78,12 +79,14 @@ class RiC(Sampled):
         self.lo, self.hi = torch.full((k,), torch.inf), torch.full((k,), -torch.inf)
         self.data: list[tuple[Prompt, Drawn]] = []
         if config.ric.data:
-            limit, rows = config.prompts.max_tokens, read_answers(Path(config.ric.data))
+            rows = read_answers(Path(config.ric.data))
+            limit = min(config.prompts.max_tokens, context_room(policy, config))
             fit = [row for row in rows if len(policy.encode_prompt(row[0].text)) <= limit]
             if not fit:
+                limited = limit == config.prompts.max_tokens
+                remedy = "raise prompts.max_tokens" if limited else "the context has no more room"
                 raise ValueError(
-                    f"ric.data={config.ric.data!r}: no prompt has at most {limit} tokens; raise "
-                    "prompts.max_tokens"
+                    f"ric.data={config.ric.data!r}: no prompt has at most {limit} tokens; {remedy}"
                 )
             length = config.rollout.max_new_tokens
             self.data = [(prompt, as_drawn(policy, text, length)) for prompt, text in fit]
