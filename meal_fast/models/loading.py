@@ -98,12 +98,15 @@ def load_policy(
 
 def _load(path: str, config: PolicyConfig) -> tuple[Any, Any]:
     try:
-        settings = AutoConfig.from_pretrained(path)
+        settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
         shared_prefix.check_supported(settings)
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[config.dtype], attn_implementation=shared_prefix.ATTENTION
+            path,
+            dtype=DTYPES[config.dtype],
+            attn_implementation=shared_prefix.ATTENTION,
+            trust_remote_code=False,
         )
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except KeyError as error:
         if str(error) != repr(shared_prefix.ATTENTION):
             raise

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from meal_fast.common import opening
 from meal_fast.data.preferences import Goals, preference_text
 
 _MARK = "\u241f"  # stands for the user's text while the chat template is cut in two
@@ -72,7 +73,8 @@ def split_template(tokenizer: Any, history: Sequence[tuple[str, str]] = ()) -> t
     header), behind the turns (role, text) of `history`."""
     messages = [{"role": role, "content": said} for role, said in history]
     messages.append({"role": "user", "content": _MARK})
-    whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    with opening("the tokenizer's chat template", "use another model"):
+        whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     before, mark, after = whole.rpartition(_MARK)
     if not mark or (not history and _MARK in before):
         raise ValueError("the tokenizer's chat template does not hold the user's text exactly once")
