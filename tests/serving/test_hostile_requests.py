@@ -1,4 +1,4 @@
-"""Requests of clients that mean harm, or are broken: each is answered, in a line, and in seconds."""
+"""Requests of clients that mean harm, or are broken: each answered in a line, and in seconds."""
 
 import json
 import socket
