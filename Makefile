@@ -9,7 +9,7 @@ STEPS ?= 3
 .DEFAULT_GOAL := help
 .PHONY: help env train demo assets report test test-versions test-slow test-trl smoke golden reliability lint wheel \
     sass mutate gpu-check bench bench-rows bench-table bench-sampler bench-parallel bench-meal \
-    bench-trl docs docs-options clean
+    bench-trl docs docs-options docs-models clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -133,6 +133,9 @@ docs: $(VENV)/docs-installed  ## the documentation as a site, in site/; a warnin
 
 docs-options: env  ## docs/configuration.md, from the options
 	$(PY) -m meal_fast.config.options_page > docs/configuration.md
+
+docs-models: env  ## docs/model-types.md, from every type of model that transformers has
+	OMP_NUM_THREADS=1 $(PY) tools/model_types.py
 
 clean:  ## remove what was built; runs and downloaded assets stay
 	rm -rf $(VENV) $(OTHER) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .benchmarks .hypothesis

@@ -120,6 +120,7 @@ def load_policy(
 def _load(path: str, config: PolicyConfig, said: str) -> tuple[Any, Any]:
     """The model and its tokenizer. Raises ValueError, one line that begins with `said`, for
     whatever cannot be loaded."""
+    loaded: Any
     with _one_line(f"{said}: its config.json cannot be used"):
         settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
         kind = settings.model_type
@@ -132,7 +133,7 @@ def _load(path: str, config: PolicyConfig, said: str) -> tuple[Any, Any]:
     own = f"{said}: {kind} has an attention of its own and is not supported; {INSTEAD}"
     _check_files(said, Path(path))
     with _one_line(f"{said}: its weights cannot be loaded", own):
-        both: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=DTYPES[config.dtype],
             attn_implementation=shared_prefix.ATTENTION,
@@ -140,7 +141,7 @@ def _load(path: str, config: PolicyConfig, said: str) -> tuple[Any, Any]:
             use_safetensors=True,
             output_loading_info=True,
         )
-    model, found = both
+    model, found = loaded
     if not getattr(model, "_supports_attention_backend", False):
         raise ValueError(own)
     if missing := sorted(found["missing_keys"]):

@@ -33,6 +33,7 @@ from .network import Network
 from .policies.base import Policy
 from .policies.full import FullPolicy
 from .shared_prefix import Refused
+from .watched import WATCHED
 
 NEAR = 1e-3  # nats: how far log-probabilities may be apart
 INSTEAD = "use a model with plain causal attention in every layer (Llama, Qwen2, Qwen3, …)"
@@ -99,7 +100,7 @@ def _probe(policy: Policy, model: Any, network: Network) -> None:
     whole = [[*prefix, *row] for row in rows]
     cuts = [(5, 8, 9), (4, 6, 7)]
     passes = _Rows(len(whole), network.kv_shape)
-    with _attending(model, shared_prefix.WATCHED):
+    with _attending(model, WATCHED):
         for low, high in ((None, 0), (0, 1), (1, 2)):
             begin = [0 if low is None else cut[low] for cut in cuts]
             texts = [row[b : cut[high]] for row, b, cut in zip(whole, begin, cuts, strict=True)]

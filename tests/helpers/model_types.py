@@ -126,8 +126,8 @@ def build(kind: str, vocabulary: int, *, plain: bool = False) -> Any:
         raise failed[0]
     generator = torch.Generator().manual_seed(0)
     for p in model.parameters():
-        if p.dim() > 1:
-            p.data.normal_(0, 0.25, generator=generator)
+        own = 0 if p.dim() > 1 else p.data  # norms stay about 1
+        p.data = own + 0.25 * torch.randn(p.shape, generator=generator)
     return model.float().eval()
 
 

@@ -140,7 +140,7 @@ def marked(case: str) -> Any:
     return pytest.param(case, marks=pytest.mark.reliability(kind, what))
 
 
-@pytest.mark.parametrize("case", map(marked, CASES))
+@pytest.mark.parametrize("case", [marked(case) for case in CASES])
 def test_a_policy_that_cannot_be_loaded_is_one_line(whole, tmp_path, case):
     change, said = CASES[case]
     folder = tmp_path / "model"
