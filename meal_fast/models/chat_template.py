@@ -17,6 +17,8 @@ from typing import Any
 from meal_fast.common import write_atomic
 from meal_fast.config.run_dir import read_json
 
+from .preference_template import without_preference
+
 FILE = "template.json"  # in the run's folder
 _BEGIN, _END = "{#- meal-fast: run -#}", "{#- meal-fast: run end +#}"
 _MARK = "\u241f"  # stands for a turn's text while it is looked for in what the template makes
@@ -102,7 +104,7 @@ def prepared(
     Raises ValueError for a switch that the template does not read, and for a template that cannot
     say one turn of a user.
     """
-    before = ""
+    template, before = without_preference(template), ""
     known = _variables(template)
     if "strftime_now" in known:
         before += _frozen(now or datetime.datetime.now())
@@ -262,7 +264,7 @@ def _literal(value: Any) -> str:
 
 def _variables(template: str) -> frozenset[str]:
     """Give the names that a template reads and does not set. Raises ValueError for no template."""
-    from jinja2 import TemplateError, meta
+    from jinja2 import TemplateError, meta, nodes
     from transformers.utils import chat_template_utils
 
     try:
@@ -271,4 +273,7 @@ def _variables(template: str) -> frozenset[str]:
     except TemplateError as error:
         line = " ".join(str(error).split())
         raise ValueError(f"its chat template is no Jinja template ({line})") from None
-    return frozenset(meta.find_undeclared_variables(tree))
+    found = frozenset(meta.find_undeclared_variables(tree))  # none of what transformers gives
+    read = {name.name for name in tree.find_all(nodes.Name)}
+    own = {macro.name for macro in tree.find_all(nodes.Macro)}
+    return found | (read & _GIVEN) - own

@@ -62,23 +62,27 @@ class PromptFormat:
         self._controls = sorted(controls, key=len, reverse=True)
         unknown = tokenizer.unk_token_id
         self._special = frozenset(tokenizer.all_special_ids) - {unknown}
+        for glue in GLUE:
+            self._begin(glue)
+            if self._stable():
+                return
+        raise ValueError(
+            "its tokenizer merges the end of a prompt with the preference behind it, in other "
+            "tokens for each; use a model whose tokenizer keeps words apart"
+        )
+
+    def _begin(self, glue: str) -> None:
+        """Say preferences behind `glue`."""
+        self.glue = glue
+        self.template = self.saved_template()
         self._written: dict[bool, int] = {}
         self.encode_prompt = lru_cache(maxsize=4096)(self._encode_prompt)
         self._encoded = lru_cache(maxsize=4096)(self._encode)
-        for self.glue in GLUE:
-            self.template = self.saved_template()
-            self._tail = self._encode_tail()
-            if self._stable():
-                break
-            self.encode_prompt.cache_clear(), self._encoded.cache_clear(), self._written.clear()
-        else:
-            raise ValueError(
-                "its tokenizer merges the end of a prompt with the preference behind it, in other "
-                "tokens for each; use a model whose tokenizer keeps words apart"
-            )
+        whole = self._whole("a", "" if self.style == "none" else "[", ())
+        self._tail = whole[min(_common(whole, self._otherwise("a", ())), len(whole) - 1) :]
 
     def saved_template(self) -> str:
-        """Give the chat template of the saved policy: `template`, and of `scores` with its goals."""
+        """Give the saved policy's chat template: `template`, and of `scores` with its goals."""
         how = (self.names, self.style, self.goals, self.markers, self.glue)
         return preference_template(self.base_template, *how)
 
@@ -117,8 +121,14 @@ class PromptFormat:
         return self._encoded("a", self.said(w), ())[1]
 
     def _encode_prompt(self, text: str) -> Ids:
-        """Encode what stands before the preference: template, system line, the user's text."""
-        return self._shared(text, ())
+        """Encode what stands before the preference: template, system line, the user's text.
+
+        Without a text that is the template alone.
+        """
+        if text.strip():
+            return self._shared(text, ())
+        one, other = self._shared("a", ()), self._shared("?", ())
+        return one[: _common(one, other)]
 
     def _encode(self, text: str, said: str, history: History) -> tuple[Ids, Ids]:
         whole = self._whole(text, said, history)
@@ -127,17 +137,17 @@ class PromptFormat:
         return whole[:n], whole[n:]
 
     def _shared(self, text: str, history: History) -> Ids:
-        tail = self._tail
-        whole = self._whole(text, "" if self.style == "none" else "[", history)
-        return whole[: -len(tail)] if whole[-len(tail) :] == tail else whole
+        tail, said = self._tail, "" if self.style == "none" else "["
+        whole = self._whole(text, said, history)
+        if whole[-len(tail) :] == tail:
+            return whole[: -len(tail)]
+        return whole[: _common(whole, self._otherwise(text, history))]  # the cut is in a token
 
-    def _encode_tail(self) -> Ids:
-        """Encode what `_shared` cuts off behind a text."""
+    def _otherwise(self, text: str, history: History) -> Ids:
+        """Encode the text with what no preference begins with behind it."""
         if self.style == "none":
-            whole, other = self._whole("a", "", ()), self._whole("a [", "", ())
-        else:
-            whole, other = self._whole("a", "[", ()), self._whole("a", "\u241f", ())
-        return whole[min(_common(whole, other), len(whole) - 1) :]
+            return self._whole(f"{text} [", "", history)
+        return self._whole(text, "\u241f", history)
 
     def _whole(self, text: str, said: str, history: History) -> Ids:
         return self.apply([*history, ("user", text)], said)
@@ -152,9 +162,7 @@ class PromptFormat:
             return self._as_text(turns, reply, given)
         return self._checked(turns, reply, given)
 
-    def _as_text(
-        self, turns: Sequence[tuple[str, str]], reply: bool, given: dict[str, Any]
-    ) -> Ids:
+    def _as_text(self, turns: Sequence[tuple[str, str]], reply: bool, given: dict[str, Any]) -> Ids:
         """Encode turns that hold tokens of the tokenizer's as the text that they are.
 
         Where the tokenizer makes such a token of that text too, it gets a space.
@@ -177,9 +185,7 @@ class PromptFormat:
             raise ValueError(" ".join(str(error).split())) from None
         return self._checked([(role, self._spaced(text)) for role, text in turns], reply, given)
 
-    def _checked(
-        self, turns: Sequence[tuple[str, str]], reply: bool, given: dict[str, Any]
-    ) -> Ids:
+    def _checked(self, turns: Sequence[tuple[str, str]], reply: bool, given: dict[str, Any]) -> Ids:
         whole = applied(self.tokenizer, self.template, turns, reply=reply, **given)
         ids = tuple(self.tokenizer.encode(whole, add_special_tokens=False))
         if len(turns) == 1 and reply and self._special:
@@ -194,7 +200,7 @@ class PromptFormat:
     def _special_in(self, preferred: bool) -> int:
         """Count the special tokens that the template itself writes around one turn."""
         if preferred not in self._written:
-            given = {"preference": "["} if preferred else {}
+            given: dict[str, Any] = {"preference": "["} if preferred else {}
             whole = applied(self.tokenizer, self.template, [("user", "a")], **given)
             ids = self.tokenizer.encode(whole, add_special_tokens=False)
             self._written[preferred] = sum(token in self._special for token in ids)
