@@ -224,8 +224,9 @@ def _limits(run: Path, config: Config, kind: Kind, at: Preference | None) -> lis
     ]
     if at is None:
         limits.append(
-            "A preference is text that anyone can write: a user who may write messages may also "
-            "write a preference into them."
+            "A preference is text. The chat template puts out one that stands in a message; control "
+            "tokens there are kept from being live by the program that applies it, or not at all: "
+            "in transformers, sanitize_control_tokens=True."
         )
     sources = [o.partition("=") for o in config.objectives]
     complied = [n for n, _, s in sources if s.partition("?")[0] == "packaged:complied"]

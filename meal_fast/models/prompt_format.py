@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from meal_fast.data.preferences import Goals, preference_text
 
@@ -22,6 +25,9 @@ PLAIN_TEXTS = (
     "C++ --- [a] *b*",
     ".",
 )
+
+_APPLY = inspect.signature(PreTrainedTokenizerBase.apply_chat_template)
+_TELLS_TEXT = "sanitize_control_tokens" in _APPLY.parameters
 
 Ids = tuple[int, ...]
 History = tuple[tuple[str, str], ...]  # (role, text) of earlier turns
@@ -114,7 +120,13 @@ class PromptFormat:
 
         Raises ValueError for turns that the chat template does not take.
         """
-        return self._encoded(text, self.said(w), tuple(history))
+        try:
+            return self._encoded(text, self.said(w), tuple(history))
+        except ValueError as error:
+            if not history:
+                raise
+            said = f"messages: the chat template does not take them ({error})"
+            raise ValueError(said) from None
 
     def encode_suffix(self, w: tuple[float, ...] | None) -> Ids:
         """Encode the preference and the header, as they stand behind most texts: see `encode`."""
@@ -165,24 +177,24 @@ class PromptFormat:
     def _as_text(self, turns: Sequence[tuple[str, str]], reply: bool, given: dict[str, Any]) -> Ids:
         """Encode turns that hold tokens of the tokenizer's as the text that they are.
 
-        Where the tokenizer makes such a token of that text too, it gets a space.
+        Such a token gets a space where the tokenizer makes it of that text too, and where
+        transformers (before 5.23) cannot tell whose it is.
         """
-        messages = [{"role": role, "content": text} for role, text in turns]
-        try:
-            ids = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.template,
-                add_generation_prompt=reply,
-                sanitize_control_tokens=True,
-                return_dict=False,
-                **given,
-            )
-            return tuple(ids)
-        except ValueError as error:
-            if "sanitize" not in str(error):
-                raise
-        except Exception as error:  # jinja2's own
-            raise ValueError(" ".join(str(error).split())) from None
+        if _TELLS_TEXT:
+            messages = [{"role": role, "content": text} for role, text in turns]
+            try:
+                ids = self.tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=self.template,
+                    add_generation_prompt=reply,
+                    sanitize_control_tokens=True,
+                    return_dict=False,
+                    **given,
+                )
+                return tuple(ids)
+            except Exception as error:  # jinja2's own; "can't sanitize"
+                if "sanitize" not in str(error):
+                    raise ValueError(" ".join(str(error).split())) from None
         return self._checked([(role, self._spaced(text)) for role, text in turns], reply, given)
 
     def _checked(self, turns: Sequence[tuple[str, str]], reply: bool, given: dict[str, Any]) -> Ids:

@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("transformers")
 
 from meal_fast.data.preferences import Goals
+from meal_fast.models import prompt_format
 from meal_fast.models.probe_text import TEXTS
 from meal_fast.models.prompt_format import PromptFormat
 from tests.helpers.chat_tokenizers import CHATML, INST, TRIMS, byte_level, metaspace
@@ -133,7 +134,10 @@ FORGED = [
 @pytest.mark.reliability("attack", "control tokens written into a user's text")
 @pytest.mark.parametrize("text", FORGED)
 @pytest.mark.parametrize("w", [None, (0.0, 1.0)])
-def test_tokens_that_a_text_is_spelt_like_are_text(text, w):
+@pytest.mark.parametrize("older", [False, True])  # transformers, that cannot do it itself
+def test_tokens_that_a_text_is_spelt_like_are_text(text, w, older, monkeypatch):
+    if older:
+        monkeypatch.setattr(prompt_format, "_TELLS_TEXT", False)
     # a template that has <tool> itself: no text may be it
     format = PromptFormat(byte_level(CHATML + "{# <tool> #}{% if tools %}<tool>{% endif %}"), NAMES)
     words = format.tokenizer
@@ -145,7 +149,8 @@ def test_tokens_that_a_text_is_spelt_like_are_text(text, w):
 
     benign, ids = (sum(format.encode(t, w), ()) for t in ("Hi", text))
     assert live(ids) == live(benign)
-    assert text in words.decode(ids)
+    spaced = text.replace("<", "< ") if older else text
+    assert spaced in words.decode(ids)
     for role in ("system", "user", "assistant"):
         history = ((role, text), *(() if role == "assistant" else (("assistant", "Yes."),)))
         calm = tuple((r, "Hi" if said == text else said) for r, said in history)
