@@ -119,24 +119,26 @@ def prepared(
         before += _PARTS.replace("\n", "")
         parts = _said(tokenizer, before + template, _MARK)
         if parts is None or parts.count(_MARK) != 1:
-            raise ValueError(_why_not(tokenizer, template, said))
+            raise ValueError(_why_not(tokenizer, template, said, system))
     return _BEGIN + before + _END + template if before else template
 
 
-def _why_not(tokenizer: Any, template: str, said: str | None) -> str:
+def _why_not(tokenizer: Any, template: str, said: str | None, system: str) -> str:
     if said is not None:
         return "the tokenizer's chat template does not hold the user's text exactly once"
+    turns = [("system", system or "Be kind."), ("user", _MARK)]
     try:
-        applied(tokenizer, template, [("system", "Be kind."), ("user", _MARK)])
-    except ValueError:
-        pass
+        applied(tokenizer, template, turns)
+    except ValueError as error:
+        if system:
+            return f"policy.system={system[:40]!r}: its chat template does not take it ({error})"
     else:
         return (
             "its chat template wants a system turn before the user's; give its text as "
             "policy.system"
         )
     try:
-        applied(tokenizer, template, [("user", _MARK)])
+        applied(tokenizer, template, turns[1:])
     except ValueError as error:
         return f"its chat template cannot say a user's turn ({error})"
     return "its chat template cannot say a user's turn"

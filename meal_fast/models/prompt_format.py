@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from meal_fast.data.preferences import Goals, preference_text
 
 from .chat_template import applied, default_template, end_of_turn, prepared, text_markers
-from .preference_template import GLUE, preference_template
+from .preference_template import GLUE, plain_pairs, preference_template
 
 # Ends, digits, brackets and marks of many kinds, where a tokenizer might merge across a cut.
 PLAIN_TEXTS = (
@@ -53,6 +53,10 @@ class PromptFormat:
         goals: Goals | None = None,
         template: str | None = None,
     ) -> None:
+        if not tokenizer.is_fast:
+            raise ValueError(
+                "its tokenizer is written in Python, and is not supported; save it as a fast one"
+            )
         self.tokenizer = tokenizer
         self.names = tuple(names)
         self.style = style
@@ -62,12 +66,20 @@ class PromptFormat:
         self.base_template = template
         self.markers = text_markers(tokenizer, template)
         self.end = end_of_turn(tokenizer, template)
+        ids = tokenizer.encode(self.end, add_special_tokens=False) if self.end else []
+        if self.end in tokenizer.added_tokens_encoder:
+            ids = [tokenizer.added_tokens_encoder[self.end]]
+        self.end_ids = frozenset(ids)  # that ends an assistant's turn; none: there is no such turn
         # As transformers has them: what is special, and what the template has besides.
         added = [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
         controls = [t.content for t in added if t.special or t.content in template]
         self._controls = sorted(controls, key=len, reverse=True)
         unknown = tokenizer.unk_token_id
         self._special = frozenset(tokenizer.all_special_ids) - {unknown}
+        self._normalizer = getattr(tokenizer.backend_tokenizer, "normalizer", None)
+        self._foul = [
+            old for old, _ in plain_pairs(names, style, self.markers) if "\u241f" not in old
+        ]
         for glue in GLUE:
             self._begin(glue)
             if self._stable():
@@ -170,9 +182,19 @@ class PromptFormat:
         reply: end with the header of an answer.
         """
         given: dict[str, Any] = {"preference": said} if said else {}
+        turns = [(role, self._folded(text)) for role, text in turns]
         if any(token in text for _, text in turns for token in self._controls):
             return self._as_text(turns, reply, given)
         return self._checked(turns, reply, given)
+
+    def _folded(self, text: str) -> str:
+        """Give the text as the tokenizer folds it (letters of other widths, say) where only that
+        has what the template puts out."""
+        if self._normalizer is None:
+            return text
+        seen = self._normalizer.normalize_str(text)
+        hidden = any(foul in seen and foul not in text for foul in self._foul)
+        return seen.replace("\u2581", " ").strip() if hidden else text
 
     def _as_text(self, turns: Sequence[tuple[str, str]], reply: bool, given: dict[str, Any]) -> Ids:
         """Encode turns that hold tokens of the tokenizer's as the text that they are.
@@ -239,13 +261,6 @@ class PromptFormat:
         plain = tuple(self.tokenizer.encode(text, add_special_tokens=False))
         last = min(end, default=self.tokenizer.eos_token_id)
         return plain if last is None else (*plain, last)
-
-    @property
-    def end_ids(self) -> frozenset[int]:
-        """The token that ends an assistant's turn in the template; none: it has no such turn."""
-        if not self.end:
-            return frozenset()
-        return frozenset(self.tokenizer.encode(self.end, add_special_tokens=False))
 
     @property
     def stop_ids(self) -> frozenset[int]:

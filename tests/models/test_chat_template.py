@@ -126,6 +126,12 @@ def test_other_named_templates_are_kept(tmp_path):
         (CHATML, {"template_kwargs": ("think=1",)}, "does not read 'think'; what it reads: none"),
         (THINKS, {"template_kwargs": ("thinking=1",)}, "what it reads: enable_thinking"),
         (SYSTEM_FIRST, {}, "wants a system turn .* policy.system"),
+        (
+            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+            + CHATML,
+            {"system": "Be kind."},
+            r"policy\.system='Be kind\.': .* does not take it \(no system\)",
+        ),
         ("{% for m in messages %}", {}, "is no Jinja template"),
         ("{{ messages[0].content.nothing.there }}", {}, "cannot say a user's turn"),
         ("{{ 'Hi' }}", {}, "does not hold the user's text exactly once"),
