@@ -11,10 +11,6 @@ before it are the same for every preference:
 ends of the simplex the numbers alone move the last hidden states of SmolLM2-135M by 4 % of their
 spread over ten prompts, the bar by a third of it; runs with numbers alone hardly steered.
 
-The text starts with a space and a bracket, which the usual byte-level tokenizers never merge with
-the end of a stripped prompt: prompt and suffix are tokenised apart and give the same tokens as
-together.
-
 Where several models have a preference each, none of them reads one: the style `none`.
 """
 

@@ -253,8 +253,9 @@ def _limits(run: Path, config: Config, kind: Kind, at: Preference | None) -> lis
     ]
     if at is None:
         limits.append(
-            "A preference is text that anyone can write: a user who may write messages may also "
-            "write a preference into them."
+            "A preference is text. The chat template puts out one that stands in a message; that "
+            "control tokens there are not live is up to the program that applies it: in "
+            "transformers, sanitize_control_tokens=True."
         )
     sources = [o.partition("=") for o in config.objectives]
     complied = [n for n, _, s in sources if s.partition("?")[0] == "packaged:complied"]

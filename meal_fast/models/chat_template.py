@@ -17,6 +17,8 @@ from typing import Any
 from meal_fast.common import write_atomic
 from meal_fast.config.run_dir import read_json
 
+from .preference_template import without_preference
+
 FILE = "template.json"  # in the run's folder
 _BEGIN, _END = "{#- meal-fast: run -#}", "{#- meal-fast: run end +#}"
 _MARK = "\u241f"  # stands for a turn's text while it is looked for in what the template makes
@@ -102,7 +104,7 @@ def prepared(
     Raises ValueError for a switch that the template does not read, and for a template that cannot
     say one turn of a user.
     """
-    before = ""
+    template, before = without_preference(template), ""
     known = _variables(template)
     if "strftime_now" in known:
         before += _frozen(now or datetime.datetime.now())
@@ -117,24 +119,26 @@ def prepared(
         before += _PARTS.replace("\n", "")
         parts = _said(tokenizer, before + template, _MARK)
         if parts is None or parts.count(_MARK) != 1:
-            raise ValueError(_why_not(tokenizer, template, said))
+            raise ValueError(_why_not(tokenizer, template, said, system))
     return _BEGIN + before + _END + template if before else template
 
 
-def _why_not(tokenizer: Any, template: str, said: str | None) -> str:
+def _why_not(tokenizer: Any, template: str, said: str | None, system: str) -> str:
     if said is not None:
         return "the tokenizer's chat template does not hold the user's text exactly once"
+    turns = [("system", system or "Be kind."), ("user", _MARK)]
     try:
-        applied(tokenizer, template, [("system", "Be kind."), ("user", _MARK)])
-    except ValueError:
-        pass
+        applied(tokenizer, template, turns)
+    except ValueError as error:
+        if system:
+            return f"policy.system={system[:40]!r}: its chat template does not take it ({error})"
     else:
         return (
             "its chat template wants a system turn before the user's; give its text as "
             "policy.system"
         )
     try:
-        applied(tokenizer, template, [("user", _MARK)])
+        applied(tokenizer, template, turns[1:])
     except ValueError as error:
         return f"its chat template cannot say a user's turn ({error})"
     return "its chat template cannot say a user's turn"
@@ -262,7 +266,7 @@ def _literal(value: Any) -> str:
 
 def _variables(template: str) -> frozenset[str]:
     """Give the names that a template reads and does not set. Raises ValueError for no template."""
-    from jinja2 import TemplateError, meta
+    from jinja2 import TemplateError, meta, nodes
     from transformers.utils import chat_template_utils
 
     try:
@@ -271,4 +275,7 @@ def _variables(template: str) -> frozenset[str]:
     except TemplateError as error:
         line = " ".join(str(error).split())
         raise ValueError(f"its chat template is no Jinja template ({line})") from None
-    return frozenset(meta.find_undeclared_variables(tree))
+    found = frozenset(meta.find_undeclared_variables(tree))  # none of what transformers gives
+    read = {name.name for name in tree.find_all(nodes.Name)}
+    own = {macro.name for macro in tree.find_all(nodes.Macro)}
+    return found | (read & _GIVEN) - own

@@ -19,6 +19,8 @@ from safetensors import safe_open
 
 from meal_fast.common import quiet
 
+from .chat_template import default_template
+
 # transformers' model type, and what GGUF calls it
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 # The types of a file's matrices, and how far they may move it: KL(policy || file), nats a token.
@@ -126,7 +128,7 @@ def difference(folder: Path, file: Path) -> float:
     tokens = fields["tokenizer.ggml.tokens"].contents()
     wrong = [t for t, i in tokenizer.get_vocab().items() if tokens[i] != t]
     template = fields["tokenizer.chat_template"].contents()
-    if wrong or template != tokenizer.chat_template:
+    if wrong or template != default_template(tokenizer):
         raise ValueError(f"{file}: read back, its vocabulary or chat template is another one")
     text = tokenizer.apply_chat_template(_ASKED, tokenize=False)
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
@@ -185,8 +187,18 @@ def _add_tokenizer(writer: Any, folder: Path, size: int) -> None:
     for name in ("bos", "eos", "pad"):
         if (i := getattr(tokenizer, f"{name}_token_id")) is not None:
             getattr(writer, f"add_{name}_token_id")(i)
+    if (end := _end_of_turn(folder, tokenizer.eos_token_id)) is not None:
+        writer.add_eot_token_id(end)
     writer.add_add_bos_token(False)  # the chat template writes it
-    writer.add_chat_template(tokenizer.chat_template)
+    writer.add_chat_template(default_template(tokenizer))
+
+
+def _end_of_turn(folder: Path, eos: int | None) -> int | None:
+    """Give the first token beside eos that the saved policy stops at."""
+    path = folder / "generation_config.json"
+    held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    stop = held.get("eos_token_id")
+    return next((i for i in (stop if isinstance(stop, list) else []) if i != eos), None)
 
 
 def _tokenizer(folder: Path) -> dict[str, Any]:

@@ -235,13 +235,14 @@ def plain_pairs(
 ) -> list[tuple[str, str]]:
     """Give what is replaced by what, one after the other, in what others write.
 
-    Afterwards a text holds no preference as `preference_text` writes it, and no marker. Of four and
-    more of the bar's marks the first three stay; `name=0` and `name=1` get spaces. What has none of
-    these stays as it is. Done twice, it changes nothing more.
+    Afterwards a text holds no preference as `preference_text` writes it, and no marker. `name=0.`
+    and `name=1.` go, `name=1` gets spaces; of four and more of the bar's marks the first three
+    stay. What has none of these stays as it is. Done twice, it changes nothing more.
     """
     pairs = []
     if style in ("bar", "numbers"):
-        pairs += [(f"{n}={digit}", f"{n} = {digit}") for n in names for digit in "01"]
+        pairs += [(f"{name}={digit}.", "…") for name in names for digit in "01"]
+        pairs += [(f"{name}={digit}", f"{name} = {digit}") for name in names for digit in "01"]
     if style == "scores":
         pairs += [(f"<rm{k}_score>", f"< rm{k}_score>") for k in range(1, len(names) + 1)]
     if style == "bar":

@@ -1,4 +1,4 @@
-"""Whether a policy reads, token by token, what its saved chat template says: asked when it loads."""
+"""Whether a policy reads, token by token, what its saved chat template says: seen at load."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _check(format: PromptFormat) -> None:
         histories.append(_TURNS)
     except ValueError:
         pass  # a template of single turns
-    cases = [(t, w, ()) for t in TEXTS for w in asked]
+    cases = [(t, w, histories[0]) for t in TEXTS for w in asked]
     cases += [(TEXTS[1], w, h) for w in asked for h in histories[1:]]
     for text, w, history in cases:
         prompt, suffix = format.encode(text, w, history)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from meal_fast.data.preferences import Goals, preference_text
 
 from .chat_template import applied, default_template, end_of_turn, prepared, text_markers
-from .preference_template import GLUE, preference_template
+from .preference_template import GLUE, plain_pairs, preference_template
 
 # Ends, digits, brackets and marks of many kinds, where a tokenizer might merge across a cut.
 PLAIN_TEXTS = (
@@ -22,6 +25,9 @@ PLAIN_TEXTS = (
     "C++ --- [a] *b*",
     ".",
 )
+
+_APPLY = inspect.signature(PreTrainedTokenizerBase.apply_chat_template)
+_TELLS_TEXT = "sanitize_control_tokens" in _APPLY.parameters
 
 Ids = tuple[int, ...]
 History = tuple[tuple[str, str], ...]  # (role, text) of earlier turns
@@ -47,6 +53,10 @@ class PromptFormat:
         goals: Goals | None = None,
         template: str | None = None,
     ) -> None:
+        if not tokenizer.is_fast:
+            raise ValueError(
+                "its tokenizer is written in Python, and is not supported; save it as a fast one"
+            )
         self.tokenizer = tokenizer
         self.names = tuple(names)
         self.style = style
@@ -56,29 +66,41 @@ class PromptFormat:
         self.base_template = template
         self.markers = text_markers(tokenizer, template)
         self.end = end_of_turn(tokenizer, template)
+        ids = tokenizer.encode(self.end, add_special_tokens=False) if self.end else []
+        if self.end in tokenizer.added_tokens_encoder:
+            ids = [tokenizer.added_tokens_encoder[self.end]]
+        self.end_ids = frozenset(ids)  # that ends an assistant's turn; none: there is no such turn
         # As transformers has them: what is special, and what the template has besides.
         added = [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
         controls = [t.content for t in added if t.special or t.content in template]
         self._controls = sorted(controls, key=len, reverse=True)
         unknown = tokenizer.unk_token_id
         self._special = frozenset(tokenizer.all_special_ids) - {unknown}
+        self._normalizer = getattr(tokenizer.backend_tokenizer, "normalizer", None)
+        self._foul = [
+            old for old, _ in plain_pairs(names, style, self.markers) if "\u241f" not in old
+        ]
+        for glue in GLUE:
+            self._begin(glue)
+            if self._stable():
+                return
+        raise ValueError(
+            "its tokenizer merges the end of a prompt with the preference behind it, in other "
+            "tokens for each; use a model whose tokenizer keeps words apart"
+        )
+
+    def _begin(self, glue: str) -> None:
+        """Say preferences behind `glue`."""
+        self.glue = glue
+        self.template = self.saved_template()
         self._written: dict[bool, int] = {}
         self.encode_prompt = lru_cache(maxsize=4096)(self._encode_prompt)
         self._encoded = lru_cache(maxsize=4096)(self._encode)
-        for self.glue in GLUE:
-            self.template = self.saved_template()
-            self._tail = self._encode_tail()
-            if self._stable():
-                break
-            self.encode_prompt.cache_clear(), self._encoded.cache_clear(), self._written.clear()
-        else:
-            raise ValueError(
-                "its tokenizer merges the end of a prompt with the preference behind it, in other "
-                "tokens for each; use a model whose tokenizer keeps words apart"
-            )
+        whole = self._whole("a", "" if self.style == "none" else "[", ())
+        self._tail = whole[min(_common(whole, self._otherwise("a", ())), len(whole) - 1) :]
 
     def saved_template(self) -> str:
-        """Give the chat template of the saved policy: `template`, and of `scores` with its goals."""
+        """Give the saved policy's chat template: `template`, and of `scores` with its goals."""
         how = (self.names, self.style, self.goals, self.markers, self.glue)
         return preference_template(self.base_template, *how)
 
@@ -110,15 +132,27 @@ class PromptFormat:
 
         Raises ValueError for turns that the chat template does not take.
         """
-        return self._encoded(text, self.said(w), tuple(history))
+        try:
+            return self._encoded(text, self.said(w), tuple(history))
+        except ValueError as error:
+            if not history:
+                raise
+            said = f"messages: the chat template does not take them ({error})"
+            raise ValueError(said) from None
 
     def encode_suffix(self, w: tuple[float, ...] | None) -> Ids:
         """Encode the preference and the header, as they stand behind most texts: see `encode`."""
         return self._encoded("a", self.said(w), ())[1]
 
     def _encode_prompt(self, text: str) -> Ids:
-        """Encode what stands before the preference: template, system line, the user's text."""
-        return self._shared(text, ())
+        """Encode what stands before the preference: template, system line, the user's text.
+
+        Without a text that is the template alone.
+        """
+        if text.strip():
+            return self._shared(text, ())
+        one, other = self._shared("a", ()), self._shared("?", ())
+        return one[: _common(one, other)]
 
     def _encode(self, text: str, said: str, history: History) -> tuple[Ids, Ids]:
         whole = self._whole(text, said, history)
@@ -127,17 +161,17 @@ class PromptFormat:
         return whole[:n], whole[n:]
 
     def _shared(self, text: str, history: History) -> Ids:
-        tail = self._tail
-        whole = self._whole(text, "" if self.style == "none" else "[", history)
-        return whole[: -len(tail)] if whole[-len(tail) :] == tail else whole
+        tail, said = self._tail, "" if self.style == "none" else "["
+        whole = self._whole(text, said, history)
+        if whole[-len(tail) :] == tail:
+            return whole[: -len(tail)]
+        return whole[: _common(whole, self._otherwise(text, history))]  # the cut is in a token
 
-    def _encode_tail(self) -> Ids:
-        """Encode what `_shared` cuts off behind a text."""
+    def _otherwise(self, text: str, history: History) -> Ids:
+        """Encode the text with what no preference begins with behind it."""
         if self.style == "none":
-            whole, other = self._whole("a", "", ()), self._whole("a [", "", ())
-        else:
-            whole, other = self._whole("a", "[", ()), self._whole("a", "\u241f", ())
-        return whole[min(_common(whole, other), len(whole) - 1) :]
+            return self._whole(f"{text} [", "", history)
+        return self._whole(text, "\u241f", history)
 
     def _whole(self, text: str, said: str, history: History) -> Ids:
         return self.apply([*history, ("user", text)], said)
@@ -148,31 +182,41 @@ class PromptFormat:
         reply: end with the header of an answer.
         """
         given: dict[str, Any] = {"preference": said} if said else {}
+        turns = [(role, self._folded(text)) for role, text in turns]
         if any(token in text for _, text in turns for token in self._controls):
             return self._as_text(turns, reply, given)
         return self._checked(turns, reply, given)
 
+    def _folded(self, text: str) -> str:
+        """Give the text as the tokenizer folds it (letters of other widths, say) where only that
+        has what the template puts out."""
+        if self._normalizer is None:
+            return text
+        seen = self._normalizer.normalize_str(text)
+        hidden = any(foul in seen and foul not in text for foul in self._foul)
+        return seen.replace("\u2581", " ").strip() if hidden else text
+
     def _as_text(self, turns: Sequence[tuple[str, str]], reply: bool, given: dict[str, Any]) -> Ids:
         """Encode turns that hold tokens of the tokenizer's as the text that they are.
 
-        Where the tokenizer makes such a token of that text too, it gets a space.
+        Such a token gets a space where the tokenizer makes it of that text too, and where
+        transformers (before 5.23) cannot tell whose it is.
         """
-        messages = [{"role": role, "content": text} for role, text in turns]
-        try:
-            ids = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.template,
-                add_generation_prompt=reply,
-                sanitize_control_tokens=True,
-                return_dict=False,
-                **given,
-            )
-            return tuple(ids)
-        except ValueError as error:
-            if "sanitize" not in str(error):
-                raise
-        except Exception as error:  # jinja2's own
-            raise ValueError(" ".join(str(error).split())) from None
+        if _TELLS_TEXT:
+            messages = [{"role": role, "content": text} for role, text in turns]
+            try:
+                ids = self.tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=self.template,
+                    add_generation_prompt=reply,
+                    sanitize_control_tokens=True,
+                    return_dict=False,
+                    **given,
+                )
+                return tuple(ids)
+            except Exception as error:  # jinja2's own; "can't sanitize"
+                if "sanitize" not in str(error):
+                    raise ValueError(" ".join(str(error).split())) from None
         return self._checked([(role, self._spaced(text)) for role, text in turns], reply, given)
 
     def _checked(self, turns: Sequence[tuple[str, str]], reply: bool, given: dict[str, Any]) -> Ids:
@@ -190,7 +234,7 @@ class PromptFormat:
     def _special_in(self, preferred: bool) -> int:
         """Count the special tokens that the template itself writes around one turn."""
         if preferred not in self._written:
-            given = {"preference": "["} if preferred else {}
+            given: dict[str, Any] = {"preference": "["} if preferred else {}
             whole = applied(self.tokenizer, self.template, [("user", "a")], **given)
             ids = self.tokenizer.encode(whole, add_special_tokens=False)
             self._written[preferred] = sum(token in self._special for token in ids)
@@ -217,13 +261,6 @@ class PromptFormat:
         plain = tuple(self.tokenizer.encode(text, add_special_tokens=False))
         last = min(end, default=self.tokenizer.eos_token_id)
         return plain if last is None else (*plain, last)
-
-    @property
-    def end_ids(self) -> frozenset[int]:
-        """The token that ends an assistant's turn in the template; none: it has no such turn."""
-        if not self.end:
-            return frozenset()
-        return frozenset(self.tokenizer.encode(self.end, add_special_tokens=False))
 
     @property
     def stop_ids(self) -> frozenset[int]:

@@ -34,6 +34,7 @@ from tests.helpers.processes import assert_same_runs, refused, stopped, train_he
 from tests.helpers.recorded import task
 from tests.helpers.run_folder import tiny_policy
 
+AFTER = "<|im_end|>\n<|im_start|>assistant\n"  # what stands behind a preference
 PROMPTS = [Prompt("a", "Write a short word."), Prompt("b", "Say more.")]
 # Means 0.2 and 0.3, standard deviations 0.2 and 0.1.
 CALIBRATION = torch.tensor([[0.0, 0.2], [0.4, 0.3], [0.2, 0.4]])
@@ -184,7 +185,7 @@ def test_the_loss_is_the_likelihood_under_a_response_s_own_rewards():
     for row, group in enumerate(rolled.group_R.tolist()):
         said = preference_text(standard_RK[row].tolist(), policy.names, "scores")
         before = policy.encode_prompt(rolled.prompts[group].text)
-        after = policy.tokenizer(f" {said}{policy._after}", add_special_tokens=False)["input_ids"]
+        after = policy.tokenizer(f" {said}{AFTER}", add_special_tokens=False)["input_ids"]
         tokens = rolled.tokens_RT[row][rolled.mask_RT[row]].tolist()
         ids = torch.tensor([[*before, *after, *tokens]])
         with torch.no_grad():
@@ -305,7 +306,7 @@ def test_offline_responses_of_a_data_set_are_learnt_in_turn_and_generate_nothing
         for g, row in zip(rolled.group_R.tolist(), batch.scored.reward_RK, strict=True):
             standard_K = (row - torch.tensor([0.2, 0.3])) / torch.tensor([0.2, 0.1])
             said = preference_text(standard_K.tolist(), source.policy.names, "scores")
-            suffix = source.policy.tokenizer(f" {said}{source.policy._after}")["input_ids"]
+            suffix = source.policy.tokenizer(f" {said}{AFTER}")["input_ids"]
             assert list(rolled.prefix[g][-len(suffix) :]) == suffix
         assert sorted(batch.scored.reward_RK.tolist()) == sorted(reward_RK.tolist())
     assert len(source.offline) == 6
@@ -386,7 +387,7 @@ def test_a_whole_run_steers_by_its_own_goals(run, capsys):
     said = [w / length * (hi[k] - lo[k]) + lo[k] for k, w in enumerate((0.8, 0.2))]
     assert out.prefix[0][-len(policy.encode_suffix((0.8, 0.2))) :] == tuple(
         policy.tokenizer(
-            f" <rm1_score> {said[0]:.1f} <rm2_score> {said[1]:.1f}{policy._after}",
+            f" <rm1_score> {said[0]:.1f} <rm2_score> {said[1]:.1f}{AFTER}",
             add_special_tokens=False,
         )["input_ids"]
     )
