@@ -102,11 +102,14 @@ class Rewards:
         low, high = sample.get("min", ()), sample.get("max", ())
         self.ranges = [list(ends) for ends in zip(low, high, strict=True)]
 
-    def score(self, prompt: str, answers: Sequence[str]) -> Future[list[list[float]]]:
-        """Score answers to one prompt: (R, K). The future raises ValueError where that fails."""
+    def score(self, prompt: str, answers: Sequence[str]) -> Future[list[list[float | None]]]:
+        """Score answers to one prompt: (R, K), None where an objective does not apply.
+
+        The future raises ValueError where that fails.
+        """
         return self._thread.submit(self._score, prompt, list(answers))
 
-    def _score(self, prompt: str, answers: list[str]) -> list[list[float]]:
+    def _score(self, prompt: str, answers: list[str]) -> list[list[float | None]]:
         if self._objectives is None:
             config = self._config
             try:
@@ -121,7 +124,7 @@ class Rewards:
             raise self._objectives
         with torch.no_grad():
             rewards: Any = self._objectives.rewards([prompt] * len(answers), answers)
-        return [list(map(float, row)) for row in rewards.tolist()]
+        return [[None if x != x else float(x) for x in row] for row in rewards.tolist()]
 
     def close(self) -> None:
         """End the thread."""
