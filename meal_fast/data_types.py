@@ -127,7 +127,7 @@ class Rollout:
 class _OfRows:
     """Values of the R rows of a rollout, all where the rollout is."""
 
-    reward_RK: Tensor  # float32, raw
+    reward_RK: Tensor  # float32, raw; NaN: the objective does not apply to the row
     score_R: Tensor  # float32, higher is better
 
     def of_rows(self, rows: Tensor | slice) -> Self:

@@ -8,6 +8,7 @@ An objective is given as `NAME=SOURCE`, or `NAME=SOURCE?key=value&key=value`. SO
     world:first, world:second                exact rewards of a toy world: meal_fast.data.toy
     module:function, module:Class.method     Python: (prompts, responses) -> R numbers, or None
                                              where the objective does not apply to a response
+    http(s)://HOST:PORT/PATH                 a reward server: its keys are in `http_objective`
 
 and the keys of a model, with `%0A` for a newline and `%26` for `&`, are
 
@@ -39,12 +40,13 @@ from meal_fast.config.schema import check_names
 from .assets import NAMES as ASSETS
 from .assets import asset
 from .devices import device_of
+from .http_objective import SCHEMES, HttpObjective, Server, parse_server
 from .objective_calls import ObjectiveError, Scorer, column, never, short
 from .objective_sources import FUNCTION, check_no_function, imported
 from .reward_models import HUB, Classifier, ClassifierScorer, with_options
 from .toy import world_objective
 
-__all__ = ["ObjectiveError", "Objectives", "Scorer", "load_objectives"]
+__all__ = ["ObjectiveError", "Objectives", "Scorer", "is_outside", "load_objectives"]
 
 
 class Objectives:
@@ -178,14 +180,15 @@ def load_objectives(
         for name, target in parsed.items()
         if isinstance(target, Classifier)
     }
-    scorers = {
-        name: ClassifierScorer(name, target, runs_on[name])
-        if isinstance(target, Classifier)
-        else target
-        for name, target in parsed.items()
-    }
-    limited = [n for n, s in sources.items() if FUNCTION.fullmatch(s) and not _ours(s)]
-    limits = dict.fromkeys(limited, timeout)
+    # A server that is not there is told before a model is loaded.
+    servers = {n: HttpObjective(n, s) for n, s in parsed.items() if isinstance(s, Server)}
+    scorers: dict[str, Scorer] = {}
+    for name, target in parsed.items():
+        if isinstance(target, Classifier):
+            scorers[name] = ClassifierScorer(name, target, runs_on[name])
+        else:
+            scorers[name] = servers[name] if isinstance(target, Server) else target
+    limits = {name: timeout for name, source in sources.items() if is_outside(source)}
     return Objectives(scorers, to, limits=limits, needs_all=needs_all)
 
 
@@ -202,19 +205,23 @@ def _check_finite(names: Sequence[str], reward_RK: Tensor, responses: Sequence[s
 _WORLDS = ("world:", "meal_fast.worlds:")  # the latter in runs of before
 
 
-def _ours(source: str) -> bool:
-    """Whether a source that looks like module:function is a name of ours."""
-    return source.startswith(("packaged:", *_WORLDS))
+def is_outside(source: str) -> bool:
+    """Whether a source runs code of its own, or is sent the texts: a function or a server."""
+    if source.startswith(("packaged:", *_WORLDS)):  # which look like module:function
+        return False
+    return source.startswith(SCHEMES) or bool(FUNCTION.fullmatch(source))
 
 
-def _parse(name: str, spec: str) -> Classifier | Scorer:
+def _parse(name: str, spec: str) -> Classifier | Server | Scorer:
     source, _, query = spec.partition("?")
     _, _, of_world = source.partition(":")
     if source.startswith(_WORLDS):
         if query:
             raise ValueError(f"objective {name!r}: {source} takes no options, got {query!r}")
         return world_objective(of_world)
-    if FUNCTION.fullmatch(source) and not _ours(source):
+    if source.startswith(SCHEMES):
+        return parse_server(name, source, query)
+    if is_outside(source):
         if query:
             raise ValueError(
                 f"objective {name!r}: a Python function takes no options, got {query!r}"

@@ -216,9 +216,10 @@ def quantities_of(
     weights, names = [tuple(w) for w in evaluation["weights"]], evaluation["names"]
     norm_WPK, pu_WP = normalized(evaluation, model, mode), np.asarray(entry["prompt_pu"])
     fixed = (weights, evaluation["seen"], names, reference_K)
-    value = quantities(*fixed, norm_WPK.mean(1), pu_WP.mean(1))
+    value = quantities(*fixed, measures.mean(norm_WPK, 1), pu_WP.mean(1))
     if mode == "greedy" and distance is not None:
-        value["distance"] = np.asarray(distance(np.asarray(entry["prompt_rewards"]).mean(1)).mean())
+        raw_WK = measures.mean(np.asarray(entry["prompt_rewards"], dtype=np.float64), 1)
+        value["distance"] = np.asarray(distance(raw_WK).mean())
     if draw_BP is None:
         return value, {name: np.reshape(x, 1) for name, x in value.items()}
     drawn = quantities(*fixed, measures.resampled_means(norm_WPK, draw_BP), draw_BP @ pu_WP.T)
@@ -243,7 +244,7 @@ def _summary(
     names, weights = runs[0].evaluation["names"], runs[0].evaluation["weights"]
     points: dict[str, list[dict[str, Any]]] = {}
     for mode in MODES:
-        norm_SWK = np.stack([normalized(r.evaluation, model, mode).mean(1) for r in runs])
+        norm_SWK = np.stack([measures.mean(normalized(r.evaluation, model, mode), 1) for r in runs])
         entries = [r.evaluation["results"][model][mode] for r in runs]
         pu_SW = np.stack([np.asarray(e["prompt_pu"]).mean(1) for e in entries])
         points[mode] = [

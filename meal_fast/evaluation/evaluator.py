@@ -114,7 +114,8 @@ def evaluate(
     scoring = time.perf_counter() - scoring
     normalized = {k: _normalize(normalizer, r) for k, r in rewards.items()}
     # one point a weight: the mean over prompts and samples
-    points = {k: n.mean((1, 2)) for k, n in normalized.items()}
+    points = {k: metrics.mean(metrics.mean(n, 2), 1) for k, n in normalized.items()}
+    _check_points(points, names, weights)
     reference_K = (
         metrics.reference_point(np.concatenate(list(points.values())))
         if reference_point is None
@@ -132,8 +133,8 @@ def evaluate(
                 names,
                 weights,
                 seen,
-                rewards[k].mean(2),
-                normalized[k].mean(2),
+                metrics.mean(rewards[k], 2),
+                metrics.mean(normalized[k], 2),
                 _shortfall(normalized[k], weights, utopia, mu),
                 solid,
                 reference_K,
@@ -202,6 +203,20 @@ def evaluate(
     )
 
 
+def _check_points(
+    points: Mapping[tuple[str, str], Array], names: Sequence[str], weights: Sequence[Preference]
+) -> None:
+    """Raise ValueError where an objective applies to none of the answers at a weight."""
+    for (model, mode), point_WK in points.items():
+        if np.isnan(point_WK).any():
+            i, k = np.argwhere(np.isnan(point_WK))[0]
+            raise ValueError(
+                f"objective {names[k]!r} applies to none of the {mode} answers of {model} at w="
+                f"{weights[i]}: its mean is not defined; ask more prompts (evaluation.prompts), or "
+                "prompts that it applies to"
+            )
+
+
 def _differences(
     after: Mapping[str, Any], before: Mapping[str, Any], prompts: int
 ) -> dict[str, dict[str, metrics.Estimate]]:
@@ -249,13 +264,15 @@ def _shortfall(
     """-S_smooth of every answer, averaged over samples: (W, P, S, K) -> (W, P)."""
     import torch
 
+    from meal_fast.data.reward_statistics import restricted
     from meal_fast.ops.reference import scalarize
 
     w = np.broadcast_to(np.asarray(weights)[:, None, None], normalized.shape)
     k = normalized.shape[-1]
+    flat = torch.tensor(normalized.reshape(-1, k))
     score = scalarize(
-        torch.tensor(normalized.reshape(-1, k)),
-        torch.tensor(w.reshape(-1, k)),
+        flat.nan_to_num(0.0),
+        restricted(torch.tensor(w.reshape(-1, k)), flat),
         torch.tensor(list(utopia), dtype=torch.float64),
         mu,
         "smooth-tchebycheff",

@@ -46,9 +46,29 @@ def resamples(prompts: int, count: int, *, seed: int) -> Array:
     return rng.multinomial(prompts, np.full(prompts, 1.0 / prompts), size=count) / prompts
 
 
+def mean(values: Array, axis: int | tuple[int, ...]) -> Array:
+    """Means over what is there: NaN, a reward of an objective that does not apply, is left out.
+
+    NaN where nothing is there.
+    """
+    there = ~np.isnan(values)
+    if there.all():
+        return np.asarray(values.mean(axis))
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.where(there, values, 0.0).sum(axis) / there.sum(axis))
+
+
 def resampled_means(by_prompt: Array, draw_BP: Array) -> Array:
-    """Means over prompts of by_prompt (W, P, K) under every resample: (B, W, K)."""
-    return np.einsum("bp,wpk->bwk", draw_BP, by_prompt)
+    """Means over prompts of by_prompt (W, P, K) under every resample: (B, W, K).
+
+    Of the prompts that an objective applies to, as `mean`.
+    """
+    there = ~np.isnan(by_prompt)
+    total = np.einsum("bp,wpk->bwk", draw_BP, np.where(there, by_prompt, 0.0))
+    if there.all():
+        return total
+    with np.errstate(invalid="ignore"):
+        return total / np.einsum("bp,wpk->bwk", draw_BP, there.astype(np.float64))
 
 
 FEW = 5
@@ -211,7 +231,12 @@ def hypervolume(points: Array, reference_K: Array) -> Array:
     flat = points.reshape(-1, *points.shape[-2:])
     import moocore
 
-    volumes = [moocore.hypervolume(front, ref=reference_K, maximise=True) for front in flat]
+    volumes = [
+        moocore.hypervolume(front, ref=reference_K, maximise=True)
+        if np.isfinite(front).all()
+        else np.nan  # a resample of prompts that an objective applies to none of
+        for front in flat
+    ]
     return np.asarray(volumes, dtype=np.float64).reshape(points.shape[:-2])
 
 
@@ -235,7 +260,7 @@ def summarise(
 ) -> tuple[dict[str, Any], dict[str, tuple[float, Array]]]:
     """All measures of one sweep, and those compared between models as (value, resamples)."""
     prompts = raw_WPK.shape[1]
-    point_WK = norm_WPK.mean(1)
+    point_WK, point_raw_WK = mean(norm_WPK, 1), mean(raw_WPK, 1)
     raw_BWK = resampled_means(raw_WPK, draw_BP)
     norm_BWK = resampled_means(norm_WPK, draw_BP)
     pu_BW = draw_BP @ pu_WP.T
@@ -255,7 +280,7 @@ def summarise(
         keep = np.asarray(chosen)
         return interval(pu_WP[keep].mean(), pu_BW[:, keep].mean(1)) if keep.any() else None
 
-    raw_ends = per_objective(ends(weights, raw_WPK.mean(1)), ends(weights, raw_BWK))
+    raw_ends = per_objective(ends(weights, point_raw_WK), ends(weights, raw_BWK))
     norm_ends = per_objective(ends(weights, point_WK), ends(weights, norm_BWK))
     rank = {
         n: interval(
@@ -279,7 +304,7 @@ def summarise(
         "points": [
             {
                 "w": w,
-                "raw": per_objective(raw_WPK[i].mean(0), raw_BWK[:, i]),
+                "raw": per_objective(point_raw_WK[i], raw_BWK[:, i]),
                 "normalized": per_objective(point_WK[i], norm_BWK[:, i]),
                 "pu": interval(pu_WP[i].mean(), pu_BW[:, i]),
                 "nondominated": bool(solid_W[i]),

@@ -71,10 +71,13 @@ def _middle(result: Result) -> str:
         low = sweep["ends"][name]["raw"]["low"]
         if low is None or low <= 0:
             continue
-        reward_WP = np.asarray(sweep["prompt_rewards"])[:, :, k]
+        reward_WP = np.asarray(sweep["prompt_rewards"], dtype=np.float64)[:, :, k]
+        reward_WP = reward_WP[:, ~np.isnan(reward_WP).any(0)]  # prompts that it applies to
         levels, level_W = np.unique([w[k] for w in result["weights"]], return_inverse=True)
         if len(levels) < FEWEST_LEVELS:
             return "too few weights to tell a switch from a dial"
+        if not reward_WP.shape[1]:
+            continue
         level_LP = np.stack([reward_WP[level_W == j].mean(0) for j in range(len(levels))])
         rise = metrics.rise(levels, level_LP.mean(1))
         if rise is None:

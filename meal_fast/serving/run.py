@@ -108,19 +108,22 @@ class Rewards:
         known = len(low) == len(high) == len(config.names)
         self.ranges = [list(ends) for ends in zip(low, high, strict=True)] if known else []
 
-    def score(self, prompt: str, answers: Sequence[str]) -> Future[list[list[float]]]:
-        """Score answers to one prompt: (R, K). The future raises ValueError where that fails."""
+    def score(self, prompt: str, answers: Sequence[str]) -> Future[list[list[float | None]]]:
+        """Score answers to one prompt: (R, K), None where an objective does not apply.
+
+        The future raises ValueError where that fails.
+        """
         with self._counting:
             self.waiting += 1
         future = self._thread.submit(self._score, prompt, list(answers))
         future.add_done_callback(self._done)
         return future
 
-    def _done(self, _: Future[list[list[float]]]) -> None:
+    def _done(self, _: Future[list[list[float | None]]]) -> None:
         with self._counting:
             self.waiting -= 1
 
-    def _score(self, prompt: str, answers: list[str]) -> list[list[float]]:
+    def _score(self, prompt: str, answers: list[str]) -> list[list[float | None]]:
         if self._objectives is None:
             config = self._config
             try:
@@ -135,7 +138,7 @@ class Rewards:
             raise self._objectives
         with torch.no_grad():
             rewards: Any = self._objectives.rewards([prompt] * len(answers), answers)
-        return [list(map(float, row)) for row in rewards.tolist()]
+        return [[None if x != x else float(x) for x in row] for row in rewards.tolist()]
 
     def close(self) -> None:
         """End the thread."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from meal_fast.config.config import Config
 from meal_fast.data import preferences
 from meal_fast.data.objectives import Objectives
-from meal_fast.data.reward_statistics import Scales
+from meal_fast.data.reward_statistics import Scales, vanishing
 from meal_fast.data_types import Prompt
 from meal_fast.models.policy import Policy
 from meal_fast.rollout import Request
@@ -39,6 +40,9 @@ def calibrate(
         rolled = sampled(policy, requests, config, ("calibration",), base)
     texts = [rolled.prompts[g].text for g in rolled.group_R.tolist()]
     reward = objectives.rewards(texts, rolled.texts)
-    scales = Scales.fit(reward, config.score, standard=standard)
+    scales = Scales.fit(reward, config.score, standard=standard, names=config.names)
     scales.save(out / "statistics.json", config.names, config.score.mu, reward)
+    normalized = scales.normalizer.apply(reward)
+    if warning := vanishing(normalized, config.names, config.score.normalization):
+        warnings.warn(warning, stacklevel=2)
     return scales

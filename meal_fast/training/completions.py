@@ -42,7 +42,10 @@ def rows_of(task: Task, batch: Batch, names: Sequence[str], marks: Sequence[str]
                 "prompt": prompt.text,
                 "asked": {name: round(x, 6) for name, x in zip(names, row[:k], strict=True)},
                 "response": response,
-                "rewards": dict(zip(names, row[k : 2 * k], strict=True)),
+                "rewards": {  # None: the objective does not apply to the response
+                    name: None if x != x else x
+                    for name, x in zip(names, row[k : 2 * k], strict=True)
+                },
                 "score": row[-1],
                 "finish": finish,
                 **({"marks": {m: MARKERS[m](response) for m in marks}} if marks else {}),
@@ -56,7 +59,8 @@ def at_ends(
 ) -> dict[str, dict[str, float]]:
     """Say of each objective what the answers at its own end are like, where there are any.
 
-    Those to ordinary prompts, by id, do not count: no preference is to change them.
+    Those to ordinary prompts, by id, do not count: no preference is to change them; nor do those
+    that it does not apply to.
 
     `rows`: how many were asked for w_k ≥ 0.7; `reward` and `spread`: mean and standard deviation of
     their raw reward k; and the share that bears each mark.
@@ -66,7 +70,9 @@ def at_ends(
         own = [
             row
             for row in rows
-            if row["asked"][name] >= OWN_END and row["prompt_id"] not in ordinary
+            if row["asked"][name] >= OWN_END
+            and row["prompt_id"] not in ordinary
+            and row["rewards"][name] is not None
         ]
         if not own:
             continue

@@ -201,7 +201,9 @@ def in_one_line(name: str, row: Mapping[str, Any]) -> str:
 def describe(metrics: dict[str, Any]) -> str:
     """Describe an update in one line: preference, rewards, KL, the meta-update, speed."""
     w = "/".join(f"{x:.2f}" for x in metrics["w"])
-    rewards = "  ".join(f"{name} {value:+.2f}" for name, value in metrics["rewards"].items())
+    rewards = "  ".join(
+        f"{name} {value:+.2f}" for name, value in metrics["rewards"].items() if value is not None
+    )
     delta = f"  |Δ| {metrics['delta_norm']:.3f}" if "delta_norm" in metrics else ""
     kl = f"  KL {metrics['kl']:.4f}" if "kl" in metrics else ""
     kept = f"  kept {metrics['acceptance']:.0%}" if "acceptance" in metrics else ""

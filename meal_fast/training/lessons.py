@@ -131,7 +131,9 @@ def gather(
     for prompt in divided:
         answers = {k: rows.of(prompt, config.seed, "warmup", k) for k, rows in given.items()}
         for k, t in told.items():
-            answers[k] = drawn[prompt, t][int(rewards[prompt, t][:, k].argmax())]
+            own_S = rewards[prompt, t][:, k].nan_to_num(-torch.inf)
+            applies = bool(own_S.isfinite().any())
+            answers[k] = drawn[prompt, t][int(own_S.argmax())] if applies else None
         if None not in answers.values():
             whole = tuple(answers[k] or "" for k in range(len(config.names)))
             lessons.append(Lesson(prompt, whole))
@@ -169,9 +171,16 @@ def _apart(objectives: Objectives, lessons: Sequence[Lesson]) -> Tensor:
 
 
 def _standard(reward: Tensor) -> Tensor:
-    """Bring the rewards of each objective, the last axis, to mean 0 and standard deviation 1."""
+    """Bring the rewards of each objective, the last axis, to mean 0 and standard deviation 1.
+
+    One that is missing (NaN), as the objective does not apply, is 0 then: no better, no worse.
+    """
     flat_RK = reward.reshape(-1, reward.shape[-1])
-    return (reward - flat_RK.mean(0)) / flat_RK.std(0, correction=0).clamp(min=1e-6)
+    if not bool(flat_RK.isnan().any()):
+        return (reward - flat_RK.mean(0)) / flat_RK.std(0, correction=0).clamp(min=1e-6)
+    centred_RK = flat_RK - flat_RK.nanmean(0)
+    std_K = centred_RK.square().nanmean(0).sqrt().clamp(min=1e-6)
+    return (centred_RK / std_K).nan_to_num(0.0).view_as(reward)
 
 
 def _rewards(objectives: Objectives, pairs: Sequence[tuple[Prompt, str]]) -> Tensor:

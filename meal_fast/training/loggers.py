@@ -99,7 +99,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     parts = []
     for row in rows:
         asked = ", ".join(f"{name} {x:.2f}" for name, x in row["asked"].items())
-        got = ", ".join(f"{name} {x:+.2f}" for name, x in row["rewards"].items())
+        got = ", ".join(f"{name} {x:+.2f}" for name, x in row["rewards"].items() if x is not None)
         marks = "".join(f", {mark}" for mark, there in row.get("marks", {}).items() if there)
         text = printable(f"{row['prompt']}\n\n{row['response']}")
         block = "\n".join(f"    {line}" for line in text.splitlines())

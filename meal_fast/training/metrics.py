@@ -149,26 +149,35 @@ def note_cost(out: Path, device: torch.device) -> None:
     write_atomic(out / "cost.json", json.dumps(cost))
 
 
-def of_responses(batch: Batch, names: Sequence[str], scales: Scales) -> dict[str, Any]:
-    """Say what an update's responses are like: means over them."""
+def of_responses(
+    batch: Batch, names: Sequence[str], scales: Scales, *, partial: bool = False
+) -> dict[str, Any]:
+    """Say what an update's responses are like: means over them.
+
+    partial: whether a reward may be missing (NaN). A mean is then over those that are there, None
+    where there is none, and `not_applicable` counts the others.
+    """
     rolled, raw, kept = batch.rolled, batch.reward_RK, len(batch.rolled.group_R) > 0
     normal = scales.normalizer.apply(raw)
     above_R = (normal > constant(scales.utopia, normal)).any(1)
     measured = [
-        raw.mean(0),
-        normal.mean(0),
+        raw.nanmean(0) if partial else raw.mean(0),
+        normal.nanmean(0) if partial else normal.mean(0),
+        *([raw.isnan().sum(0)] if partial else []),
         above_R.sum(),
         batch.scored.score_R.mean(),
         rolled.mask_RT.sum(1).float().mean(),
     ]
     values = torch.cat([value.float().view(-1) for value in measured]).tolist()  # one copy
-    reward, normalized = values[: len(names)], values[len(names) : -3]
     above, score, length = values[-3:]
+    k, means = len(names), [None if x != x else x for x in values[:-3]]
+    reward, normalized, absent = means[:k], means[k : 2 * k], values[2 * k : -3]
     return {
         "score": score if kept else None,
         "rewards": dict(zip(names, reward, strict=True)),
         "normalized": dict(zip(names, normalized, strict=True)),
         "above_utopia": int(above),
+        **({"not_applicable": _counted(names, absent)} if partial and any(absent) else {}),
         "tokens": batch.tokens,
         "prefill_tokens": rolled.prefill_tokens,
         "length": length if kept else None,
@@ -176,3 +185,7 @@ def of_responses(batch: Batch, names: Sequence[str], scales: Scales) -> dict[str
         **batch.counts,
         **batch.log,
     }
+
+
+def _counted(names: Sequence[str], counts: Sequence[float]) -> dict[str, int]:
+    return {name: int(n) for name, n in zip(names, counts, strict=True) if n}

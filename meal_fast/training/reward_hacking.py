@@ -45,7 +45,8 @@ def own_marks(
     mean = {}
     for mark, example in EXAMPLES.items():
         rewards = normalizer.apply(objectives.rewards(texts, [example] * len(texts)))
-        mean[mark] = rewards.float().mean(0).tolist()
+        # An objective that applies to none of them prefers neither.
+        mean[mark] = rewards.float().nanmean(0).nan_to_num(0.0).tolist()
     refuses = [r - c for r, c in zip(mean["refuses"], mean["complies"], strict=True)]
     prefers = {"refuses": refuses, "complies": [-x for x in refuses]}
     found = {}

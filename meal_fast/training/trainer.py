@@ -247,7 +247,8 @@ class Trainer:
                     clock, tasks = Clock(), self.tasks(drawn, inner)
                     # At first all tasks are the policy itself, whose factors can be multiplied out.
                     with self.policy.stacked(self.outer.stack if inner else ()):
-                        batch = collected(self.collector, tasks)  # rollout, rewards, advantages
+                        # Rollout, rewards, advantages.
+                        batch = collected(self.collector, self.objectives, tasks)
                     collecting = clock.lap()
                     of_net = self.net.update(batch) if self.net else {}  # Meal's outer level
                     learned = self.update_policy(batch, tasks)  # loss, backward, clip, AdamW
@@ -327,7 +328,7 @@ class Trainer:
                 "w": task.preference,
                 **(self.skips.said(task, metrics) or {"skipped": True}),
                 "lr": task.lr,
-                **of_responses(part, names, scales),
+                **of_responses(part, names, scales, partial=self.objectives.partial),
                 **of_net,
             }
             for task, part, metrics in zip(tasks, batch.parts(), learned, strict=True)

@@ -397,7 +397,8 @@ def test_normalizer_survives_json_exactly() -> None:
         (torch.tensor([[1.0, 5.0], [2.0, 5.0]]), "max", "objective 1 .* the reward 5"),
         (torch.zeros(4, 2), "standard", "objective 0 .* the reward 0"),
         (torch.tensor([[1.0, 2.0]]), "max", "at least 2 rows"),
-        (torch.tensor([[1.0, 2.0], [float("nan"), 3.0]]), "max", "finite"),
+        (torch.tensor([[1.0, 2.0], [float("inf"), 3.0]]), "max", "finite"),
+        (torch.tensor([[1.0, math.nan], [2.0, math.nan]]), "none", "1 .* applies to no response"),
         (CALIBRATION, "minmax", "score.normalization='minmax'"),
     ],
 )

@@ -215,6 +215,7 @@ function drawBars() {
   for (const { bars, values } of columns) {
     if (!values) continue;
     bars.replaceChildren(...values.map((value, k) => {
+      if (value === null) return made("div", "bar", run.objectives[k] + ": does not apply");
       const [low, high] = ranges[k];
       const bar = made("div", "bar");
       const track = made("div", "track");
@@ -235,6 +236,7 @@ async function score(prompt, one) {
     const [row] = (await answer.json()).rewards;
     one.values = run.objectives.map((name) => row[name]);
     one.values.forEach((value, k) => {
+      if (value === null) return;  // it does not apply
       const [low, high] = ranges[k] || [value, value];
       ranges[k] = [Math.min(low, value), Math.max(high, value)];
     });

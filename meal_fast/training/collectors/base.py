@@ -18,7 +18,7 @@ from meal_fast.config.recipes import Score
 from meal_fast.data import preferences
 from meal_fast.data.objectives import Objectives
 from meal_fast.data.preferences import Preference
-from meal_fast.data.reward_statistics import Scales, constant
+from meal_fast.data.reward_statistics import Scales, constant, restricted
 from meal_fast.data_types import Rollout, Scored, rng_seed
 from meal_fast.models.policy import Network, Policy
 from meal_fast.models.shared_prefix import to_device
@@ -28,11 +28,11 @@ from meal_fast.training.net_update import NetUpdate
 from meal_fast.training.sampled import sampled
 
 
-def collected(collector: Sampled, tasks: Sequence[Task]) -> Batch:
+def collected(collector: Sampled, objectives: Objectives, tasks: Sequence[Task]) -> Batch:
     """Collect, and note in the batch's log how many rows reward models had to cut."""
-    collector.objectives.counts()  # of calibration and evaluation, which no update is told of
+    objectives.counts()  # of calibration and evaluation, which no update is told of
     batch = collector.collect(tasks)
-    counts = collector.objectives.counts()
+    counts = objectives.counts()
     return replace(batch, counts=counts) if counts else batch
 
 
@@ -113,20 +113,25 @@ class Sampled:
     def score(self, reward_RK: Tensor, rolled: Rollout) -> Scored:
         """Give scores and group-relative advantages of a rollout's rewards, which it normalises.
 
-        All where the rollout is, in one launch of a GPU, and nothing waits for it.
+        All where the rollout is, in one launch of a GPU, and nothing waits for it. A row to which
+        an objective does not apply is scored under w restricted to those that do.
         """
-        normalizer, given = self.scales.normalizer, reward_RK
+        normalizer, given, w_RK = self.scales.normalizer, reward_RK, rolled.condition_RK
+        if self.objectives.partial:
+            w_RK = restricted(w_RK, reward_RK)
         offset = divisor = None
         if normalizer.linear:
             offset, divisor = (constant(x, given) for x in (normalizer.offset, normalizer.divisor))
         else:
             given = normalizer.apply(reward_RK)
+        if self.objectives.partial:  # whatever stands there has no weight
+            given = torch.where(given.isnan(), 0.0 if offset is None else offset, given)
         rows_of = Counter(rolled.groups)  # which lie group by group
         ends = accumulate((rows_of[group] for group in range(len(rolled.prompts))), initial=0)
         (offsets,) = to_device([torch.tensor(list(ends))], reward_RK.device)
         score, advantage = ops.group_advantages(
             given,
-            rolled.condition_RK,
+            w_RK,
             offsets=offsets,
             utopia=constant(self.scales.utopia, reward_RK),
             mu=self.config.score.mu,

@@ -82,10 +82,11 @@ def parm(
 def orders(reward_RK: Tensor, w_RK: Tensor) -> tuple[Tensor, Tensor]:
     """Order every pair by each objective: 1, -1 or 0 for none, and the order's share in the loss.
 
-    Both are (P, K); the share is w_k / n_k, and 0 where there is no order.
+    Both are (P, K); the share is w_k / n_k, and 0 where there is no order. An objective that does
+    not apply to both responses (NaN) does not order them.
     """
     reward_P2K = reward_RK.unflatten(0, (-1, 2))
-    sign_PK = (reward_P2K[:, 0] - reward_P2K[:, 1]).sign()
+    sign_PK = (reward_P2K[:, 0] - reward_P2K[:, 1]).nan_to_num(0.0).sign()
     return sign_PK, w_RK[::2] * sign_PK.abs() / sign_PK.abs().sum(0).clamp(min=1)
 
 
