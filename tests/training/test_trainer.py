@@ -72,7 +72,8 @@ def test_a_run_leaves_everything(whole):
     names = {path.name for path in run.iterdir()}
     assert names == {
         "config.json", "statistics.json", "metrics.jsonl", "completions.jsonl", "checkpoint.pt",
-        "policy", "policy.json", "cost.json", "evaluation.json", "front.png", "report.html",
+        "checkpoint.previous.pt", "policy", "policy.json", "cost.json", "evaluation.json",
+        "front.png", "report.html",
     }  # fmt: skip
     config = preset("tiny")
     rows = updates(run)
