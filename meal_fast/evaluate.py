@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,7 +20,7 @@ from meal_fast.config.cli import OneLineParser, one_line_errors, require_package
 from meal_fast.config.config import Config
 from meal_fast.config.run_dir import read_config, read_statistics
 from meal_fast.config.run_lock import check_free, lock
-from meal_fast.config.sealed import check_measuring, warned_unfinished
+from meal_fast.config.sealed import check_measuring, unfinished, warned_unfinished
 
 
 def parser() -> OneLineParser:
@@ -93,12 +94,16 @@ def _evaluate(
 ) -> None:
     """Evaluate into `out`, and print what was found."""
     from meal_fast.evaluation.evaluator import run_evaluation
+    from meal_fast.evaluation.kept import FOLDER
     from meal_fast.evaluation.report import write_report
     from meal_fast.evaluation.tables import aligned, by_weight
     from meal_fast.evaluation.verdict import scope, verdict
 
-    result = run_evaluation(run, config, statistics, say)
+    result = run_evaluation(run, config, statistics, say, out)
+    if stopped := unfinished(run):
+        result["unfinished"] = stopped
     write_atomic(out / "evaluation.json", json.dumps(result, allow_nan=False))
+    shutil.rmtree(out / FOLDER, ignore_errors=True)
     print(*aligned(*by_weight(result)), "", sep="\n")
     print(*(f"{about}: {said}" for about, said in verdict(result)), scope(result), sep="\n")
     if report:
