@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from meal_fast.common import require_text, write_atomic
 from meal_fast.config.cli import (
@@ -23,7 +25,8 @@ from meal_fast.config.cli import (
 )
 from meal_fast.config.config import Config
 from meal_fast.config.run_dir import read_config, read_statistics
-from meal_fast.config.sealed import check_measuring, warned_unfinished
+from meal_fast.config.run_lock import check_free, lock
+from meal_fast.config.sealed import check_measuring, unfinished, warned_unfinished
 
 
 def parser() -> OneLineParser:
@@ -84,18 +87,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_packages("evaluation", "moocore", then=f"python -m meal_fast.evaluate {args.run}")
     out = args.out or args.run
     config = asked(config, args)
-    out.mkdir(parents=True, exist_ok=True)
+    check_free(args.run)
+    with lock(out, "evaluation"):
+        _evaluate(args.run, out, config, statistics, say, report=not args.no_report)
+
+
+def _evaluate(
+    run: Path,
+    out: Path,
+    config: Config,
+    statistics: dict[str, Any],
+    say: Callable[[str], None],
+    *,
+    report: bool,
+) -> None:
+    """Evaluate into `out`, and print what was found."""
     from meal_fast.evaluation.evaluator import run_evaluation
+    from meal_fast.evaluation.kept import FOLDER
     from meal_fast.evaluation.report import write_report
     from meal_fast.evaluation.tables import aligned, by_weight
     from meal_fast.evaluation.verdict import scope, verdict
 
-    result = run_evaluation(args.run, config, statistics, say)
+    result = run_evaluation(run, config, statistics, say, out)
+    if stopped := unfinished(run):
+        result["unfinished"] = stopped
     write_atomic(out / "evaluation.json", json.dumps(result, allow_nan=False))
+    shutil.rmtree(out / FOLDER, ignore_errors=True)
     print(*aligned(*by_weight(result)), "", sep="\n")
     print(*(f"{about}: {said}" for about, said in verdict(result)), scope(result), sep="\n")
-    if not args.no_report:
-        print(write_report(args.run, out))
+    if report:
+        print(write_report(run, out))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from meal_fast.common import parse_json
 
 from .config import Config, from_dict, to_dict
 from .model_files import check_model_files
+from .run_lock import FILE as LOCK
+from .run_lock import check_free
 from .shapes import NUMBER, TEXT, hold
 
 # Options that leave their value to the machine, by what says so. A run is saved with what it was.
@@ -62,10 +64,12 @@ def check_folder(config: Config, out: Path, resume: bool) -> None:
     """Raise ValueError for a folder that `config` cannot be trained in, or gone on with in."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={str(out)!r}: is a file; name a folder")
+    check_free(out)
     held = (out / "config.json").exists()
     if not resume:
-        # A .tmp is what a process killed before its config was whole leaves: nothing to resume.
-        if held or (out.exists() and any(p.suffix != ".tmp" for p in out.iterdir())):
+        # A lock and a .tmp are what a process killed before its config was whole leaves.
+        there = [p.name for p in out.iterdir()] if out.exists() else []
+        if held or any(name != LOCK and not name.endswith(".tmp") for name in there):
             raise ValueError(f"out={str(out)!r}: exists; add --resume, or name another folder")
         return
     if not held:

@@ -38,6 +38,11 @@ def _policy_files(run: Path) -> list[str]:
     return sorted(str(p.relative_to(run)) for p in files)
 
 
+def served_digests(run: Path) -> dict[str, str]:
+    """Give the digest of each file of the policy, and of what is served with it, by its name."""
+    return {name: sha256(run / name) for name in _policy_files(run)}
+
+
 def break_seal(run: Path) -> None:
     """Say that the saved policy is about to change."""
     (run / SEAL).unlink(missing_ok=True)
@@ -45,8 +50,8 @@ def break_seal(run: Path) -> None:
 
 def seal_policy(run: Path, progress: float) -> None:
     """Write how far the run was, and digests of the policy and of what is served with it."""
-    files = {name: sha256(run / name) for name in _policy_files(run)}
-    write_atomic(run / SEAL, json.dumps({"progress": progress, "files": files}, indent=1))
+    seal = {"progress": progress, "files": served_digests(run)}
+    write_atomic(run / SEAL, json.dumps(seal, indent=1))
 
 
 def read_seal(run: Path) -> dict[str, Any]:

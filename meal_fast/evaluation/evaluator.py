@@ -15,6 +15,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +31,7 @@ from meal_fast.models.threads import use_threads
 from . import marks, metrics, shown
 from .asked import choose_asked, load_asked
 from .generate import MODES, Progress, Served, Sweep, answers
+from .kept import KeptSweeps, kept_sweeps
 from .metrics import Array
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ def evaluate(
     reference_point: Sequence[float] | None = None,
     progress: Progress | None = None,
     family: Served | None = None,
+    kept: KeptSweeps | None = None,
 ) -> dict[str, Any]:
     """Sweeps w over `evaluation_weights(K, config.evaluation.grid)`; plain values, for JSON.
 
@@ -95,18 +98,23 @@ def evaluate(
     extra_sweeps: dict[str, Sweep] = {}  # of prompts that are shown alone
     benign_sweeps: dict[str, Sweep] = {}
     for name in order:
-        how = (config, say, family if name == "policy" else None)
-        with swept[name]() as network:
-            found = answers(policy, network, name, chosen, weights, *how)
-            sweeps |= {(name, mode): sweep for mode, sweep in found.items()}
-            if extra:
-                what = f"{name}, prompts to show"
-                found = answers(policy, network, what, extra, at_extra, *how, ("greedy",))
-                extra_sweeps[name] = found["greedy"]
-            if ordinary and options.marks:
-                what = f"{name}, benign prompts"
-                found = answers(policy, network, what, ordinary, five, *how, ("sampled",))
-                benign_sweeps[name] = found["sampled"]
+        asked = partial(
+            _kept_answers,
+            kept or KeptSweeps(None),
+            swept[name],
+            policy,
+            config,
+            say,
+            family if name == "policy" else None,
+        )
+        found = asked(name, chosen, weights, MODES)
+        sweeps |= {(name, mode): sweep for mode, sweep in found.items()}
+        if extra:
+            what = f"{name}, prompts to show"
+            extra_sweeps[name] = asked(what, extra, at_extra, ("greedy",))["greedy"]
+        if ordinary and options.marks:
+            what = f"{name}, benign prompts"
+            benign_sweeps[name] = asked(what, ordinary, five, ("sampled",))["sampled"]
     scoring = time.perf_counter()
     rewards = {k: _score(objectives, chosen, weights, s, say) for k, s in sweeps.items()}
     of_extra = {k: _score(objectives, extra, at_extra, s, say) for k, s in extra_sweeps.items()}
@@ -217,6 +225,27 @@ def _check_points(
             )
 
 
+def _kept_answers(
+    kept: KeptSweeps,
+    context: Context,
+    policy: Policy,
+    config: Config,
+    say: Progress,
+    family: Served | None,
+    what: str,
+    prompts: Sequence[Prompt],
+    weights: Sequence[Preference],
+    modes: Sequence[str],
+) -> dict[str, Sweep]:
+    """Answer, or take what an evaluation that was killed has answered."""
+
+    def make() -> dict[str, Sweep]:
+        with context() as network:
+            return answers(policy, network, what, prompts, weights, config, say, family, modes)
+
+    return kept.swept((what, [(p.id, p.text) for p in prompts], weights, modes), make, say)
+
+
 def _differences(
     after: Mapping[str, Any], before: Mapping[str, Any], prompts: int
 ) -> dict[str, dict[str, metrics.Estimate]]:
@@ -291,8 +320,13 @@ def versions(device: str) -> dict[str, str]:
     return found
 
 
-def run_evaluation(run: Path, config: Config, statistics: dict[str, Any], say: Progress) -> Any:
-    """Loads what a finished run folder holds and evaluates it."""
+def run_evaluation(
+    run: Path, config: Config, statistics: dict[str, Any], say: Progress, out: Path | None = None
+) -> Any:
+    """Loads what a finished run folder holds and evaluates it.
+
+    out: where an evaluation of the same that was killed has kept its answers, and this one does.
+    """
     from meal_fast.data.objectives import load_objectives
     from meal_fast.data.reward_statistics import Normalizer
     from meal_fast.models.model_soup import load_served
@@ -324,4 +358,5 @@ def run_evaluation(run: Path, config: Config, statistics: dict[str, Any], say: P
         reference_point=statistics.get("reference_point"),
         progress=say,
         family=family,
+        kept=out and kept_sweeps(run, out, config, versions(str(policy.device))),
     )

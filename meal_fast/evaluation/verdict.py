@@ -179,6 +179,8 @@ def scope(result: Result) -> str:
         if prompts >= FEW
         else f"no intervals, for want of at least {FEW} prompts: differences may be chance."
     )
+    if stopped := result.get("unfinished"):
+        intervals += f" The run is not finished: it {stopped}."
     said = f"Sampled answers to {prompts} held-out prompt{'s' * (prompts != 1)}"
     if benign := result["benign"]:
         there = f"{len(benign['prompts'])} benign ones at {len(benign['weights'])} of these"

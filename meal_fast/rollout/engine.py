@@ -37,6 +37,7 @@ from .sequence import (
     TextStream,
     encode,
     gathered,
+    told_apart,
 )
 
 
@@ -94,6 +95,7 @@ class Engine:
 
         Raises ValueError for no request, one of no samples, and a prompt that is empty or too long.
         """
+        requests = told_apart(requests)
         parts = encode(self.policy, requests, max_new_tokens)
         whole = [(q.task_id, *part) for q, part in zip(requests, parts, strict=True)]
         preferences = Counter((a, prompt) for a, prompt, _ in dict.fromkeys(whole))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -114,6 +115,22 @@ def encode(
             )
         parts.append((prompt, suffix))
     return parts
+
+
+def told_apart(requests: Sequence[Request]) -> Sequence[Request]:
+    """Give requests of which no two in a call have the keys, and so the texts, of another.
+
+    Of those for one prompt and preference the first keeps its key, so that it draws what it would
+    draw alone; the n-th behind it has ("again", n) in its own.
+    """
+    seen: Counter[tuple[object, ...]] = Counter()
+    apart = []
+    for q in requests:
+        key = (q.rng_key, q.prompt.id, q.w or ())
+        again = seen[key]
+        seen[key] += 1
+        apart.append(replace(q, rng_key=(*q.rng_key, "again", again)) if again else q)
+    return apart
 
 
 def check_logp(request: Request, logp: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,14 @@ import torch
 
 from meal_fast.common import write_atomic
 from meal_fast.config.config import Config
-from meal_fast.config.run_dir import as_saved, read_config, read_metrics, shared_statistics
+from meal_fast.config.run_dir import (
+    as_saved,
+    check_folder,
+    read_config,
+    read_metrics,
+    shared_statistics,
+)
+from meal_fast.config.run_lock import lock
 from meal_fast.config.sealed import break_seal
 from meal_fast.data.devices import device_of, settled
 from meal_fast.data.objectives import Objectives, load_objectives
@@ -67,13 +75,25 @@ class Trainer:
         tell: Callable[[str], None] = lambda stage: None,
         ahead: Callable[[Policy, Config], None] = lambda policy, config: None,
     ) -> None:
-        held = read_config(out) if resume and (out / "config.json").is_file() else None
-        config = config if held is None else as_saved(config, held)
         self.out = out
         self.on_update = on_update or (lambda metrics: None)
         self.on_answers = on_answers or (lambda rows: None)
         self.tell, self.ahead = tell, ahead
         self.stop_requested = False
+        check_folder(config, out, resume)
+        # Given back when the training ends, or the trainer is dropped.
+        self._unlock = weakref.finalize(self, lock(out, "training").release)
+        try:
+            self._begin(config, resume)
+        except BaseException:
+            self._unlock()
+            raise
+
+    def _begin(self, config: Config, resume: bool) -> None:
+        """Load everything, and come to the first update."""
+        out, tell = self.out, self.tell
+        held = read_config(out) if resume and (out / "config.json").is_file() else None
+        config = config if held is None else as_saved(config, held)
         checkpoint = open_run(config, out, resume)
         shared = shared_statistics(config) if checkpoint is None else None
         self.config = config = self._load(config)
@@ -212,6 +232,14 @@ class Trainer:
 
     def train(self) -> bool:
         """Run to the end (True), or to the end of the meta-step in which a stop was requested."""
+        try:
+            return self._train()
+        finally:
+            self.log.close()
+            self.completions.close()
+            self._unlock()
+
+    def _train(self) -> bool:
         saved = self.step if (self.out / "checkpoint.pt").exists() else -1
         while not self.finished:
             self.meta_step()
@@ -221,15 +249,11 @@ class Trainer:
                 self.save_checkpoint()
                 saved = self.step
             if self.skips.too_many:
-                self.log.close()
-                self.completions.close()
                 raise ValueError(f"{self.skips.too_many}; what was learnt before is saved")
             if self.stop_requested:
                 break
         if saved != self.step:
             self.save_checkpoint()
-        self.log.close()
-        self.completions.close()
         break_seal(self.out)
         self.collector.save(self.out)
         progress = self.progress(self.done)

@@ -72,7 +72,7 @@ def test_a_run_leaves_everything(whole):
     names = {path.name for path in run.iterdir()}
     assert names == {
         "config.json", "template.json", "statistics.json", "metrics.jsonl", "completions.jsonl",
-        "checkpoint.pt", "policy", "policy.json", "cost.json",
+        "checkpoint.pt", "checkpoint.previous.pt", "policy", "policy.json", "cost.json",
         "evaluation.json", "front.png", "report.html",
     }  # fmt: skip
     config = preset("tiny")

@@ -13,7 +13,17 @@ from meal_fast.data_types import Rollout
 from meal_fast.models.policy import Policy
 
 from ..protocol import Capability, check_capable
-from ..sequence import Drawn, Request, Sampling, Tokens, check_logp, encode, gathered, row_id
+from ..sequence import (
+    Drawn,
+    Request,
+    Sampling,
+    Tokens,
+    check_logp,
+    encode,
+    gathered,
+    row_id,
+    told_apart,
+)
 
 
 class Plain(ABC):
@@ -52,7 +62,8 @@ class Plain(ABC):
         parts = encode(policy, requests, sampling.max_new_tokens)
         rows = [(b, s) for b, q in enumerate(requests) for s in range(q.samples)]
         prefixes = [parts[b][0] + parts[b][1] for b, _ in rows]
-        ids = [row_id(sampling.rng_key, requests[b], s) for b, s in rows]
+        apart = told_apart(requests)
+        ids = [row_id(sampling.rng_key, apart[b], s) for b, s in rows]
         drawn, reused = self.drawn(prefixes, ids, sampling, ended or (lambda count: None))
         for (b, _), row in zip(rows, drawn, strict=True):
             check_logp(requests[b], sum(row.logp))
