@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
@@ -60,6 +61,20 @@ def printable(text: str) -> str:
         else _UNSEEN
         for c in text.replace("\r\n", "\n")
     )
+
+
+def tell(*lines: object) -> None:
+    """Print lines on stderr, at once, with no control character of what they repeat."""
+    print(*(printable(str(line)) for line in lines), sep="\n", file=sys.stderr, flush=True)
+
+
+def say(*lines: object) -> None:
+    """Print lines on standard output; to a terminal with no control character in them.
+
+    Elsewhere as they are: what reads a path from there must get that path.
+    """
+    clean = printable if sys.stdout.isatty() else str
+    print(*(clean(str(line)) for line in lines), sep="\n", flush=True)
 
 
 def parse_json(text: str | bytes, *, strict: bool = True) -> Any:

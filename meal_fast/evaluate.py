@@ -8,11 +8,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from meal_fast.common import require_text, write_atomic
+from meal_fast.common import require_text, say, tell, write_atomic
 from meal_fast.config.cli import (
     OneLineParser,
     add_trust,
@@ -86,14 +85,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     from meal_fast.evaluation.tables import aligned, by_weight
     from meal_fast.evaluation.verdict import scope, verdict
 
-    result = run_evaluation(
-        args.run, config, statistics, lambda line: print(line, file=sys.stderr, flush=True)
-    )
+    result = run_evaluation(args.run, config, statistics, tell)
     write_atomic(out / "evaluation.json", json.dumps(result, allow_nan=False))
-    print(*aligned(*by_weight(result)), "", sep="\n")
-    print(*(f"{about}: {said}" for about, said in verdict(result)), scope(result), sep="\n")
+    say(*aligned(*by_weight(result)), "")
+    say(*(f"{about}: {said}" for about, said in verdict(result)), scope(result))
     if not args.no_report:
-        print(write_report(args.run, out))
+        say(write_report(args.run, out))
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meal_fast.common import require
+from meal_fast.common import require, tell
 
 if TYPE_CHECKING:
     from .progress import Display
@@ -213,9 +212,9 @@ def main(argv: list[str] | None = None) -> int:
                 require(part in NAMES, "parts", part, f"unknown; choose from {', '.join(NAMES)}")
             build_all(cache_dir(), args.seed, args.parts)
     except ValueError as error:
-        print(f"meal-fast: error: {error}", file=sys.stderr)
+        tell(f"meal-fast: error: {error}")
         return 2
     except (RuntimeError, OSError, ModuleNotFoundError) as error:
-        print(f"meal-fast: error: {error}", file=sys.stderr)
+        tell(f"meal-fast: error: {error}")
         return 1
     return 0
