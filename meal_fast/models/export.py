@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meal_fast.common import quiet
+from meal_fast.common import as_umask_says, quiet
 from meal_fast.data.preferences import Goals
 
 from .preference_template import preference_template
@@ -40,6 +40,7 @@ def save_policy(policy: Policy, folder: Path) -> None:
         conditioning["goals"] = asdict(policy.goals)
     (temporary / PREFERENCE).write_text(json.dumps(conditioning))
     _save_tokenizer(copy.deepcopy(policy.tokenizer), temporary)
+    as_umask_says(temporary)
     if folder.exists():
         stale = folder.with_name(folder.name + ".old")
         shutil.rmtree(stale, ignore_errors=True)

@@ -88,9 +88,7 @@ def built(tmp_path_factory):
 ASK = ("--prompt", "Write a word.", "--max-new-tokens", "8", "--w", "1,0")
 
 
-@pytest.mark.reliability(
-    "attack", "a model that answers in escape sequences, in chat on a terminal"
-)
+@pytest.mark.reliability("attack", "a model that answers in escape sequences, in chat")
 def test_chat_shows_no_control_character_of_a_model(built):
     code, shown = on_a_terminal(["meal_fast.chat", str(built), *ASK])
     assert code == 0 and "\ufffd" in shown, shown

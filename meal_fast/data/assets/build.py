@@ -38,7 +38,7 @@ def build_all(cache: Path, seed: int = 0, only: Sequence[str] = ()) -> None:
 
     from . import NAMES, fetch
     from .keys import TRAINED, asset_key
-    from .parts import is_complete
+    from .parts import is_complete, seal
     from .progress import Display
 
     with Display() as display:
@@ -50,6 +50,8 @@ def build_all(cache: Path, seed: int = 0, only: Sequence[str] = ()) -> None:
             display.end("sources", "downloaded")
         sources = fetch.fetch(cache)
         keys = {name: asset_key(name, sources, seed) for name in only or NAMES}
+        for name in keys:
+            seal(cache / name)
         missing = [name for name in keys if not is_complete(cache / name, keys[name])]
         if not missing:
             return
