@@ -10,10 +10,9 @@ Training saw single turns: what is said after the first is less sure to follow t
 
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-from meal_fast.common import require
+from meal_fast.common import require, tell
 from meal_fast.config.cli import OneLineParser, one_line_errors
 from meal_fast.config.run_dir import read_config
 from meal_fast.config.sealed import warned_unfinished
@@ -45,9 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampling = sampling_of(config, vars(args))
     prompt = None if args.prompt is None else args.prompt.strip()
     require(prompt != "", "--prompt", "", "is empty; give a text, or leave it out to read lines")
-    say = partial(print, file=sys.stderr, flush=True)
-    warned_unfinished(args.run, say)
-    with Session(args.run, config, say, device=args.device, **sampling) as session:
+    warned_unfinished(args.run, tell)
+    with Session(args.run, config, tell, device=args.device, **sampling) as session:
         if prompt is None:
             talk(session, prompted_lines(w, config.names), w)
         else:

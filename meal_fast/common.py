@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
+import sys
 import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
@@ -60,6 +62,20 @@ def printable(text: str) -> str:
         else _UNSEEN
         for c in text.replace("\r\n", "\n")
     )
+
+
+def tell(*lines: object) -> None:
+    """Print lines on stderr, at once, with no control character of what they repeat."""
+    print(*(printable(str(line)) for line in lines), sep="\n", file=sys.stderr, flush=True)
+
+
+def say(*lines: object) -> None:
+    """Print lines on standard output; to a terminal with no control character in them.
+
+    Elsewhere as they are: what reads a path from there must get that path.
+    """
+    clean = printable if sys.stdout.isatty() else str
+    print(*(clean(str(line)) for line in lines), sep="\n", flush=True)
 
 
 def parse_json(text: str | bytes, *, strict: bool = True) -> Any:
@@ -156,6 +172,60 @@ def cache_folder() -> Path:
         return Path(given)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "meal-fast"
+
+
+def as_umask_says(folder: Path, without: int = 0) -> int:
+    """Give all files below a new folder the mode that a new file has, and give that mode.
+
+    Some libraries write files that only their owner reads, whatever the umask says. without: bits
+    that no file has.
+    """
+    probe = folder / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode) & ~without
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            path.chmod(mode | (mode & 0o444) >> 2)
+        elif not path.is_symlink():
+            path.chmod(mode)
+    return mode
+
+
+def own_folder(folder: Path) -> Path:
+    """Make a folder that is nobody else's, where there is none, and hold it to that: see `own`."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"MEAL_FAST_CACHE: {str(folder)!r} cannot be made ({error.strerror}); name a folder "
+            "that can be written"
+        ) from None
+    own(folder)
+    return folder
+
+
+def own(path: Path) -> None:
+    """Raise ValueError where another user could have written `path`, or could put another there.
+
+    It and all above it must be this user's, or root's, and writable by nobody else; of those above
+    it one with a sticky bit, as /tmp has, may be: what is in it is safe from others.
+    """
+    if os.name != "posix":
+        return
+    real = path.resolve()
+    for place in (real, *real.parents):
+        found = place.stat()
+        shared = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if shared and place != real and found.st_mode & stat.S_ISVTX:
+            shared = 0
+        if found.st_uid not in (0, os.getuid()) or shared:
+            whose = "may be written by others" if shared else f"is of user {found.st_uid}"
+            raise ValueError(
+                f"{str(path)!r} is not trusted: {str(place)!r} {whose}; "
+                + (f"chmod -R go-w {str(place)!r}, or " if shared else "")
+                + "name a folder of your own, MEAL_FAST_CACHE=FOLDER"
+            )
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from meal_fast.common import say, tell
 from meal_fast.config.cli import one_line_errors, require_packages
 from meal_fast.evaluation.comparison_run import run_comparison
 from meal_fast.evaluation.comparison_spec import parse, threaded
@@ -32,19 +33,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_packages("a comparison", *needed, then="the same command")
     command = f"python -m meal_fast.compare {shlex.join(argv)}"
 
-    def say(line: str) -> None:
-        print(f"meal-fast: {line}", file=sys.stderr, flush=True)
+    def told(line: str) -> None:
+        tell(f"meal-fast: {line}")
 
-    result = run_comparison(plan, jobs, command, say)
+    result = run_comparison(plan, jobs, command, told)
     if result is None:
-        say(f"stopped; the same command goes on: {command}")
+        told(f"stopped; the same command goes on: {command}")
         sys.exit(130)
     from meal_fast.evaluation.comparison_report import headline, write_page
 
-    print(*headline(result), sep="\n")
-    print(write_page(result, plan.out))
+    say(*headline(result))
+    say(write_page(result, plan.out))
     for entry in result["failed"]:
-        say(f"failed: {entry['run']}: {entry['reason']}")
+        told(f"failed: {entry['run']}: {entry['reason']}")
     if result["failed"]:
         sys.exit(1)
 

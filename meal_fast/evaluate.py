@@ -9,13 +9,11 @@ import argparse
 import dataclasses
 import json
 import shutil
-import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from meal_fast.common import require_text, write_atomic
+from meal_fast.common import require_text, say, tell, write_atomic
 from meal_fast.config.cli import (
     OneLineParser,
     add_trust,
@@ -82,14 +80,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     shared = config.evaluation.statistics
     statistics = read_statistics(Path(shared) if shared else args.run / "statistics.json")
     check_measuring(args.run)
-    say = partial(print, file=sys.stderr, flush=True)
-    warned_unfinished(args.run, say)
+    warned_unfinished(args.run, tell)
     require_packages("evaluation", "moocore", then=f"python -m meal_fast.evaluate {args.run}")
     out = args.out or args.run
     config = asked(config, args)
     check_free(args.run)
     with lock(out, "evaluation"):
-        _evaluate(args.run, out, config, statistics, say, report=not args.no_report)
+        _evaluate(args.run, out, config, statistics, report=not args.no_report)
 
 
 def _evaluate(
@@ -97,7 +94,6 @@ def _evaluate(
     out: Path,
     config: Config,
     statistics: dict[str, Any],
-    say: Callable[[str], None],
     *,
     report: bool,
 ) -> None:
@@ -108,15 +104,15 @@ def _evaluate(
     from meal_fast.evaluation.tables import aligned, by_weight
     from meal_fast.evaluation.verdict import scope, verdict
 
-    result = run_evaluation(run, config, statistics, say, out)
+    result = run_evaluation(run, config, statistics, tell, out)
     if stopped := unfinished(run):
         result["unfinished"] = stopped
     write_atomic(out / "evaluation.json", json.dumps(result, allow_nan=False))
     shutil.rmtree(out / FOLDER, ignore_errors=True)
-    print(*aligned(*by_weight(result)), "", sep="\n")
-    print(*(f"{about}: {said}" for about, said in verdict(result)), scope(result), sep="\n")
+    say(*aligned(*by_weight(result)), "")
+    say(*(f"{about}: {said}" for about, said in verdict(result)), scope(result))
     if report:
-        print(write_report(run, out))
+        say(write_report(run, out))
 
 
 if __name__ == "__main__":

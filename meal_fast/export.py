@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from meal_fast.common import require
+from meal_fast.common import require, say, tell
 from meal_fast.config.cli import OneLineParser, one_line_errors, parse_weights, require_packages
 from meal_fast.config.config import Config
 from meal_fast.config.recipes import spec_of
@@ -82,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         (folder / "README.md").write_text(card, encoding="utf-8")
         if (args.run / "front.png").is_file():
             shutil.copy2(args.run / "front.png", folder)
-    print(out)
+    say(out)
     if args.to == "hub":
-        print(f'to publish it: hf upload OWNER/{out.name} "{out}"', file=sys.stderr)
+        tell(f'to publish it: hf upload OWNER/{out.name} "{out}"')
 
 
 def _check(args: argparse.Namespace, config: Config, out: Path) -> None:
@@ -177,7 +176,7 @@ def _convert(policy: Path, file: Path, kind: str, name: str, config: Config) -> 
     write_gguf(whole, file, kind, {"name": name, "finetune": config.recipe})
     kl = difference(whole, file)
     shutil.rmtree(whole)
-    print(f"read back: KL(policy || file) {kl:.1g} nats a token", file=sys.stderr)
+    tell(f"read back: KL(policy || file) {kl:.1g} nats a token")
     remedy = f"read back it differs from the policy by {kl:.2g} nats a token; take another --type"
     require(kl <= LARGEST_KL[kind], "--type", kind, remedy)
 

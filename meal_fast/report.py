@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from meal_fast.common import say
 from meal_fast.config.cli import OneLineParser, one_line_errors
 
 
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     from meal_fast.evaluation.report import write_report
 
-    print(write_report(args.run))
+    say(write_report(args.run))
 
 
 if __name__ == "__main__":

@@ -9,12 +9,10 @@ this machine's own needs a --token. The policy was trained on single turns; earl
 conversation are shown to it by the chat template.
 """
 
-import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-from meal_fast.common import require
+from meal_fast.common import require, tell
 from meal_fast.config.cli import (
     OneLineParser,
     add_trust,
@@ -53,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = read_config(args.run)
     check_trust(args.run, config, trusted=args.trust_run, objectives=args.objectives)
     require_packages("serve", "fastapi", "uvicorn", then="meal-fast serve again")
-    serve(args.run, config, partial(print, file=sys.stderr, flush=True), host=args.host,
+    serve(args.run, config, tell, host=args.host,
           port=args.port, token=args.token, browse=args.open, slots=args.slots, waiting=args.queue,
           max_new_tokens=args.max_new_tokens)  # fmt: skip
 

@@ -18,6 +18,7 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
+from meal_fast.common import say, tell
 from meal_fast.config.cli import TrainArgs, fail, one_line_errors, parse_train, require_packages
 from meal_fast.config.config import Config, to_dict
 from meal_fast.config.plan import plan
@@ -42,17 +43,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.report:
             require_packages("the report", "matplotlib", then="train again, or add --no-report")
     what = {"resume": args.resume, "evaluate": args.evaluate, "report": args.report}
-    print(plan(config, args.out, **what), file=sys.stderr, flush=True)
+    tell(plan(config, args.out, **what))
     train(config, args)
     trained = time.perf_counter()
-    print(f"meal-fast: trained in {clock(trained - started)}; policy in {args.out / 'policy'}")
+    say(f"meal-fast: trained in {clock(trained - started)}; policy in {args.out / 'policy'}")
     if args.evaluate:
         from meal_fast.evaluate import main as evaluate
 
         # What was trained here names what this command was told, or was told to trust.
         evaluate([str(args.out), "--trust-run", *([] if args.report else ["--no-report"])])
         took = clock(time.perf_counter() - trained)
-        print(f"meal-fast: {took} for evaluation and report")
+        say(f"meal-fast: {took} for evaluation and report")
 
 
 def train(config: Config, args: TrainArgs) -> None:
@@ -76,9 +77,7 @@ def train(config: Config, args: TrainArgs) -> None:
             fail(f"out={str(args.out)!r}: {error}; name a folder that can be written")
         except KeyboardInterrupt:
             again = " with --resume" if (args.out / "config.json").is_file() else ""
-            print(
-                f"meal-fast: stopped before the first update; start again{again}", file=sys.stderr
-            )
+            tell(f"meal-fast: stopped before the first update; start again{again}")
             sys.exit(130)
         loggers = Loggers(config.logger, args.out, to_dict(trainer.config))
         trainer.on_answers = both(display.answers, loggers.answers)
@@ -108,11 +107,10 @@ def train(config: Config, args: TrainArgs) -> None:
                 signal.signal(number, handler)
         loggers.close()
     if trainer.stop_requested:
-        print(
+        tell(
             f"meal-fast: stopped after meta-step {trainer.step} "
             f"({trainer.progress(trainer.done):.0%}); go on with "
-            f"python -m meal_fast.train --resume --out {args.out}",
-            file=sys.stderr,
+            f"python -m meal_fast.train --resume --out {args.out}"
         )
         sys.exit(130)
     note_cost(args.out, trainer.policy.device)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib.util
+import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from meal_fast.common import printable
@@ -30,17 +33,50 @@ def fail(message: object) -> NoReturn:
     raise SystemExit(2)
 
 
+class _Record(logging.LogRecord):
+    """A record whose message, and traceback, is harmless to a terminal."""
+
+    def getMessage(self) -> str:
+        return printable(super().getMessage())
+
+
+def _record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    record = _Record(*args, **kwargs)
+    if record.exc_info:
+        record.exc_text = printable(logging.Formatter().formatException(record.exc_info))
+    return record
+
+
+@contextmanager
+def _harmless_logs() -> Iterator[None]:
+    records, written = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def plain(*args: Any, **kwargs: Any) -> str:
+        return printable(written(*args, **kwargs))
+
+    logging.setLogRecordFactory(_record)
+    warnings.formatwarning = plain
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(records)
+        if warnings.formatwarning is plain:
+            warnings.formatwarning = written
+
+
 def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
     """Wrap a `main` so that its ValueError, which the user caused, is one line and exit code 2.
 
-    So is a package that is not installed. With MEAL_FAST_TRACEBACK set in the environment the
-    traceback is kept.
+    So is a package that is not installed. What is logged and warned of meanwhile, which repeats
+    names of files and of what is in them, has no control characters. With MEAL_FAST_TRACEBACK set
+    in the environment the traceback is kept.
     """
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
-            main(*args, **kwargs)
+            with _harmless_logs():
+                main(*args, **kwargs)
         except ValueError as error:
             if os.environ.get("MEAL_FAST_TRACEBACK"):
                 raise

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from io import TextIOWrapper
 from typing import TextIO
 
-from meal_fast.common import printable
+from meal_fast.common import printable, tell
 
 from .session import Answer, Asked, Session, Turn, shown
 
@@ -90,7 +90,7 @@ def prompted_lines(w: Asked, names: Sequence[str]) -> Iterator[str]:
         return
     import readline  # noqa: F401  (gives input() history and editing)
 
-    print(f"w is {shown(w, names)}; /w changes it, /help says more", file=sys.stderr)
+    tell(f"w is {shown(w, names)}; /w changes it, /help says more")
     while True:
         try:
             yield input("> ")

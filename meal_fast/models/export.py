@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 import shutil
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from meal_fast.common import printable, quiet
+from meal_fast.common import as_umask_says, printable, quiet
 from meal_fast.data.assets.licences import Origin, origin
 from meal_fast.data.preferences import Goals
 
@@ -61,7 +60,7 @@ def save_policy(policy: Policy, folder: Path) -> None:
     _save_tokenizer(words, temporary)
     if (temporary / ADAPTER).is_dir():
         _whole_adapter(temporary, policy.source)
-    _readable(temporary)
+    as_umask_says(temporary)
     if folder.exists():
         stale = folder.with_name(folder.name + ".old")
         shutil.rmtree(stale, ignore_errors=True)
@@ -164,15 +163,6 @@ def _changed(path: Path, **changes: Any) -> None:
     """Change entries of a JSON file, which is made where there is none."""
     held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     path.write_text(json.dumps(held | changes, indent=2) + "\n", encoding="utf-8")
-
-
-def _readable(folder: Path) -> None:
-    """Let others read what the umask lets them: safetensors makes files for the owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(0o666 & ~mask)
 
 
 def _tokenizer(policy: Path) -> Any:

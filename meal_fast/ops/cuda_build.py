@@ -2,8 +2,9 @@
 
 A build is kept in a cache folder ($MEAL_FAST_CACHE, or meal-fast in $XDG_CACHE_HOME or ~/.cache)
 under a name made of all that it depends on: the sources, the command, nvcc's version and torch's.
-One process builds and others wait for it; a file is whole or not there. A compile that fails is an
-error, with what the compiler said.
+One process builds and others wait for it; a file is whole or not there, its digest beside it. What
+another user could have written there is not loaded. A compile that fails is an error, with what the
+compiler said.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 
 import meal_fast
-from meal_fast.common import cache_folder
+from meal_fast.common import cache_folder, own, own_folder, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ def build(name: str, arch: str, compiler: str) -> Path:
 
     Raises:
         RuntimeError: the compile failed; the message holds what the compiler said.
+        ValueError: others may write in the cache folder.
     """
     source = csrc() / f"{name}.cu"
     compile = command(compiler, source, arch, "-shared", *LINKED)
@@ -86,22 +88,45 @@ def build(name: str, arch: str, compiler: str) -> Path:
         run([compiler, "-V"]).encode(),
     ]
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    folder = cache_folder()
+    folder = own_folder(cache_folder())
     library = folder / f"{name}-sm{arch}-{digest}.so"
-    if library.exists():
+    if intact(library):
         return library
     import fcntl  # which Windows does not have
 
-    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{library.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
+        if not intact(library):
             log.warning("building csrc/%s.cu for sm_%s, once", name, arch)
             with tempfile.TemporaryDirectory(dir=folder) as here:
                 made = Path(here, library.name)
                 log.info("%s", run([*compile, "-o", str(made)]))
+                made.chmod(0o700)
+                write_atomic(noted(library), sha256_of(made))
                 os.replace(made, library)
     return library
+
+
+def noted(library: Path) -> Path:
+    """Name the file beside a library that holds its digest."""
+    return library.with_name(f"{library.name}.sha256")
+
+
+def intact(library: Path) -> bool:
+    """Tell whether a library is there, whole. Raises ValueError where it may be another user's.
+
+    The digest is against damage; whoever could write the library could write that as well.
+    """
+    if not (library.is_file() and noted(library).is_file()):
+        return False
+    for path in (library, noted(library)):
+        own(path)
+    return noted(library).read_text(encoding="ascii", errors="replace") == sha256_of(library)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @functools.cache

@@ -90,6 +90,7 @@ class Display:
 
     def stage(self, text: str) -> None:
         """Show what is being done before the first update; of one stage, each of its steps."""
+        text = printable(text)
         self._line = Text(text)
         name, now = text.partition(":")[0], time.monotonic()
         if not self._live and (name != self._told[0] or now - self._told[1] >= STAGE_EVERY):
@@ -108,7 +109,7 @@ class Display:
         """Show an update that is done."""
         done, progress = metrics["update"] + 1, metrics["progress"]
         left = self._pace.left(metrics)
-        self._line = Text(describe(metrics))
+        self._line = Text(printable(describe(metrics)))
         self._advance(done, progress, left)
         if not self._live:
             counted = self._counted(done, progress)
@@ -147,7 +148,7 @@ class Display:
 
         It is no markup: an answer may hold what looks like some.
         """
-        text = Text(line)
+        text = Text(printable(line))
         if not whole:
             width = self._console.width if self._live else PLAIN_WIDTH
             text.truncate(width, overflow="ellipsis")

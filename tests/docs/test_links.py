@@ -7,7 +7,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/README.md")),
+    *(
+        ROOT / name
+        for name in (
+            "README.md",
+            "CONTRIBUTING.md",
+            "CHANGELOG.md",
+            "SECURITY.md",
+            "tests/README.md",
+        )
+    ),
     *(ROOT / name for name in ("kernels/README.md", "csrc/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]

@@ -47,7 +47,7 @@ def said_by(command, capsys, *argv):
     """What the command leaves on stderr; it must end with exit code 2 and one line."""
     with pytest.raises(SystemExit) as stop:
         command.main(list(map(str, argv)))
-    out, err = capsys.readouterr()
+    err = capsys.readouterr().err
     assert stop.value.code == 2, err
     last = err[err.rindex("meal-fast: error: ") :]
     assert_one_line(last)

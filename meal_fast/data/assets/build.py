@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from meal_fast.common import require
+from meal_fast.common import require, tell
 
 if TYPE_CHECKING:
     from .progress import Display
@@ -39,7 +38,7 @@ def build_all(cache: Path, seed: int = 0, only: Sequence[str] = ()) -> None:
 
     from . import NAMES, fetch
     from .keys import TRAINED, asset_key
-    from .parts import is_complete
+    from .parts import is_complete, seal
     from .progress import Display
 
     with Display() as display:
@@ -51,6 +50,8 @@ def build_all(cache: Path, seed: int = 0, only: Sequence[str] = ()) -> None:
             display.end("sources", "downloaded")
         sources = fetch.fetch(cache)
         keys = {name: asset_key(name, sources, seed) for name in only or NAMES}
+        for name in keys:
+            seal(cache / name)
         missing = [name for name in keys if not is_complete(cache / name, keys[name])]
         if not missing:
             return
@@ -213,9 +214,9 @@ def main(argv: list[str] | None = None) -> int:
                 require(part in NAMES, "parts", part, f"unknown; choose from {', '.join(NAMES)}")
             build_all(cache_dir(), args.seed, args.parts)
     except ValueError as error:
-        print(f"meal-fast: error: {error}", file=sys.stderr)
+        tell(f"meal-fast: error: {error}")
         return 2
     except (RuntimeError, OSError, ModuleNotFoundError) as error:
-        print(f"meal-fast: error: {error}", file=sys.stderr)
+        tell(f"meal-fast: error: {error}")
         return 1
     return 0

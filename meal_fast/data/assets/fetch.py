@@ -97,7 +97,8 @@ def extract(wheel: Path, to: Path) -> list[str]:
             names += hits
         for name in dict.fromkeys(names):
             path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts:
+            # Where a backslash and a colon mean something, they lead elsewhere.
+            if path.is_absolute() or ".." in path.parts or set(name) & set("\\:\0"):
                 raise RuntimeError(f"{wheel.name}: unsafe file name {name!r}")
             target = to / path
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -2,11 +2,13 @@
 
 It is made under a temporary name and renamed when its manifest is written, so an interrupted build
 leaves nothing that looks finished. The manifest holds the key (see `keys`) that the part was made
-from, and the size of every file: both are checked without reading the files.
+from, and of every file its size and sha256, which is against damage. Against other users is whose
+the folder is: see `common.own`.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import json
@@ -18,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from meal_fast.common import cache_folder
+from meal_fast.common import as_umask_says, cache_folder, own, own_folder, write_atomic
 
 MANIFEST = "manifest.json"
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
@@ -42,14 +44,49 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def is_complete(folder: Path, key: Mapping[str, Any] | None = None) -> bool:
-    """Whether every file of the manifest is there at its size (and, given one, the key agrees)."""
+    """Whether every file of the manifest is there as it was (and, given one, the key agrees).
+
+    Raises ValueError where another user could have made it so.
+    """
     manifest = read_manifest(folder)
     if manifest is None or (key is not None and manifest["key"] != dict(key)):
         return False
-    return all(
-        (folder / name).is_file() and (folder / name).stat().st_size == size
-        for name, size in manifest["files"].items()
-    )
+    digests = manifest.get("sha256")  # an older version noted none
+    own(folder / MANIFEST)
+    own(folder)  # a reader takes more than the files below, where there is more
+    for name, size in manifest["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            return False
+        own(path)
+        own(path.parent)
+        if isinstance(digests, dict) and digests.get(name) != digest_of(path):
+            return False
+    return True
+
+
+def digest_of(path: Path) -> str:
+    """Give a file's sha256, in hexadecimal: read once, as long as the file is not touched."""
+    found = path.stat()
+    return _digest(path, found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest(path: Path, *_: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Note the digests of a part that an older version made, where it is complete and has none."""
+    manifest = read_manifest(folder)
+    if manifest is not None and "sha256" not in manifest and is_complete(folder):
+        digests = {name: digest_of(folder / name) for name in manifest["files"]}
+        write_atomic(folder / MANIFEST, _written(manifest | {"sha256": digests}))
+
+
+def _written(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=1) + "\n"
 
 
 def build_part(folder: Path, key: Mapping[str, Any], make: Callable[[Path], None]) -> bool:
@@ -61,13 +98,7 @@ def build_part(folder: Path, key: Mapping[str, Any], make: Callable[[Path], None
     """
     if is_complete(folder, key):
         return False
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"MEAL_FAST_CACHE: {str(folder.parent)!r} cannot be made ({error.strerror}); name a "
-            "folder that can be written"
-        ) from None
+    own_folder(folder.parent)
     with _alone(folder):
         return not is_complete(folder, key) and _build(folder, key, make)
 
@@ -83,9 +114,19 @@ def _alone(folder: Path) -> Iterator[None]:
         return
     digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     path = Path(tempfile.gettempdir()) / f"meal-fast-{os.getuid()}-{digest}.lock"
-    with path.open("w") as lock:
+    # No link, and no file that another user laid there.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    try:
+        lock = os.open(path, flags, 0o600)
+    except OSError as error:
+        raise ValueError(f"{str(path)!r}: {error.strerror}; remove it") from None
+    try:
+        if os.fstat(lock).st_uid != os.getuid():
+            raise ValueError(f"{str(path)!r}: is of another user; set TMPDIR to a folder of yours")
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)
 
 
 def _build(folder: Path, key: Mapping[str, Any], make: Callable[[Path], None]) -> bool:
@@ -97,12 +138,15 @@ def _build(folder: Path, key: Mapping[str, Any], make: Callable[[Path], None]) -
             for path in sorted(work.rglob("*"))
             if path.is_file()
         }
-        manifest = {"key": dict(key), "files": files}
-        (work / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        digests = {name: digest_of(work / name) for name in files}
+        manifest = {"key": dict(key), "files": files, "sha256": digests}
+        (work / MANIFEST).write_text(_written(manifest), encoding="utf-8")
+        # What others may write is not trusted; what they cannot read, as mkdtemp's, they miss.
+        mode = as_umask_says(work, without=0o022)
+        work.chmod(mode | (mode & 0o444) >> 2)
         for path in work.rglob("*"):
             if path.is_file():
                 _flush(path)
-        work.chmod(0o755)  # mkdtemp's 0700 would hide the cache from other users
         if folder.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
             folder.rename(old / folder.name)

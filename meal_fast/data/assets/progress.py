@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from meal_fast.common import printable
+
 INTERVAL = 10.0  # seconds between two plain lines
 
 
@@ -56,6 +58,7 @@ class Display(AbstractContextManager["Display"]):
 
     def write(self, line: str) -> None:
         """Print a line that stays."""
+        line = printable(line)
         if self._bars:
             self._bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:

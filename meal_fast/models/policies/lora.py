@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,10 +119,22 @@ class LoRAPolicy(Policy):
             }
         with self.holding(own):
             self.model.save_pretrained(str(folder / ADAPTER))
+        _forget_place(folder / ADAPTER)
 
     @property
     def _layers(self) -> list[Any]:
         return [m for m in self.model.modules() if hasattr(m, "get_delta_weight")]
+
+
+def _forget_place(adapter: Path) -> None:
+    """Take out what PEFT writes of where on this machine the base model lies."""
+    (adapter / "README.md").unlink(missing_ok=True)
+    path = adapter / "adapter_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    base = Path(values.get("base_model_name_or_path") or "")
+    if base.is_absolute() or base.is_dir():
+        values["base_model_name_or_path"] = base.name
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def with_lora(model: Any, config: PolicyConfig, seed: int, trained: Path | None) -> Any:
