@@ -17,7 +17,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 from meal_fast.common import require, say, tell
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from meal_fast.models.export import copy_adapter, copy_model
 
     check_policy(args.run)
-    stopped = warned_unfinished(args.run, partial(print, file=sys.stderr, flush=True))
+    stopped = warned_unfinished(args.run, tell)
     with _whole(out) as folder, _saved(args.run, config, w, folder) as policy:
         title = out.name
         if args.to == "hub":

@@ -120,7 +120,6 @@ def load_policy(
 def _load(path: str, config: PolicyConfig, said: str) -> tuple[Any, Any]:
     """The model and its tokenizer. Raises ValueError, one line that begins with `said`, for
     whatever cannot be loaded."""
-    loaded: Any
     with _one_line(f"{said}: its config.json cannot be used"):
         settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
         kind = settings.model_type
