@@ -6,6 +6,7 @@ built whole; a model for which that is not the same is refused.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -129,9 +130,14 @@ def _load(path: str, config: PolicyConfig, said: str) -> tuple[Any, Any]:
             shared_prefix.check_supported(settings)
         except shared_prefix.Refused as error:
             raise ValueError(f"{said}: {kind} {error}; {INSTEAD}") from None
+    if getattr(settings, "quantization_config", None):
+        raise ValueError(
+            f"{said}: its weights are quantized, which no policy is trained from; name the folder "
+            "of the whole weights"
+        )
     own = f"{said}: {kind} has an attention of its own and is not supported; {INSTEAD}"
     _check_files(said, Path(path))
-    with _one_line(f"{said}: its weights cannot be loaded", own):
+    with _one_line(f"{said}: its weights cannot be loaded", own), _unreported():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=DTYPES[config.dtype],
@@ -183,6 +189,18 @@ def _check_files(said: str, folder: Path) -> None:
 
 
 @contextmanager
+def _unreported() -> Iterator[None]:
+    """Without transformers' table of weights that are missing or left over: that is refused."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextmanager
 def _one_line(what: str, own_attention: str = "") -> Iterator[None]:
     """Make one line of whatever transformers, or the files, raise: a ValueError that begins with
     `what` and gives a remedy."""
@@ -192,6 +210,8 @@ def _one_line(what: str, own_attention: str = "") -> Iterator[None]:
         text = str(error)
         if isinstance(error, ValueError) and text.startswith(("policy", what.partition(": ")[0])):
             raise
+        if isinstance(error, ModuleNotFoundError) and error.name == "peft":
+            raise  # a package of ours: commands say how to install it
         if isinstance(error, KeyError) and text == repr(shared_prefix.ATTENTION):
             raise ValueError(own_attention) from None
         raise ValueError(f"{what} ({first_line(error)}); {_remedy(error, text)}") from error

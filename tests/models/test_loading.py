@@ -105,6 +105,10 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
     "another vocabulary": (changed(vocab_size=96), "its weights cannot be loaded"),
     "more layers": (changed(num_hidden_layers=3), "its weights lack model.layers.2"),
     "an unknown activation": (changed(hidden_act="swoosh"), "its weights cannot be loaded"),
+    "quantized weights": (
+        changed(quantization_config={"quant_method": "gptq", "bits": 4}),
+        "its weights are quantized",
+    ),
     "an unknown rope": (changed(rope_parameters={"rope_type": "spiral"}), "cannot be"),
     "a body without its head": (headless, "its weights lack lm_head.weight"),
     "a classifier": (classifier, "its weights lack"),
@@ -141,11 +145,12 @@ def marked(case: str) -> Any:
 
 
 @pytest.mark.parametrize("case", [marked(case) for case in CASES])
-def test_a_policy_that_cannot_be_loaded_is_one_line(whole, tmp_path, case):
+def test_a_policy_that_cannot_be_loaded_is_one_line(whole, tmp_path, capfd, case):
     change, said = CASES[case]
     folder = tmp_path / "model"
     shutil.copytree(whole, folder)
     change(folder)
+    capfd.readouterr()
     with pytest.raises(ValueError, match=r"^policy\.path=") as raised:
         load_policy(PolicyConfig(path=str(folder), tuning="lora", device="cpu"), NAMES)
     text = str(raised.value)
@@ -154,6 +159,7 @@ def test_a_policy_that_cannot_be_loaded_is_one_line(whole, tmp_path, case):
     assert "\n" not in text
     assert len(text) < 650
     assert ";" in text  # a remedy
+    assert capfd.readouterr() == ("", "")  # and nothing besides
 
 
 def test_tied_weights_lack_nothing(tmp_path):
