@@ -215,3 +215,12 @@ def test_a_run_is_trained_resumed_and_served_on_its_first_day(tmp_path):
     (run / "template.json").write_text("{}")
     with pytest.raises(ValueError, match=r"template\.json holds no chat_template"):
         load_served(run, read_config(run))
+
+
+def test_a_conversation_s_own_system_turn_takes_the_run_s_place(tmp_path):
+    policy = policy_of(SYSTEM_FIRST, tmp_path, system="Be kind.")
+    said = policy.tokenizer.decode(sum(policy.encode("Hi", W, (("system", "Be short."),)), ()))
+    assert "Be short." in said and "Be kind." not in said
+    policy = policy_of(ALTERNATES, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"messages: .* does not take them \(roles must alt"):
+        policy.encode("Hi", W, (("user", "Who?"),))

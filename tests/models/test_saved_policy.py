@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from meal_fast.config.config import PolicyConfig
+from meal_fast.data_types import Prompt
 from meal_fast.models.policy import load_policy
+from meal_fast.rollout import Request, Sampling, open_backend
 from meal_fast.rollout.sequence import as_drawn
 from tests.helpers.chat_tokenizers import byte_level, saved
 
@@ -106,3 +108,18 @@ def test_the_adapter_is_whole_and_names_no_folder_of_this_machine(tmp_path):
         trained=tmp_path / "policy",
     )
     assert all(torch.equal(a, b) for a, b in zip(again.trainable, policy.trainable, strict=True))
+
+
+@pytest.mark.reliability("silent", "answers that run on behind the end of a turn, in each sampler")
+@pytest.mark.parametrize("backend", ["engine", "generate"])
+def test_no_answer_goes_on_behind_the_end_of_its_turn(tmp_path, backend):
+    words = byte_level(eos="<|endoftext|>")
+    policy = trained(saved(words, tmp_path / "base"), dtype="float32")
+    end = words.convert_tokens_to_ids("<|im_end|>")
+    requests = [Request(Prompt("a", "How do tides work?"), (0.3, 0.7), 96)]
+    with open_backend(backend, policy) as sampler:
+        out = sampler.generate(requests, Sampling(24, 1.0, seed=0))
+    rows = [t[m].tolist() for t, m in zip(out.tokens_RT, out.mask_RT, strict=True)]
+    ended = [end in row for row in rows]
+    assert any(ended) and not any(end in row[:-1] for row in rows)
+    assert not any("<|im_end|>" in text for text in out.texts)
