@@ -80,7 +80,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = asked(config, args)
     check_free(args.run)
     with lock(out, "evaluation"):
-        _evaluate(args.run, out, config, statistics, say, report=not args.no_report)
+        try:
+            _evaluate(args.run, out, config, statistics, say, report=not args.no_report)
+        except KeyboardInterrupt:
+            say("meal-fast: stopped; the same `python -m meal_fast.evaluate` goes on")
+            sys.exit(130)
 
 
 def _evaluate(

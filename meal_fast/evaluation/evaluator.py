@@ -336,5 +336,5 @@ def run_evaluation(
         reference_point=statistics.get("reference_point"),
         progress=say,
         family=family,
-        kept=out and kept_sweeps(run, out, config, versions(str(policy.device))),
+        kept=None if out is None else kept_sweeps(run, out, config, versions(str(policy.device))),
     )
