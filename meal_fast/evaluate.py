@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = asked(config, args)
     check_free(args.run)
     with lock(out, "evaluation"):
-        _evaluate(args.run, out, config, statistics, report=not args.no_report)
+        try:
+            _evaluate(args.run, out, config, statistics, report=not args.no_report)
+        except KeyboardInterrupt:
+            tell("meal-fast: stopped; the same `python -m meal_fast.evaluate` goes on")
+            sys.exit(130)
 
 
 def _evaluate(

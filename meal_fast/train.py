@@ -10,6 +10,7 @@ the last checkpoint stays good.
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 import time
@@ -74,7 +75,9 @@ def train(config: Config, args: TrainArgs) -> None:
             asked = {"ahead": partial(check_ahead, say=display.note)} if args.evaluate else {}
             trainer = Trainer(config, args.out, resume=args.resume, tell=display.stage, **asked)
         except OSError as error:
-            fail(f"out={str(args.out)!r}: {error}; name a folder that can be written")
+            full = error.errno == errno.ENOSPC
+            remedy = "make room" if full else "name a folder that can be read and written"
+            fail(f"out={str(args.out)!r}: {error}; {remedy}")
         except KeyboardInterrupt:
             again = " with --resume" if (args.out / "config.json").is_file() else ""
             tell(f"meal-fast: stopped before the first update; start again{again}")
@@ -93,9 +96,12 @@ def train(config: Config, args: TrainArgs) -> None:
         try:
             trainer.train()
         except OSError as error:
+            saved = (args.out / "checkpoint.pt").exists()
             fail(
-                f"out={str(args.out)!r}: {error.strerror or error}; the last checkpoint is good: "
-                "make room, then add --resume"
+                f"out={str(args.out)!r}: {error.strerror or error}; "
+                + ("the last checkpoint is good" if saved else "there is no checkpoint yet")
+                + ": make room, then add --resume"
+                + ("" if saved else ", which starts from the first update")
             )
         except KeyboardInterrupt as stopped:  # of an objective that does not come back
             again = f"python -m meal_fast.train --resume --out {args.out}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import functools
 import importlib.util
 import logging
@@ -67,9 +68,10 @@ def _harmless_logs() -> Iterator[None]:
 def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
     """Wrap a `main` so that its ValueError, which the user caused, is one line and exit code 2.
 
-    So is a package that is not installed. What is logged and warned of meanwhile, which repeats
-    names of files and of what is in them, has no control characters. With MEAL_FAST_TRACEBACK set
-    in the environment the traceback is kept.
+    So are a package that is not installed, and a file that cannot be read or written. Ctrl-C is
+    one line and exit code 130. What is logged and warned of meanwhile, which repeats names of files
+    and of what is in them, has no control characters. With MEAL_FAST_TRACEBACK set in the
+    environment the traceback is kept.
     """
 
     @functools.wraps(main)
@@ -86,8 +88,25 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
             if package in ("", "meal_fast") or os.environ.get("MEAL_FAST_TRACEBACK"):
                 raise
             fail(f"{package} is not installed: pip install {PACKAGES.get(package, package)}")
+        except KeyboardInterrupt:
+            if os.environ.get("MEAL_FAST_TRACEBACK"):
+                raise
+            print("meal-fast: stopped", file=sys.stderr)
+            raise SystemExit(130) from None
+        except OSError as error:
+            if os.environ.get("MEAL_FAST_TRACEBACK"):
+                raise
+            fail(of_file(error))
 
     return wrapped
+
+
+def of_file(error: OSError) -> str:
+    """Say what could not be done with which file."""
+    what = error.strerror or str(error) or type(error).__name__
+    if error.errno == errno.ENOSPC:
+        what += "; make room, then go on"
+    return what if error.filename is None else f"{str(error.filename)!r}: {what}"
 
 
 def require_packages(what: str, *names: str, then: str) -> None:
