@@ -190,8 +190,9 @@ def _check_files(said: str, folder: Path) -> None:
 
 @contextmanager
 def _unreported() -> Iterator[None]:
-    """Without transformers' table of weights that are missing or left over: that is refused."""
-    logger = logging.getLogger("transformers.modeling_utils")
+    """Without transformers' table of weights that are missing or left over, which is refused, nor
+    what it says of layers that are on one device all the same."""
+    logger = logging.getLogger("transformers")
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
