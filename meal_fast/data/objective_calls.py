@@ -6,9 +6,12 @@ and return anything.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import inspect
 import math
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +25,7 @@ Scorer = Callable[[Sequence[str], Sequence[str]], Any]
 ROWS = 256  # that a call may take its seconds for; more rows, more seconds
 GRACE = 5.0  # seconds that a call may still take once the run has been told to stop
 _LOOK = 0.1  # seconds between looks at whether it has
+_LEAVE = 1.0  # seconds that a call given up may still take when the process ends
 
 
 class ObjectiveError(ValueError):
@@ -99,7 +103,8 @@ def _in_time(
         finally:
             done.set()
 
-    threading.Thread(target=run, name=f"meal-fast-objective-{name}", daemon=True).start()
+    thread = threading.Thread(target=run, name=f"meal-fast-objective-{name}", daemon=True)
+    thread.start()
     end = time.monotonic() + limit
     stop: float | None = None  # when the run was seen to end
     while not done.wait(min(_LOOK, max(end - time.monotonic(), 0.0))):
@@ -107,8 +112,10 @@ def _in_time(
         if stop is None and stopping():
             stop = now
         if stop is not None and now - stop > GRACE:
+            _let_go(thread, 130)
             raise KeyboardInterrupt(f"objective {name!r} did not come back within {GRACE:g} s")
         if now >= end:
+            _let_go(thread, 2)
             raise Late(
                 f"objective {name!r} has not come back within {limit:g} seconds for {rows} "
                 "responses; raise objectives_timeout (0: no limit), or see why it hangs"
@@ -116,6 +123,26 @@ def _in_time(
     if raised:
         raise raised[0]
     return made[0]
+
+
+def _let_go(stuck: threading.Thread, code: int) -> None:
+    """See to it that the process can end although a call never does.
+
+    The call's own thread is a daemon, but it may have started others that Python waits for at exit,
+    such as those of a ThreadPoolExecutor: where it is still there then, the process leaves at once,
+    with `code`.
+    """
+
+    def leave() -> None:
+        stuck.join(_LEAVE)
+        if stuck.is_alive():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    # Called before the threads of executors are waited for, which atexit's functions are not.
+    with contextlib.suppress(AttributeError, RuntimeError):
+        threading._register_atexit(leave)  # type: ignore[attr-defined]
 
 
 def _first_failing(
@@ -186,6 +213,8 @@ def _as_column(name: str, given: Any, responses: Sequence[str]) -> tuple[Tensor,
 
 
 def _float(number: Any) -> float:
+    if isinstance(number, Tensor):
+        number = number.detach()
     try:
         return float(number)
     except OverflowError:  # a whole number that no float holds

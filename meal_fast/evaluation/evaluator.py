@@ -185,6 +185,8 @@ def evaluate(
                 name: _differences(compared[name], compared[before], len(chosen))
                 for before, name in pairwise(order)
             },
+            # rows that a reward model's limit cut, by objective
+            **({"cut": cut} if (cut := objectives.counts()) else {}),
             "meant": {name: meant.get(name) for name in names},
             "benign": {
                 "prompts": [{"id": p.id, "text": p.text} for p in ordinary],

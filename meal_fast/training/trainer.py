@@ -162,7 +162,8 @@ class Trainer:
         )
         self.objectives.stopping = lambda: self.stop_requested
         # A broken one fails here; two rows, so that one number for all of them is noticed.
-        self.objectives.rewards(["How are you?", "Who are you?"], ["Fine, thank you.", "A model."])
+        asked = [prompt.text for prompt in (*prompts, *prompts)[:2]]
+        self.objectives.rewards(asked, ["Fine, thank you.", "A model."])
         self.tell(f"loading the model on {device}")
         self.policy: Policy = load_policy(
             config.policy, config.names, seed=config.seed, template=kept_template(self.out)

@@ -58,10 +58,10 @@ def byte_level(
     return tokenizer
 
 
-def classifier(
+def settings_of(
     kind: str, tokenizer: tf.PreTrainedTokenizerFast, labels: int = 1, **own: Any
-) -> tf.PreTrainedModel:
-    """A random sequence-classification model of a type of transformers (`model_type`)."""
+) -> tf.PreTrainedConfig:
+    """The configuration of a small model of a type of transformers (`model_type`)."""
     config = tf.AutoConfig.for_model(kind)
     sizes = {k: v for k, v in SIZES.items() if hasattr(config, k)}
     if kind == "falcon":  # it works that out
@@ -71,6 +71,14 @@ def classifier(
     for key in ("pad", "bos", "eos"):
         setattr(settings, f"{key}_token_id", getattr(tokenizer, f"{key}_token_id"))
     settings.decoder_start_token_id = tokenizer.bos_token_id
+    return settings
+
+
+def classifier(
+    kind: str, tokenizer: tf.PreTrainedTokenizerFast, labels: int = 1, **own: Any
+) -> tf.PreTrainedModel:
+    """A random sequence-classification model of a type of transformers."""
+    settings = settings_of(kind, tokenizer, labels, **own)
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model = tf.AutoModelForSequenceClassification.from_config(settings).eval()
