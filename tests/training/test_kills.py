@@ -21,8 +21,12 @@ from tests.helpers.processes import SMALL, assert_same_runs, updates
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 KILLS = 50
-OPTIONS = [*SMALL, "--meta.steps", "12", "--checkpoint_every", "1", "--warmup.steps", "1",
-           "--warmup.draws", "8", "--evaluation.prompts", "2", "--evaluation.grid", "3"]  # fmt: skip
+OPTIONS = [
+    *SMALL,
+    *["--meta.steps", "12", "--checkpoint_every", "1"],
+    *["--warmup.steps", "1", "--warmup.draws", "8"],
+    *["--evaluation.prompts", "2", "--evaluation.grid", "3"],
+]
 
 
 def alive(pid):
