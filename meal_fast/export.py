@@ -54,11 +54,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check(args, config, out)
     w = None if args.w is None else parse_weights(args.w, config.names)
     from meal_fast.evaluation.model_card import base_name, model_card
+    from meal_fast.evaluation.stored import whole
     from meal_fast.models.export import copy_adapter, copy_model
 
     check_policy(args.run)
     stopped = warned_unfinished(args.run, tell)
-    with _whole(out) as folder, _saved(args.run, config, w, folder) as policy:
+    held = whole(str(args.run / "policy"), "finish the run again")
+    with held, _whole(out) as folder, _saved(args.run, config, w, folder) as policy:
         title = out.name
         if args.to == "hub":
             copy_model(policy, folder)

@@ -51,8 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.evaluate:
         from meal_fast.evaluate import main as evaluate
 
-        # What was trained here names what this command was told, or was told to trust.
-        evaluate([str(args.out), "--trust-run", *([] if args.report else ["--no-report"])])
+        # By the objectives that this command was told, or was told to trust: no others.
+        repeated = ["--objectives", *config.objectives]
+        evaluate([str(args.out), *([] if args.report else ["--no-report"]), *repeated])
         took = clock(time.perf_counter() - trained)
         say(f"meal-fast: {took} for evaluation and report")
 

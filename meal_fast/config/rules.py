@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from .config import Config
 
 
+MOST_POINTS = 100_000  # of a lattice: each is a tuple, and in a sweep many answers
+
+
 def check_run(config: Config) -> None:
     """Raise ValueError for a recipe, objectives or run options that are none by themselves."""
     known = f"unknown; choose from {', '.join(RECIPES)}"
@@ -63,6 +66,10 @@ def _check_policy(config: Config, spec: RecipeSpec) -> None:
 
 def _check_preferences(config: Config) -> None:
     options, k = config.preference, len(config.names)
+    for name, side in (("preference", options.grid), ("evaluation", config.evaluation.grid)):
+        points = math.comb(side + k - 2, k - 1) if side else 0
+        remedy = f"with {k} objectives that is more than {MOST_POINTS} preferences; lower it"
+        require(points <= MOST_POINTS, f"{name}.grid", side, remedy)
     m = options.per_prompt
     if m == 1:
         return

@@ -11,6 +11,7 @@ import argparse
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
 from meal_fast.common import printable
 
@@ -75,8 +76,9 @@ def check_trust(
             f"and answers away; add --logger {config.logger}, --logger none, or --trust-run"
         )
     for spec in config.objectives:
-        for folder in _folders(spec):
-            check_model_files(folder, f"objective {_short(spec)}", "add --trust-run")
+        for folder in () if spec in (objectives or ()) else _folders(spec):
+            remedy = "repeat it, --objectives NAME=SOURCE, or add --trust-run"
+            check_model_files(folder, f"objective {_short(spec)}", remedy)
 
 
 def _does(spec: str) -> str:
@@ -94,7 +96,8 @@ def _does(spec: str) -> str:
 def _folders(spec: str) -> Sequence[Path]:
     """The model folders of this machine that an objective leads to."""
     source, _, query = spec.partition("=")[2].partition("?")
-    paths = [part.partition("=")[2] for part in query.split("&") if part.startswith("path=")]
+    given = (part.partition("=") for part in query.split("&"))
+    paths = [unquote(text) for key, _, text in given if key == "path"]
     return [Path(p) for p in (source, *paths) if p and Path(p).is_dir()]
 
 

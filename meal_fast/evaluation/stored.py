@@ -127,14 +127,14 @@ def read_updates(run: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def whole(file: str) -> Iterator[None]:
+def whole(file: str, remedy: str = "evaluate the run again") -> Iterator[None]:
     """Make what does not fit together in a file, each part of which may be right, one line."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(
             f"{file}: does not hold together ({type(error).__name__}: {error}); it was changed, or "
-            "is of another version: evaluate the run again"
+            f"is of another version: {remedy}"
         ) from error
 
 

@@ -180,11 +180,13 @@ def test_model_folders_that_a_run_names_are_weights_alone(run, tmp_path, files, 
     model.mkdir()
     for name, text in files.items():
         (model / name).write_text(text)
-    for source in (str(model), f"packaged:complied?path={model}"):
+    quoted = str(model).replace("/", "%2F")
+    for source in (str(model), f"packaged:complied?path={model}", f"x/y?path={quoted}"):
         folder = run(source)
         config = from_dict(json.loads((folder / "config.json").read_text()))
         with pytest.raises(ValueError, match=said):
             check_trust(folder, config, trusted=False)
+        check_trust(folder, config, trusted=False, objectives=config.objectives)
 
 
 def test_our_own_objectives_are_those_of_the_module():
@@ -193,6 +195,30 @@ def test_our_own_objectives_are_those_of_the_module():
     functions = {n for n, f in vars(measures).items() if callable(f) and not n.startswith("_")}
     ours = {n for n in functions if getattr(measures, n).__module__ == measures.__name__}
     assert {f"meal_fast.data.measures:{name}" for name in ours} == OWN
+
+
+@pytest.mark.reliability("attack", "a lattice of a billion preferences")
+@pytest.mark.parametrize("section", ["preference", "evaluation"])
+def test_a_lattice_has_an_end(section):
+    with pytest.raises(ValueError, match=rf"{section}\.grid=1000000000.*more than 100000"):
+        from_dict({section: {"grid": 10**9}})
+
+
+def test_a_run_is_evaluated_by_the_command_that_trained_it(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def a(prompts, responses): return [float(r.count('a')) for r in responses]\n"
+        "def b(prompts, responses): return [float(r.count('b')) for r in responses]\n"
+    )
+    size = ["--meta.steps", "1", "--rollout.prompts", "1", "--rollout.samples", "2"]
+    size += ["--score.calibration", "16", "--evaluation.prompts", "1", "--evaluation.grid", "2"]
+    mine = ["--objectives", "first=mine:a", "second=mine:b"]
+    argv = ["meal_fast.train", "tiny", "--out", "run", "--no-report", *size, *mine]
+    ran = command(tmp_path, *argv)
+    assert ran.returncode == 0 and (tmp_path / "run/evaluation.json").is_file(), ran.stderr
+    again = command(tmp_path, "meal_fast.train", "--resume", "--out", "run", "--no-report")
+    assert again.returncode == 2 and "--trust-run" in again.stderr
+    again = command(tmp_path, *argv[:5], "--resume", "--no-report", *mine, *size)
+    assert again.returncode == 0, again.stderr
 
 
 def test_a_comparison_repeats_what_its_user_named(tmp_path):

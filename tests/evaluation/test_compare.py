@@ -229,9 +229,13 @@ def test_statistics_of_another_run_must_be_of_the_same_rewards(tmp_path):
     path.write_text(json.dumps(values))
     assert shared_statistics(config) == path.read_bytes()
     assert shared_statistics(preset("tiny")) is None
+    other = values["normalizer"] | {"mode": "max"}
     for changes, said in (
         ({"names": ["first", "third"]}, "made with objectives"),
-        ({"normalizer": {"mode": "max"}}, "made with score.normalization 'max', not 'none'"),
+        ({"normalizer": other}, "made with score.normalization 'max', not 'none'"),
+        ({"normalizer": {"mode": "max"}}, r"lacks normalizer\.offset"),
+        ({"utopia": ["<script>", 1.1]}, r"utopia\[0\]='<script>': must be a number"),
+        ({"utopia": [1.1]}, "of 1 and 2 objectives"),
         ({"utopia": [1.2, 1.1]}, "made with score.utopia"),
     ):
         path.write_text(json.dumps(values | changes))
