@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +222,16 @@ def test_every_load_is_probed(tmp_path, monkeypatch):
     assert load(path) in probed
     settings = PolicyConfig(path=path, tuning="full", device="cpu")
     assert load_policy(settings, NAMES, trained=tmp_path) in probed
+
+
+@pytest.mark.assets
+@pytest.mark.usefixtures("one_thread")
+def test_a_probe_of_a_real_model_is_quick(record_property):
+    """In seconds of one core, which other processes on the machine do not change much."""
+    path = "packaged:smollm2-135m"
+    policy = load(path, "lora")
+    began = time.process_time()
+    probe(policy, path)
+    seconds = time.process_time() - began
+    record_property("probe of SmolLM2-135M at load", f"{seconds:.2f} core-seconds")
+    assert seconds < 1.5
