@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -56,6 +58,17 @@ def prepare(device: torch.device, dtype: Dtype) -> None:
     # longer than a pass, and with a mask its gradient can be NaN (torch 2.11).
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.matmul.allow_tf32 = dtype == "tfloat32"
+
+
+@contextmanager
+def full_products() -> Iterator[None]:
+    """Keeps products of matrices out of TF32, whatever the process has chosen."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def exact_angles(model: nn.Module) -> None:

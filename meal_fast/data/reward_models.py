@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from meal_fast.ops.gemm import accelerate
 
+from .devices import exact_angles, full_products
 from .reward_loading import load_classifier
 from .reward_rows import Encoded, RowEncoder
 from .reward_specs import FORMATS, HUB, Classifier, post_of, with_options
@@ -46,6 +47,8 @@ class ClassifierScorer:
         self.name, self.spec, self.device = name, spec, device
         self.model, self.tokenizer = load_classifier(name, spec)
         accelerate(self.model).to(device).eval().requires_grad_(False)
+        if device.type == "cuda":
+            exact_angles(self.model)
         self.logit = _chosen(name, spec, self.model.config)
         limit = min(_positions(self.model), self.tokenizer.model_max_length)
         if spec.max_length > limit:
@@ -54,7 +57,8 @@ class ClassifierScorer:
         self._reads_by_pad = False
         try:
             self.encode = RowEncoder(name, self.tokenizer, spec, self.max_length)
-            self._probe()
+            with full_products():  # what rounding adds is no fault of the model
+                self._probe()
         except ValueError as error:
             if str(error).startswith("objective "):
                 raise

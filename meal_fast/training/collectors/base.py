@@ -102,29 +102,31 @@ class Sampled:
         self, requests: Sequence[Request], rng_key: RngKey, network: Network | None = None
     ) -> Batch:
         rolled = sampled(self.policy, requests, self.config, rng_key, network)
-        scored = self.score(self._rewards(rolled), rolled)
-        return Batch(rolled, scored, scored.reward_RK, sum(rolled.lengths))
+        reward_RK = self._rewards(rolled)
+        scored = self.score(reward_RK, rolled, partial=self.objectives.partial)
+        return Batch(rolled, scored, reward_RK, sum(rolled.lengths))
 
     def _rewards(self, rolled: Rollout) -> Tensor:
         """Give raw rewards (R, K), where the rollout is."""
         texts = [rolled.prompts[g].text for g in rolled.groups]
         return self.objectives.rewards(texts, rolled.texts)
 
-    def score(self, reward_RK: Tensor, rolled: Rollout) -> Scored:
+    def score(self, reward_RK: Tensor, rolled: Rollout, *, partial: bool = False) -> Scored:
         """Give scores and group-relative advantages of a rollout's rewards, which it normalises.
 
         All where the rollout is, in one launch of a GPU, and nothing waits for it. A row to which
-        an objective does not apply is scored under w restricted to those that do.
+        an objective does not apply is scored under w restricted to those that do; `partial` says
+        that there may be one.
         """
         normalizer, given, w_RK = self.scales.normalizer, reward_RK, rolled.condition_RK
-        if self.objectives.partial:
+        if partial:
             w_RK = restricted(w_RK, reward_RK)
         offset = divisor = None
         if normalizer.linear:
             offset, divisor = (constant(x, given) for x in (normalizer.offset, normalizer.divisor))
         else:
             given = normalizer.apply(reward_RK)
-        if self.objectives.partial:  # whatever stands there has no weight
+        if partial:  # whatever stands there has no weight
             given = torch.where(given.isnan(), 0.0 if offset is None else offset, given)
         rows_of = Counter(rolled.groups)  # which lie group by group
         ends = accumulate((rows_of[group] for group in range(len(rolled.prompts))), initial=0)
