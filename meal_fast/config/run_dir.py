@@ -61,7 +61,8 @@ def check_folder(config: Config, out: Path, resume: bool) -> None:
     held = (out / "config.json").exists()
     if not resume:
         # A .tmp is what a process killed before its config was whole leaves: nothing to resume.
-        if held or (out.exists() and any(p.suffix != ".tmp" for p in out.iterdir())):
+        links = out.exists() and any(p.is_symlink() for p in out.iterdir())
+        if held or links or (out.exists() and any(p.suffix != ".tmp" for p in out.iterdir())):
             raise ValueError(f"out={str(out)!r}: exists; add --resume, or name another folder")
         return
     if not held:
