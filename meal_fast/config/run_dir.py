@@ -67,9 +67,10 @@ def check_folder(config: Config, out: Path, resume: bool) -> None:
     check_free(out)
     held = (out / "config.json").exists()
     if not resume:
-        # A lock and a .tmp are what a process killed before its config was whole leaves.
-        there = [p.name for p in out.iterdir()] if out.exists() else []
-        if held or any(name != LOCK and not name.endswith(".tmp") for name in there):
+        # A lock and a .tmp are what a process killed before its config was whole leaves; no link is.
+        there = list(out.iterdir()) if out.exists() else []
+        ours = [p for p in there if p.name == LOCK or p.suffix == ".tmp"]
+        if held or len(ours) < len(there) or any(p.is_symlink() for p in ours):
             raise ValueError(f"out={str(out)!r}: exists; add --resume, or name another folder")
         return
     if not held:

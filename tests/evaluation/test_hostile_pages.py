@@ -358,6 +358,10 @@ def test_links_in_a_run_lead_nowhere(run, tmp_path):
     (there / "metrics.jsonl").symlink_to(secret)
     with pytest.raises(ValueError, match=r"'metrics\.jsonl' is a link"):
         check_folder(read_config(there), there, True)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "policy.tmp").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="exists"):
+        check_folder(read_config(there), tmp_path / "new", False)
 
 
 def test_what_is_right_is_read_as_before(run):
