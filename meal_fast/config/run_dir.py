@@ -67,7 +67,7 @@ def check_folder(config: Config, out: Path, resume: bool) -> None:
     check_free(out)
     held = (out / "config.json").exists()
     if not resume:
-        # A lock and a .tmp are what a process killed before its config was whole leaves; no link is.
+        # What a process killed before its config was whole leaves: a lock, a .tmp. Links are not.
         there = list(out.iterdir()) if out.exists() else []
         ours = [p for p in there if p.name == LOCK or p.suffix == ".tmp"]
         if held or len(ours) < len(there) or any(p.is_symlink() for p in ours):

@@ -240,7 +240,8 @@ def check_space(out: Path, policy: Policy, models: int) -> None:
     """Raise ValueError without room for three checkpoints: two are kept while one is written."""
     place = next(p for p in (out, *out.absolute().parents) if p.exists())
     trained = sum(p.numel() for p in policy.trainable) * models
-    saved = sum(p.numel() * p.element_size() for p in policy.model.parameters())
+    merged = 4 if policy.rank or policy.adapter is not None else 0  # float32, whatever the base is
+    saved = sum(p.numel() * max(p.element_size(), merged) for p in policy.model.parameters())
     family = 4 * trained if models > 1 else 0
     need = 3 * 3 * 4 * trained + 2 * saved + family
     free = shutil.disk_usage(place).free
