@@ -5,18 +5,15 @@ import json
 import os
 import random
 import signal
-import threading
+import subprocess
+import sys
 import time
 
 import pytest
-import torch
 
-from meal_fast.config.config import from_dict
-from meal_fast.config.presets import preset
-from meal_fast.training.trainer import Trainer
 from tests.evaluation.test_kept import timeless
 from tests.helpers.fork_server import ForkServer
-from tests.helpers.processes import SMALL, assert_same_runs, updates
+from tests.helpers.processes import ENVIRONMENT, ROOT, SMALL, assert_same_runs, updates
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -119,37 +116,25 @@ def test_fifty_kills_and_every_run_ends_as_the_unbroken_one(tmp_path, record_pro
     print(f"\n{kills} kills in {runs} runs: {kinds}")
 
 
-def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 @pytest.mark.reliability("fault", "200 meta-steps: memory, open files and threads stay as they are")
 def test_nothing_gathers_over_200_meta_steps(tmp_path, record_property):
-    options = {
-        "meta": {"steps": 200},
-        "rollout": {"prompts": 1, "samples": 4},
-        "score": {"calibration": 4},
-        "checkpoint_every": 10,
-    }
-    trainer = Trainer(from_dict(options, preset("tiny")), tmp_path / "run")
-    seen = []
-
-    def look(line):
-        if line["update"] % 40 == 39:  # every tenth meta-step
-            open_files = len(os.listdir("/proc/self/fd"))
-            seen.append((resident(), open_files, threading.active_count()))
-
-    trainer.on_update = look
-    assert trainer.train()
-    memory, files, threads = zip(*seen, strict=True)
-    settled = memory[4:]  # the first 40 meta-steps fill caches
-    grown = max(settled) / settled[0] - 1
-    print(f"\nRSS {[m >> 20 for m in memory]} MiB, grown {grown:.2%}; files {files}; {threads}")
+    """Without the two caches of oneDNN's kernels, which grow with the shapes seen, up to 1024:
+    by 46 MB in this run."""
+    uncached = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0", "LRU_CACHE_CAPACITY": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.soak", str(tmp_path / "run")],
+        cwd=ROOT,
+        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT), **uncached},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    seen = json.loads(ran.stdout)
+    memory, objects, files, threads = zip(*seen[2:], strict=True)  # behind 30 meta-steps
+    grown = max(memory) / memory[0] - 1
+    print(f"\nRSS {[m >> 20 for m in memory]} MiB; objects {objects}; files {files}; {threads}")
     assert len(seen) == 20 and grown <= 0.02
+    assert max(objects) <= objects[0] + 500
     assert len(set(files)) == 1 and len(set(threads)) == 1
-    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert state["step"] == 200
-    record_property("memory grown in 160 meta-steps", f"{grown:.2%}")
-    record_property("open files and threads gained in 200 meta-steps", "0 and 0")
-    assert json.loads((tmp_path / "run" / "policy.json").read_text())["progress"] == 1
+    record_property("memory grown in 170 meta-steps", f"{grown:.2%}")
+    record_property("open files and threads gained in 170 meta-steps", "0 and 0")
