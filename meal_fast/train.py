@@ -24,6 +24,7 @@ from meal_fast.config.cli import TrainArgs, fail, one_line_errors, parse_train, 
 from meal_fast.config.config import Config, to_dict
 from meal_fast.config.plan import plan
 from meal_fast.config.run_dir import check_folder
+from meal_fast.config.trust import trusting
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
@@ -105,9 +106,9 @@ def train(config: Config, args: TrainArgs) -> None:
                 + ("" if saved else ", which starts from the first update")
             )
         except KeyboardInterrupt as stopped:  # of an objective that does not come back
-            again = f"python -m meal_fast.train --resume --out {args.out}"
+            again = f"python -m meal_fast.train --resume --out {args.out}{trusting(config)}"
             said = f"{stopped}; the meta-step is given up, the last checkpoint is good"
-            print(f"meal-fast: {said}: go on with {again}", file=sys.stderr)
+            tell(f"meal-fast: {said}: go on with {again}")
             sys.exit(130)
         finally:
             for number, handler in before.items():
@@ -117,7 +118,7 @@ def train(config: Config, args: TrainArgs) -> None:
         tell(
             f"meal-fast: stopped after meta-step {trainer.step} "
             f"({trainer.progress(trainer.done):.0%}); go on with "
-            f"python -m meal_fast.train --resume --out {args.out}"
+            f"python -m meal_fast.train --resume --out {args.out}{trusting(config)}"
         )
         sys.exit(130)
     note_cost(args.out, trainer.policy.device)

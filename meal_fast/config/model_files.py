@@ -46,7 +46,8 @@ def check_model_files(folder: Path, what: str, else_: str = "") -> None:
     if pickled and ".safetensors" not in weights:
         raise ValueError(
             f"{what}: {str(folder)!r} has its weights as a pickle (*{min(pickled)}), which can "
-            f"run code when it is read; save them as safetensors{remedy}"
+            f"run code when it is read; save them as safetensors where you trust them, by "
+            f"from_pretrained(…).save_pretrained(NEW){remedy}"
         )
 
 
@@ -59,9 +60,9 @@ def read_settings(path: Path, what: str) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{what}: {str(path)!r} cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise ValueError(f"{what}: {str(path)!r} is not JSON ({error})") from None
+        raise ValueError(f"{what}: {str(path)!r} is not JSON ({error}); copy it again") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{what}: {str(path)!r} holds no table")
+        raise ValueError(f"{what}: {str(path)!r} holds no table; copy it again")
     return values
 
 

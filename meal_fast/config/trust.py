@@ -81,6 +81,11 @@ def check_trust(
             check_model_files(folder, f"objective {_short(spec)}", remedy)
 
 
+def trusting(config: Config) -> str:
+    """Give the flag that a user's own run is gone on with: "" where it needs none."""
+    return " --trust-run" if any(map(_does, config.objectives)) else ""
+
+
 def _does(spec: str) -> str:
     """What an objective does beside reading a model's weights; "" for nothing."""
     source = spec.partition("=")[2].partition("?")[0]

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from meal_fast.config.model_files import check_model_files
+
 from .reward_specs import Classifier
 
 _ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -26,6 +28,9 @@ def load_classifier(name: str, spec: Classifier) -> tuple[Any, Any]:
     if adapter is not None:
         source, labels = adapter.base, {"num_labels": adapter.labels}
     _check_weights(name, source)
+    for place in {spec.path, source}:
+        if Path(place).is_dir():
+            check_model_files(Path(place), f"objective {name!r}")
     read = {"trust_remote_code": False}
     try:
         with_words = source

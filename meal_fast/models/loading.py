@@ -136,7 +136,8 @@ def _load(path: str, config: PolicyConfig, said: str) -> tuple[Any, Any]:
             "of the whole weights"
         )
     own = f"{said}: {kind} has an attention of its own and is not supported; {INSTEAD}"
-    _check_files(said, Path(path))
+    if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
+        raise ValueError(f"{said}: has no *.safetensors; name a folder that save_pretrained wrote")
     with _one_line(f"{said}: its weights cannot be loaded", own), _unreported():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
@@ -174,18 +175,6 @@ def _load(path: str, config: PolicyConfig, said: str) -> tuple[Any, Any]:
         )
     exact_angles(model)
     return model, tokenizer
-
-
-def _check_files(said: str, folder: Path) -> None:
-    """Refuse weights that are not safetensors: a pickle runs what code its writer likes."""
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        pickled = sorted(x.name for x in folder.glob("*.bin"))
-        raise ValueError(
-            f"{said}: {pickled[0]} is a pickle, which may run code; convert it where you trust it: "
-            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)"
-            if pickled
-            else f"{said}: has no *.safetensors; name a folder that save_pretrained wrote"
-        )
 
 
 @contextmanager

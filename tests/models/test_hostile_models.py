@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from meal_fast import chat, evaluate, export
+from meal_fast import chat, evaluate, export, train
 from meal_fast.config.cli import one_line_errors
 from meal_fast.models.policy import load_policy
+from meal_fast.training.checkpoint import read_checkpoint
 from meal_fast.training.preference_net import PreferenceNet
 from tests.helpers.processes import assert_one_line
 from tests.helpers.run_folder import build_run, tiny_config
@@ -85,19 +86,17 @@ def test_pickled_weights_are_not_read(run, tmp_path, capsys, place):
 )
 @pytest.mark.parametrize("how", ["plain", "torch", "torch zip"])
 def test_a_checkpoint_that_executes_is_refused(run, tmp_path, capsys, how):
-    from meal_fast.config.run_dir import read_config
-    from meal_fast.serving.run import unfinished
-
     mark = tmp_path / "pwned"
-    for name in ("checkpoint.pt", "preference_net.safetensors"):
+    for name in ("checkpoint.pt", "checkpoint.previous.pt", "preference_net.safetensors"):
         if how == "plain":
             (run / name).write_bytes(pickle.dumps({"step": Evil(mark)}))
         else:
             new = how == "torch zip"
             torch.save({"step": Evil(mark)}, run / name, _use_new_zipfile_serialization=new)
-    with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read"):
-        unfinished(run, read_config(run))
-    assert "cannot be read" in said_by(export, capsys, run)
+    with pytest.raises(ValueError, match=r"damaged, cut short, or no checkpoint"):
+        read_checkpoint(run / "checkpoint.pt")
+    said = said_by(train, capsys, "--resume", "--out", run, "--no-evaluate")
+    assert "nothing to go on from: checkpoint.pt is damaged" in said
     with pytest.raises(ValueError, match="preference net"):
         PreferenceNet.load(run / "preference_net.safetensors", ("first", "second"))
     assert "preference net" in said_by(chat, capsys, run, *ASK)
