@@ -69,7 +69,4 @@ def check_ahead(policy: Policy, config: Config, say: Say) -> None:
                     f"evaluation.statistics={shared!r}: of objectives {names}, not {config.names}"
                 )
     except ValueError as error:
-        raise ValueError(
-            f"the evaluation after training: {error}; or name prompts.evaluation, or add "
-            "--no-evaluate"
-        ) from None
+        raise ValueError(f"the evaluation after training: {error}; or add --no-evaluate") from None

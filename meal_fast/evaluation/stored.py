@@ -35,8 +35,8 @@ _SWEEP = {
     "ends": Each({"raw": _ESTIMATE, "normalized": _ESTIMATE}),
     "largest_gap": {"value": _UNSURE},
     "violations": Each({"count": WHOLE, "of": WHOLE}),
-    "prompt_rewards?": [[[NUMBER]]],
-    "prompt_normalized?": [[[NUMBER]]],
+    "prompt_rewards?": [[[_UNSURE]]],
+    "prompt_normalized?": [[[_UNSURE]]],
     "prompt_pu?": [[NUMBER]],
     "prompt_marks?": Each([[NUMBER]]),
     "mark_ends?": Each(Each(_ESTIMATE)),
@@ -73,7 +73,7 @@ _EVALUATION: Shape = {
     ),
     "shown": [{"id": TEXT, "text": TEXT, "kind": TEXT}],
     "answers": [
-        {"prompt": TEXT, "w": [NUMBER], "model": TEXT, "text": TEXT, "reward": Each(NUMBER)}
+        {"prompt": TEXT, "w": [NUMBER], "model": TEXT, "text": TEXT, "reward": Each(_UNSURE)}
     ],
     "seconds": {"all": NUMBER, "scoring": NUMBER},
     "versions": Each(TEXT),

@@ -244,7 +244,8 @@ class NetTrainer:
             "net_kl_before": before,
             "net_kl_after": float(divergence(target_BK, w_BK).mean()),
         }
-        moments = [m for state in self.optimizer.state.values() for m in state.values()]
+        states = self.optimizer.state.values()
+        moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
         finite = torch.stack([m.isfinite().all() for m in (*moments, *self.net.parameters())])
         if all(map(math.isfinite, found.values())) and bool(finite.all()):
             return found

@@ -227,7 +227,7 @@ def test_a_number_that_is_none_is_refused_by_file_and_field(run, tmp_path, file,
     text = (run / file).read_text()
     value = json.loads(text if file == "evaluation.json" else text.splitlines()[0])
     changed = json.dumps(planted(value, path, False, odd)) + "\n"
-    undefined = odd is None and (path[-1] in ("value", "first"))
+    undefined = odd is None and (path[-1] in ("value", "first", "second"))
     if undefined:  # what has no value is a null, and shown as a dash
         written(run, tmp_path, file, changed)
         return

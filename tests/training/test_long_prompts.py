@@ -113,7 +113,8 @@ def test_what_the_evaluation_lacks_is_told_first(short, capfd, more, words):
     train = {p.text for p in load_prompts(str(short / "all.txt"), "train")}
     (short / "few.txt").write_text("\n".join(x for x in few if x in train))
     (short / "long.txt").write_text("note" + "o" * 80)
-    other = {"names": ["x", "y"], "normalizer": {}, "utopia": [1, 1], "mu_evaluation": 0.1}
+    normalizer = {"mode": "none", "offset": [0, 0], "divisor": [1, 1]}
+    other = {"names": ["x", "y"], "normalizer": normalizer, "utopia": [1, 1], "mu_evaluation": 0.1}
     (short / "other.json").write_text(json.dumps(other))
     names = {"few": "few.txt", "long": "long.txt", "none": "none.txt", "other": "other.json"}
     filled = [x.format(**{k: short / v for k, v in names.items()}) for x in more]

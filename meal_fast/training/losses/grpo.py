@@ -7,7 +7,9 @@ each is normalised by the step's own count.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,6 +58,7 @@ def grpo(
         )
     if config.keep:
         rollout, scored = most_telling(rollout, scored, config.keep)
+    advantage_R, unsound = _finite(scored.advantage_R, rollout.tasks)
     normalizers = [divisor(rollout, config.reduce, rows) for rows in rollout.tasks]
     made: list[list[dict[str, Tensor]]] = [[] for _ in normalizers]  # of each task its runs'
     batches = [
@@ -74,7 +77,7 @@ def grpo(
             hidden_MD = hidden(network, batch)
         tokens = {
             "target": of_tokens(rollout.tokens_RT, batch),
-            "advantage": of_rows(scored.advantage_R, rows, batch),
+            "advantage": of_rows(advantage_R, rows, batch),
             "old_logp": of_tokens(rollout.logp_RT, batch),
             "sequence": batch.row_M,
             **{name: extra.pop(name) for name in OF_TOKENS & extra.keys()},
@@ -101,9 +104,22 @@ def grpo(
             made[task].append(metrics | {"loss": loss.detach()})
         torch.stack(losses).sum().backward()
     totals = [_whole(runs) for runs in made]
+    for task in unsound:
+        totals[task]["loss"] = torch.full_like(totals[task]["loss"], math.nan)
     if len(totals) == 1:
         return totals[0]
     return {name: torch.stack([total[name] for total in totals]) for name in totals[0]}
+
+
+def _finite(advantage_R: Tensor, tasks: Sequence[slice]) -> tuple[Tensor, list[int]]:
+    """Put 0 for advantages that are not finite; tell which tasks have them: their loss is NaN.
+
+    On a CPU, where the op would refuse them; on a GPU, where nobody looks, the op's loss is NaN.
+    """
+    if advantage_R.device.type != "cpu" or bool(advantage_R.isfinite().all()):
+        return advantage_R, []
+    unsound = [t for t, rows in enumerate(tasks) if not bool(advantage_R[rows].isfinite().all())]
+    return advantage_R.nan_to_num(0.0, 0.0, 0.0), unsound
 
 
 def _whole(runs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
