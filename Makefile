@@ -80,7 +80,7 @@ smoke: assets  ## two meta-steps on the real model, into a temporary folder
 	    --evaluation.prompts 2 --evaluation.grid 3
 
 reliability: assets  ## docs/reliability.md, from the tests of faults, attacks and messages; minutes
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist worksteal \
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n auto --dist worksteal \
 	    -m "reliability and not gpu and not trl" --reliability docs/reliability.md
 
 golden: env  ## rewrite what the recorded rollouts are held to
