@@ -15,7 +15,8 @@ from .run_dir import PREFERENCE_NET, policy_folder, read_json, read_metrics
 SEAL = "policy.json"  # of a saved policy: how far the run was, and a digest of each file
 FAMILY = "family.safetensors"  # of a run with several models
 WARMED = "warmup/parameters.safetensors"  # what a supervised start ended with
-MEASURING = ("config.json", "statistics.json")  # by which a policy is evaluated
+TEMPLATE = "template.json"  # the chat template as the run settled it
+MEASURING = ("config.json", "statistics.json", TEMPLATE)  # by which a policy is evaluated
 
 
 def sha256(path: Path, length: int | None = None) -> str:
@@ -73,7 +74,8 @@ def check_policy(run: Path) -> None:
     """Raise ValueError where a saved policy is not what training wrote; reads all of it."""
     policy_folder(run)
     seal = read_seal(run).get("files", {})
-    _check(run, {name: digest for name, digest in seal.items() if name not in MEASURING})
+    # No policy says anything without its template.
+    _check(run, {n: digest for n, digest in seal.items() if n == TEMPLATE or n not in MEASURING})
 
 
 def check_measuring(run: Path) -> None:

@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -184,7 +184,8 @@ def _as_column(name: str, given: Any, responses: Sequence[str]) -> tuple[Tensor,
     if hasattr(given, "__array__"):  # numpy's, and what is like it
         given = given.tolist()
         given = given if isinstance(given, list) else [given] * (rows == 1)
-    if isinstance(given, str | bytes | Mapping) or not hasattr(given, "__iter__"):
+    # Of a set the order is nobody's.
+    if isinstance(given, str | bytes | Mapping | Set) or not hasattr(given, "__iter__"):
         raise ObjectiveError(
             f"objective {name!r} returned a {type(given).__name__}; a list of {rows} numbers is "
             "needed, one for each response"

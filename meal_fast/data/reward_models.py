@@ -114,7 +114,8 @@ class ClassifierScorer:
         """The token that rows are padded with: the usual one, or one of none of them."""
         there = {token for row in rows for token in row["input_ids"]}
         usual = self.tokenizer.pad_token_id
-        if usual is not None and usual not in there:
+        known = len(self.model.get_input_embeddings().weight)
+        if usual is not None and usual not in there and usual < known:
             return int(usual)
         return next(token for token in range(len(there) + 1) if token not in there)
 

@@ -44,7 +44,7 @@ class RowEncoder:
         if own >= max_length:
             raise ValueError(
                 f"objective {name!r}: max_length={max_length}, but the format's own text has {own} "
-                "tokens; raise max_length, or choose another format"
+                "tokens; choose a shorter format, or a model (or max_length) that takes more"
             )
 
     def __call__(self, prompt: str, response: str) -> Encoded:

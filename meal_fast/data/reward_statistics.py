@@ -213,6 +213,7 @@ class Scales:
         )
 
     def save(self, path: Path, names: tuple[str, ...], mu: float, reward_RK: Tensor) -> None:
+        reward_RK = reward_RK.double()  # squares of large ones are no float32
         low, high = _ends(reward_RK)
         normalized_RK = self.normalizer.apply(reward_RK)
         values: dict[str, Any] = {
@@ -236,7 +237,14 @@ class Scales:
             values["warning"] = warning
         if self.standard is not None:
             values["standard"] = self.standard.to_dict()
-        write_atomic(path, json.dumps(values, indent=1))
+        try:
+            text = json.dumps(values, indent=1, allow_nan=False)
+        except ValueError:
+            raise ValueError(
+                f"rewards from {low.tolist()} to {high.tolist()} of {', '.join(names)}: too large "
+                "to be averaged; give them in other units"
+            ) from None
+        write_atomic(path, text)
 
     @staticmethod
     def load(path: Path) -> Scales:

@@ -16,10 +16,10 @@ from typing import Any
 
 from meal_fast.common import write_atomic
 from meal_fast.config.run_dir import read_json
+from meal_fast.config.sealed import TEMPLATE as FILE
 
 from .preference_template import without_preference
 
-FILE = "template.json"  # in the run's folder
 _BEGIN, _END = "{#- meal-fast: run -#}", "{#- meal-fast: run end +#}"
 _MARK = "\u241f"  # stands for a turn's text while it is looked for in what the template makes
 _DIRECTIVES = "aAwdbBmyYHIpMSfjUWcxX"
@@ -79,8 +79,8 @@ def kept_template(run: Path) -> str | None:
     if not (run / FILE).is_file():
         return None
     template = read_json(run, FILE).get("chat_template")
-    if not isinstance(template, str):
-        raise ValueError(f"RUN={str(run)!r}: {FILE} holds no chat_template")
+    if not isinstance(template, str) or not template.strip():
+        raise ValueError(f"RUN={str(run)!r}: {FILE} holds no chat_template; restore it from a copy")
     return template
 
 

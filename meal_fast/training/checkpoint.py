@@ -28,14 +28,14 @@ from meal_fast.common import replacing, write_atomic
 from meal_fast.config.config import Config, to_dict
 from meal_fast.config.recipes import spec_of
 from meal_fast.config.run_dir import changed_options, check_folder
-from meal_fast.config.sealed import WARMED, seal_policy, sha256
+from meal_fast.config.sealed import TEMPLATE, WARMED, seal_policy, sha256
 from meal_fast.data.preferences import Preference
 from meal_fast.models.model_soup import FILE, Family
 from meal_fast.models.policy import Policy
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 LOGS = {"metrics.jsonl": "metrics_bytes", "completions.jsonl": "completions_bytes"}
-SEALED = ("statistics.json", WARMED)  # beside the logs
+SEALED = ("statistics.json", TEMPLATE, WARMED)  # beside the logs
 _NEEDED = {"step", "tokens", "metrics_bytes", "outer", "experience"}
 _KNOWN = _NEEDED | {"version", "completions_bytes", "files", "config", "digest"}
 
@@ -244,11 +244,15 @@ def check_space(out: Path, policy: Policy, models: int) -> None:
     saved = sum(p.numel() * max(p.element_size(), merged) for p in policy.model.parameters())
     family = 4 * trained if models > 1 else 0
     need = 3 * 3 * 4 * trained + 2 * saved + family
-    free = shutil.disk_usage(place).free
+    # What an earlier start has written takes the place of what is counted here.
+    there = [p for name in (CHECKPOINT, PREVIOUS, FILE) if (p := out / name).is_file()]
+    there += [p for p in (out / "policy").rglob("*") if p.is_file()]
+    sizes = {(at := p.stat()).st_ino: at.st_size for p in there}  # linked ones once
+    free = shutil.disk_usage(place).free + sum(sizes.values())
     if free < need:
         raise ValueError(
             f"out={str(out)!r}: {free / 1e6:,.1f} MB free, checkpoints and the policy need "
-            f"{need / 1e6:,.1f} MB; name a folder with more space"
+            f"{need / 1e6:,.1f} MB; make room, or name a folder with more space"
         )
 
 

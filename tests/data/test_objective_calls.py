@@ -103,6 +103,7 @@ async def awaited(prompts, responses):
     [
         ("good", "returned a str; a list of 3 numbers is needed"),
         ({"rewards": [1, 2, 3]}, "returned a dict; a list of 3 numbers"),
+        ({0.5, 1.0, 2.0}, "returned a set; a list of 3 numbers"),
         (0.5, "returned a float; a list of 3 numbers"),
         (None, "returned a NoneType; a list of 3 numbers"),
         ([1.0, 2.0], r"returned shape \(2,\) for 3 responses"),

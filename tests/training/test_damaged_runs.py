@@ -8,7 +8,7 @@ import zipfile
 import pytest
 import torch
 
-from meal_fast import evaluate
+from meal_fast import chat, evaluate
 from meal_fast.config.config import from_dict
 from meal_fast.config.presets import preset
 from meal_fast.training.trainer import Trainer
@@ -274,3 +274,39 @@ def test_evaluated_from_a_damaged_folder(runs, tmp_path, capfd, record_property)
     assert refused > 60
     said = f"{tried} of {tried} ({refused} refused in one line, the others without effect)"
     record_property("damaged files, evaluated", said)
+
+
+@pytest.mark.reliability("silent", "another chat template in template.json than the run's own")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("assistant", "assXstXnt"),
+        lambda text: json.dumps({"chat_template": "constant"}),
+        lambda text: json.dumps({"chat_template": ""}),
+        None,
+    ],
+    ids=["edited", "constant", "empty", "missing"],
+)
+def test_another_template_is_seen(runs, tmp_path, capfd, change):
+    for kind in ("half", "whole"):
+        path = shutil.copytree(runs / kind, tmp_path / kind) / "template.json"
+        if change is None:
+            path.unlink()
+        else:
+            path.write_text(change(path.read_text()))
+    code, err = resumed(tmp_path / "half", capfd)
+    assert code == 2 and "template.json" in err.splitlines()[-1]
+    for command, argv in ((evaluate, ()), (chat, ("--prompt", "Write a word."))):
+        with pytest.raises(SystemExit) as stop:
+            command.main([str(tmp_path / "whole"), *argv])
+        last = capfd.readouterr().err.splitlines()[-1]
+        assert stop.value.code == 2 and "template.json" in last, last
+
+
+@pytest.mark.reliability("message", "a resume on a disk with room beside what is there")
+def test_what_is_there_counts_as_room(runs, tmp_path, capfd, monkeypatch):
+    run = shutil.copytree(runs / "half", tmp_path / "half")
+    size = (run / "checkpoint.pt").stat().st_size
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 2 * size))
+    code, err = resumed(run, capfd)
+    assert code == 0, err

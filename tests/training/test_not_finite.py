@@ -251,6 +251,19 @@ def test_rewards_that_overflow(tmp_path, monkeypatch, recipe):
     assert all(bool(x.isfinite().all()) for x in saved.values())
 
 
+@pytest.mark.reliability("lost", "rewards whose squares are no float32, in statistics.json")
+def test_large_rewards_leave_statistics_that_can_be_read(tmp_path):
+    from meal_fast.config.config import ScoreConfig
+    from meal_fast.data.reward_statistics import Scales
+
+    large = torch.tensor([[1e38, 0.0], [2e38, 1.0], [3e38, 0.5]])
+    scales = Scales.fit(large, ScoreConfig(), standard=False)
+    scales.save(tmp_path / "statistics.json", ("a", "b"), 0.1, large)
+    assert Scales.load(tmp_path / "statistics.json").normalizer == scales.normalizer
+    held = json.loads((tmp_path / "statistics.json").read_text())["calibration"]
+    assert held["mean"][0] == pytest.approx(2e38) and held["std"][0] == pytest.approx(1e38, rel=0.3)
+
+
 @pytest.mark.reliability("silent", "a policy whose logits are not finite is asked for answers")
 @pytest.mark.parametrize("backend", ["engine", "generate"])
 def test_logits_that_are_not_finite_are_no_answer(backend, monkeypatch):
