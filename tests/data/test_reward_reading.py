@@ -55,6 +55,17 @@ def test_a_causal_model_is_read_at_its_last_token(kind: str, pad: str | None, tm
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.reliability("silent", "a pad token for which the reward model has no embedding")
+def test_a_pad_token_beyond_the_embedding_is_not_used(tmp_path: Path) -> None:
+    tokenizer = byte_level(pad=None)
+    folder = saved(tmp_path, "llama", tokenizer)
+    text = "template:{prompt} <|im_start|>{response}{eos}"
+    want = scorer(folder, format=text)(PROMPTS, RESPONSES)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})  # and the model is not resized
+    tokenizer.save_pretrained(folder)
+    torch.testing.assert_close(scorer(folder, format=text)(PROMPTS, RESPONSES), want)
+
+
 @pytest.mark.reliability("silent", "encoder and eos reading reward models, with pad = eos or none")
 @pytest.mark.parametrize("pad", ["<|im_end|>", "<|im_start|>"])
 @pytest.mark.parametrize("kind", ["bert", "roberta", "deberta-v2", "electra", "bart", "t5"])
