@@ -16,14 +16,13 @@ from typing import Any
 
 from meal_fast.common import write_atomic
 from meal_fast.config.run_dir import read_json
+from meal_fast.data.template_dates import frozen, literal
 
 from .preference_template import without_preference
 
 FILE = "template.json"  # in the run's folder
 _BEGIN, _END = "{#- meal-fast: run -#}", "{#- meal-fast: run end +#}"
 _MARK = "\u241f"  # stands for a turn's text while it is looked for in what the template makes
-_DIRECTIVES = "aAbBcCdDeFfgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"  # glibc's, and Python's own
-_PERCENT = "\u241e"  # stands for a percent sign that is meant
 _GIVEN = frozenset(  # variables that are no switches: whoever applies the template sets them
     "messages tools documents preference add_generation_prompt bos_token eos_token pad_token "
     "unk_token sep_token cls_token mask_token raise_exception strftime_now".split()
@@ -105,17 +104,16 @@ def prepared(
     Raises ValueError for a switch that the template does not read, and for a template that cannot
     say one turn of a user.
     """
-    template, before = without_preference(template), ""
+    template = without_preference(template)
     known = _variables(template)
-    if "strftime_now" in known:
-        before += _frozen(now or datetime.datetime.now(), *_dates(template))
+    before = frozen(template, now or datetime.datetime.now())
     dated = before + template
     for entry in switches:
         name, value = _switch(entry, known)
-        before += f"{{%- if {name} is not defined -%}}{{%- set {name} = {_literal(value)} -%}}"
+        before += f"{{%- if {name} is not defined -%}}{{%- set {name} = {literal(value)} -%}}"
         before += "{%- endif -%}"
     if system:
-        before += _SYSTEM.replace("@TEXT@", _literal(system)).replace("\n", "")
+        before += _SYSTEM.replace("@TEXT@", literal(system)).replace("\n", "")
     said = _said(tokenizer, before + template, _MARK)
     if said is None or said.count(_MARK) != 1:
         before += _PARTS.replace("\n", "")
@@ -229,49 +227,6 @@ def text_markers(tokenizer: Any, template: str) -> tuple[str, ...]:
     return tuple(x for x in lines if len(x) > 2 and not re.fullmatch(r"[\w\s]*", x))
 
 
-def _frozen(now: datetime.datetime, forms: Sequence[str], others: bool) -> str:
-    """Stand for transformers' `strftime_now`, at one moment.
-
-    forms: what the template asks for as it is written; others: it asks for what it makes up too.
-    """
-    known = _literal({form: now.strftime(form) for form in forms})
-    said = "{{- known[format] -}}"
-    if others:
-        said = f"format | replace('%%', '{_PERCENT}')"
-        for letter in _DIRECTIVES:
-            for form in (f"%-{letter}", f"%{letter}"):
-                if "%" not in (value := now.strftime(form)):
-                    said += f" | replace('{form}', {_literal(value)})"
-        said = (
-            f"{{%- set said = {said} -%}}"
-            "{%- if format in known -%}{{- known[format] -}}{%- elif '%' in said -%}"
-            "{{- raise_exception('strftime_now: a date cannot be written as ' ~ format) -}}"
-            f"{{%- else -%}}{{{{- said | replace('{_PERCENT}', '%') -}}}}{{%- endif -%}}"
-        )
-    said = f"{{%- set known = {known} -%}}{said}"
-    return f"{{%- macro strftime_now(format) -%}}{said}{{%- endmacro -%}}"
-
-
-def _dates(template: str) -> tuple[list[str], bool]:
-    """Give the formats that `strftime_now` is asked for word for word, and whether it is asked for
-    others: in a variable, or under another name."""
-    from jinja2 import nodes
-    from transformers.utils import chat_template_utils
-
-    tree = chat_template_utils._compile_jinja_template(template).environment.parse(template)
-    forms, told = [], 0
-    for call in tree.find_all(nodes.Call):
-        given = [*call.args, *(k.value for k in call.kwargs if k.key == "format")]
-        if isinstance(call.node, nodes.Name) and call.node.name == "strftime_now":
-            if isinstance(given[0] if given else None, nodes.Const):
-                forms.append(str(given[0].value))
-                told += 1
-    for test in tree.find_all(nodes.Test):  # is it there at all?
-        told += isinstance(test.node, nodes.Name) and test.node.name == "strftime_now"
-    read = sum(name.name == "strftime_now" for name in tree.find_all(nodes.Name))
-    return list(dict.fromkeys(forms)), read > told
-
-
 def _switch(entry: str, known: frozenset[str]) -> tuple[str, Any]:
     name, _, text = entry.partition("=")
     if name not in known - _GIVEN:
@@ -284,20 +239,6 @@ def _switch(entry: str, known: frozenset[str]) -> tuple[str, Any]:
         return name, json.loads(text)
     except ValueError:
         return name, text
-
-
-def _literal(value: Any) -> str:
-    """Write a JSON value as Jinja has it."""
-    if isinstance(value, dict):
-        pairs = (f"{_literal(k)}: {_literal(v)}" for k, v in value.items())
-        return "{" + ", ".join(pairs) + "}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_literal, value))}]"
-    if value is None:
-        return "none"
-    if isinstance(value, str):  # a line's end would end a comment of none, but spoil a template
-        return json.dumps(value, ensure_ascii=False)
-    return json.dumps(value)
 
 
 def _variables(template: str) -> frozenset[str]:
