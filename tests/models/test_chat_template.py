@@ -236,6 +236,15 @@ def test_a_run_is_trained_resumed_and_served_on_its_first_day(tmp_path):
         load_served(run, read_config(run))
 
 
+@pytest.mark.reliability("silent", "a policy's template that cuts or changes what is asked")
+@pytest.mark.parametrize("how", ["[:200]", "[-200:]", "[:3990]", "|upper", "|replace('[', '(')"])
+@pytest.mark.parametrize("style", ["bar", "numbers", "none"])
+def test_a_template_that_does_not_say_a_text_as_it_is_is_refused(how, style, tmp_path):
+    template = CHATML.replace("message['content']", f"(message['content']{how})")
+    with pytest.raises(ValueError, match=r"^policy\.path=.* cuts or changes .*it is$"):
+        policy_of(template, tmp_path, preference_text=style)
+
+
 def test_a_conversation_s_own_system_turn_takes_the_run_s_place(tmp_path):
     policy = policy_of(SYSTEM_FIRST, tmp_path, system="Be kind.")
     said = policy.tokenizer.decode(sum(policy.encode("Hi", W, (("system", "Be short."),)), ()))
