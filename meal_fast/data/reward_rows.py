@@ -10,13 +10,18 @@ characters and no end of a turn: else a response could write turns of its own.
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Callable
 from typing import Any
 
 from .reward_specs import Classifier, post_of, put
+from .template_dates import frozen
 
 Encoded = dict[str, list[int]]  # input_ids and what else the model takes, all of one length
+
+DAY = datetime.datetime(2024, 7, 26)  # that a chat template prints: a reward is the same on any
+_MARK = "\u241f"  # stands for a response while it is looked for in what the template makes
 
 _HELD = 0xF0000  # of a plane for private use: characters that stand for special tokens in a text
 
@@ -39,6 +44,10 @@ class RowEncoder:
                 f"objective {name!r}: format=chat, but the tokenizer of {spec.path!r} has no chat "
                 "template; write the format out: ?format=template:TEXT"
             )
+        if spec.format == "chat":
+            template = tokenizer.get_chat_template()
+            dated = frozen(template, DAY)
+            self._template = f"{dated}{{#- the day +#}}{template}" if dated else template
         self._doubled = self._doubles()
         own = len(self._whole("", "")["input_ids"])
         if own >= max_length:
@@ -46,6 +55,8 @@ class RowEncoder:
                 f"objective {name!r}: max_length={max_length}, but the format's own text has {own} "
                 "tokens; choose a shorter format, or a model (or max_length) that takes more"
             )
+        if spec.format == "chat":
+            self._check_chat(name)
 
     def __call__(self, prompt: str, response: str) -> Encoded:
         """Token ids (and what else the model takes) of one row, of at most `max_length`."""
@@ -83,11 +94,11 @@ class RowEncoder:
         tokenizer, spec = self.tokenizer, self.spec
         if spec.format == "chat":
             asked = put(spec.prompt, prompt=prompt, post=post_of(prompt))
-            turns = [
-                {"role": "user", "content": asked},
-                {"role": "assistant", "content": response},
-            ]
-            return [tokenizer.apply_chat_template(turns, tokenize=False)], False
+            said = self._chat(asked, response)
+            bare, before = _bare(said), _bare(asked)
+            if _bare(response) not in bare[bare.find(before) + len(before) :]:  # thoughts cut off
+                said = self._chat(asked, _MARK).replace(_MARK, response)
+            return [said], False
         prompt = put(spec.prompt, prompt=prompt, post=post_of(prompt))
         if spec.format == "pair":
             return [prompt, response], True
@@ -98,6 +109,33 @@ class RowEncoder:
         special = {key: getattr(tokenizer, f"{key}_token") or "" for key in ("bos", "eos", "sep")}
         template = spec.format.removeprefix("template:")
         return [put(template, prompt=prompt, response=response, **special)], True
+
+    def _chat(self, asked: str, response: str) -> str:
+        """What the tokenizer's chat template makes of a prompt and a response."""
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": response}]
+        said: str = self.tokenizer.apply_chat_template(
+            turns, chat_template=self._template, tokenize=False
+        )
+        return said
+
+    def _check_chat(self, name: str) -> None:
+        """Raises ValueError where the chat template does not say both texts whole, each once."""
+        long = " ".join(f"{n}x" for n in range(1000, 1667))  # 4,000 characters
+        for asked, response, whole in (
+            ("7prompt7", "7response7", ("7prompt7", "7response7")),
+            ("7prompt7", long, ("7prompt7", long)),
+            (long, "7response7", (long, "7response7")),
+            ("7prompt7", "7before7</think>7behind7", ("7prompt7", "7before7", "7behind7")),
+        ):
+            said = _bare(self._chat(asked, response))
+            for text in whole:
+                if said.count(_bare(text)) != 1:
+                    raise ValueError(
+                        f"objective {name!r}: format=chat, but the chat template of "
+                        f"{self.spec.path!r} does not say {text[:20]!r} of a prompt of "
+                        f"{len(asked)} and a response of {len(response)} characters whole and "
+                        "once; write the format out: ?format=template:TEXT"
+                    )
 
     def _tokens(
         self, texts: list[str], added: bool
@@ -176,6 +214,11 @@ class RowEncoder:
             for key, values in new.items():
                 values += spelt if key == "input_ids" else [row[key][i]] * len(spelt)
         return new
+
+
+def _bare(text: str) -> str:
+    """The text without spaces: a template may trim it, and put lines around its thoughts."""
+    return "".join(text.split())
 
 
 def _most(n: int, fits: Callable[[int], bool]) -> int:

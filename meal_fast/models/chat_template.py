@@ -17,12 +17,12 @@ from typing import Any
 from meal_fast.common import write_atomic
 from meal_fast.config.run_dir import read_json
 from meal_fast.config.sealed import TEMPLATE as FILE
+from meal_fast.data.template_dates import frozen, literal
 
 from .preference_template import without_preference
 
 _BEGIN, _END = "{#- meal-fast: run -#}", "{#- meal-fast: run end +#}"
 _MARK = "\u241f"  # stands for a turn's text while it is looked for in what the template makes
-_DIRECTIVES = "aAwdbBmyYHIpMSfjUWcxX"
 _GIVEN = frozenset(  # variables that are no switches: whoever applies the template sets them
     "messages tools documents preference add_generation_prompt bos_token eos_token pad_token "
     "unk_token sep_token cls_token mask_token raise_exception strftime_now".split()
@@ -104,22 +104,22 @@ def prepared(
     Raises ValueError for a switch that the template does not read, and for a template that cannot
     say one turn of a user.
     """
-    template, before = without_preference(template), ""
+    template = without_preference(template)
     known = _variables(template)
-    if "strftime_now" in known:
-        before += _frozen(now or datetime.datetime.now())
+    before = frozen(template, now or datetime.datetime.now())
+    dated = before + template
     for entry in switches:
         name, value = _switch(entry, known)
-        before += f"{{%- if {name} is not defined -%}}{{%- set {name} = {_literal(value)} -%}}"
+        before += f"{{%- if {name} is not defined -%}}{{%- set {name} = {literal(value)} -%}}"
         before += "{%- endif -%}"
     if system:
-        before += _SYSTEM.replace("@TEXT@", _literal(system)).replace("\n", "")
+        before += _SYSTEM.replace("@TEXT@", literal(system)).replace("\n", "")
     said = _said(tokenizer, before + template, _MARK)
     if said is None or said.count(_MARK) != 1:
         before += _PARTS.replace("\n", "")
         parts = _said(tokenizer, before + template, _MARK)
         if parts is None or parts.count(_MARK) != 1:
-            raise ValueError(_why_not(tokenizer, template, said, system))
+            raise ValueError(_why_not(tokenizer, dated, said, system))
     return _BEGIN + before + _END + template if before else template
 
 
@@ -227,15 +227,6 @@ def text_markers(tokenizer: Any, template: str) -> tuple[str, ...]:
     return tuple(x for x in lines if len(x) > 2 and not re.fullmatch(r"[\w\s]*", x))
 
 
-def _frozen(now: datetime.datetime) -> str:
-    """Stand for transformers' `strftime_now`, at one moment."""
-    said = "format"
-    for letter in _DIRECTIVES:
-        for form in (f"%-{letter}", f"%{letter}"):
-            said += f" | replace('{form}', {_literal(now.strftime(form))})"
-    return f"{{%- macro strftime_now(format) -%}}{{{{- {said} -}}}}{{%- endmacro -%}}"
-
-
 def _switch(entry: str, known: frozenset[str]) -> tuple[str, Any]:
     name, _, text = entry.partition("=")
     if name not in known - _GIVEN:
@@ -248,20 +239,6 @@ def _switch(entry: str, known: frozenset[str]) -> tuple[str, Any]:
         return name, json.loads(text)
     except ValueError:
         return name, text
-
-
-def _literal(value: Any) -> str:
-    """Write a JSON value as Jinja has it."""
-    if isinstance(value, dict):
-        pairs = (f"{_literal(k)}: {_literal(v)}" for k, v in value.items())
-        return "{" + ", ".join(pairs) + "}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_literal, value))}]"
-    if value is None:
-        return "none"
-    if isinstance(value, str):  # a line's end would end a comment of none, but spoil a template
-        return json.dumps(value, ensure_ascii=False)
-    return json.dumps(value)
 
 
 def _variables(template: str) -> frozenset[str]:

@@ -110,6 +110,53 @@ def test_chat_is_the_template_of_the_tokenizer(
     torch.testing.assert_close(got, at_the_last_token(folder, rows), atol=1e-5, rtol=1e-5)
 
 
+CUTS = {
+    "users alone": "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+    "short": "{% for m in messages %}{{ m.role + m.content[:20] }}{% endfor %}",
+    "long": "{% for m in messages %}{{ m.role + m.content[:3000] }}{% endfor %}",
+    "thoughts": "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}",
+    "upper": "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
+    "twice": "{% for m in messages %}{{ m.content + m.content }}{% endfor %}",
+}
+
+
+@pytest.mark.reliability("silent", "format=chat whose template drops, cuts or doubles a text")
+@pytest.mark.parametrize("what", CUTS)
+def test_a_chat_template_says_both_texts_whole(what: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path, "llama", byte_level(template=CUTS[what]))
+    with pytest.raises(ValueError, match=r"^objective 'a': format=chat, .*format=template:TEXT$"):
+        scorer(folder, format="chat")
+
+
+@pytest.mark.reliability("silent", "format=chat whose template takes thoughts apart")
+def test_what_stands_before_thoughts_is_read_too(tmp_path: Path) -> None:
+    thinks = (
+        "{% for m in messages %}{% if m.role == 'user' or '</think>' not in m.content %}"
+        "{{ m.role + ':' + m.content + ';' }}{% else %}{{ m.role + ':<think>\n' + "
+        "m.content.split('</think>')[0].split('<think>')[-1].strip() + '\n</think>\n' + "
+        "m.content.split('</think>')[-1].strip() + ';' }}{% endif %}{% endfor %}"
+    )
+    tokenizer = byte_level(template=thinks)
+    encode = scorer(saved(tmp_path, "llama", tokenizer), format="chat").encode
+    for response, said in (
+        ("<think>a b</think>c", "<think>\na b\n</think>\nc"),
+        ("bad<think>a</think>b</think>c", "bad<think>a</think>b</think>c"),
+        ("bad<think>a</think>", "bad<think>a</think>"),
+    ):
+        for prompt in ("Hi", f"Say {response}", ""):
+            row = encode(prompt, response)["input_ids"]
+            assert tokenizer.decode(row) == f"user:{prompt};assistant:{said};"
+
+
+@pytest.mark.reliability("silent", "format=chat whose template prints the date")
+def test_a_reward_is_the_same_on_every_day(tmp_path: Path) -> None:
+    dated = "\n on {{ strftime_now('%F %c') }} " + str(byte_level().chat_template)
+    tokenizer = byte_level(template=dated)
+    encode = scorer(saved(tmp_path, "llama", tokenizer), format="chat").encode
+    said = tokenizer.decode(encode("Hi", "Yes")["input_ids"])
+    assert said.startswith("\n on 2024-07-26 Fri Jul 26 00:00:00 2024 <|im_start|>user")
+
+
 @pytest.mark.reliability("silent", "a template that writes the bos which the tokenizer adds")
 def test_a_bos_is_never_doubled(tmp_path: Path) -> None:
     tokenizer = byte_level(adds_bos=True)

@@ -171,6 +171,25 @@ def test_switches_are_json_or_texts_and_give_way_to_what_is_given():
     assert said(one=True, four=2) == "[True, None, {'a': [1, 'b']}, 2]"
 
 
+LETTERS = [f"%{letter}" for letter in "aAbBcCdDeFfgGhHIjklmMnpPrRSsTtuUVwWxXyYzZ"]
+
+
+@pytest.mark.reliability("silent", "a template that writes the date in a form of any kind")
+@pytest.mark.parametrize("asked", ["'FORM'", "['FORM'] | first", "format='FORM'", "messages[0].f"])
+def test_a_date_in_any_form_is_the_one_of_the_day_or_refused(asked):
+    then, words = datetime.datetime(2024, 2, 9, 15, 4, 5, 7), byte_level()
+    forms = [*LETTERS, "%-d.%-m.%y", "%%d", "%d%%", "%%%d %%%%Y", "no", "100 %% of %F %T"]
+    for form in forms:
+        template = "{{ strftime_now(ASKED) }}".replace("ASKED", asked.replace("FORM", form))
+        turns = [{"role": "user", "content": "Hi", "f": form}]
+        whole = prepared(words, template + CHATML, now=then)
+        said = words.apply_chat_template(turns, chat_template=whole, tokenize=False)
+        assert said.partition("<|im")[0] == then.strftime(form), form
+    if "|" in asked:  # made up where it is applied, and nothing that is known
+        with pytest.raises(ValueError, match="cannot be written as %Q"):
+            prepared(words, "{{ strftime_now(['%Q'] | first) }}" + CHATML, now=then)
+
+
 @pytest.mark.parametrize("form", ["%d %b %Y", "%A, %B %-d, %Y %H:%M", "%Y-%m-%d %j %y", "%I%p"])
 def test_a_date_stays_whatever_its_form(form):
     then = datetime.datetime(2024, 2, 9, 15, 4, 5)
@@ -203,7 +222,7 @@ def test_a_run_is_trained_resumed_and_served_on_its_first_day(tmp_path):
     # another day: what was kept says the first one
     text = json.loads((run / "template.json").read_text())["chat_template"]
     today = datetime.datetime.now().strftime("%Y")
-    text = text.replace(f"'%Y', \"{today}\"", "'%Y', \"1999\"")
+    text = text.replace(f' {today}"}}', ' 1999"}')
     (run / "template.json").write_text(json.dumps({"chat_template": text}))
     later = Trainer(config, run, resume=True)
     assert later.policy.base_template == text != template
@@ -215,6 +234,15 @@ def test_a_run_is_trained_resumed_and_served_on_its_first_day(tmp_path):
     (run / "template.json").write_text("{}")
     with pytest.raises(ValueError, match=r"template\.json holds no chat_template"):
         load_served(run, read_config(run))
+
+
+@pytest.mark.reliability("silent", "a policy's template that cuts or changes what is asked")
+@pytest.mark.parametrize("how", ["[:200]", "[-200:]", "[:3990]", "|upper", "|replace('[', '(')"])
+@pytest.mark.parametrize("style", ["bar", "numbers", "none"])
+def test_a_template_that_does_not_say_a_text_as_it_is_is_refused(how, style, tmp_path):
+    template = CHATML.replace("message['content']", f"(message['content']{how})")
+    with pytest.raises(ValueError, match=r"^policy\.path=.* cuts or changes .*it is$"):
+        policy_of(template, tmp_path, preference_text=style)
 
 
 def test_a_conversation_s_own_system_turn_takes_the_run_s_place(tmp_path):
