@@ -23,8 +23,8 @@ from meal_fast.common import say, tell
 from meal_fast.config.cli import TrainArgs, fail, one_line_errors, parse_train, require_packages
 from meal_fast.config.config import Config, to_dict
 from meal_fast.config.plan import plan
+from meal_fast.config.resume import resume_command
 from meal_fast.config.run_dir import check_folder
-from meal_fast.config.trust import trusting
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
@@ -81,8 +81,9 @@ def train(config: Config, args: TrainArgs) -> None:
             remedy = "make room" if full else "name a folder that can be read and written"
             fail(f"out={str(args.out)!r}: {error}; {remedy}")
         except KeyboardInterrupt:
-            again = " with --resume" if (args.out / "config.json").is_file() else ""
-            tell(f"meal-fast: stopped before the first update; start again{again}")
+            there = (args.out / "config.json").is_file()
+            again = f"go on with {resume_command(args.out)}" if there else "start again"
+            tell(f"meal-fast: stopped before the first update; {again}")
             sys.exit(130)
         loggers = Loggers(config.logger, args.out, to_dict(trainer.config))
         trainer.on_answers = both(display.answers, loggers.answers)
@@ -102,11 +103,11 @@ def train(config: Config, args: TrainArgs) -> None:
             fail(
                 f"out={str(args.out)!r}: {error.strerror or error}; "
                 + ("the last checkpoint is good" if saved else "there is no checkpoint yet")
-                + ": make room, then add --resume"
+                + f": make room, then go on with {resume_command(args.out)}"
                 + ("" if saved else ", which starts from the first update")
             )
         except KeyboardInterrupt as stopped:  # of an objective that does not come back
-            again = f"python -m meal_fast.train --resume --out {args.out}{trusting(config)}"
+            again = resume_command(args.out)
             said = f"{stopped}; the meta-step is given up, the last checkpoint is good"
             tell(f"meal-fast: {said}: go on with {again}")
             sys.exit(130)
@@ -118,7 +119,7 @@ def train(config: Config, args: TrainArgs) -> None:
         tell(
             f"meal-fast: stopped after meta-step {trainer.step} "
             f"({trainer.progress(trainer.done):.0%}); go on with "
-            f"python -m meal_fast.train --resume --out {args.out}{trusting(config)}"
+            f"{resume_command(args.out)}"
         )
         sys.exit(130)
     note_cost(args.out, trainer.policy.device)

@@ -17,6 +17,7 @@ from meal_fast.common import printable
 
 from .config import Config
 from .model_files import check_model_files
+from .sources import is_outside
 
 # Python objectives that are this package's own: functions of two lists of texts, nothing else.
 OWN = frozenset(f"meal_fast.data.measures:{name}" for name in ("brief", "detailed"))
@@ -81,9 +82,9 @@ def check_trust(
             check_model_files(folder, f"objective {_short(spec)}", remedy)
 
 
-def trusting(config: Config) -> str:
-    """Give the flag that a user's own run is gone on with: "" where it needs none."""
-    return " --trust-run" if any(map(_does, config.objectives)) else ""
+def asks_for_trust(objectives: Collection[str], logger: str) -> bool:
+    """Whether a run is gone on with only where the user trusts it."""
+    return logger in SENDS or any(map(_does, objectives))
 
 
 def _does(spec: str) -> str:
@@ -93,6 +94,8 @@ def _does(spec: str) -> str:
         return "send prompts and answers to a server"
     if source in OWN or _INERT.fullmatch(source):
         return ""
+    if is_outside(source):  # it is imported, whatever lies in the folder under that name
+        return "are Python code"
     # Whatever else has a colon, or is a Python file, is taken for code: better once too often.
     code = ":" in source or source.endswith(".py")
     return "are Python code" if code and not Path(source).is_dir() else ""
