@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -54,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         # By the objectives that this command was told, or was told to trust: no others.
         repeated = ["--objectives", *config.objectives]
-        evaluate([str(args.out), *([] if args.report else ["--no-report"]), *repeated])
+        limit = f"--objectives-timeout={config.objectives_timeout}"
+        evaluate([str(args.out), limit, *([] if args.report else ["--no-report"]), *repeated])
         took = clock(time.perf_counter() - trained)
         say(f"meal-fast: {took} for evaluation and report")
 
@@ -69,6 +71,7 @@ def train(config: Config, args: TrainArgs) -> None:
     with Display() as display:
         try:
             display.stage("loading PyTorch")
+            from meal_fast.data.objective_calls import ObjectiveError
             from meal_fast.evaluation.asked import check_ahead
             from meal_fast.training.loggers import Loggers
             from meal_fast.training.metrics import note_cost
@@ -99,13 +102,10 @@ def train(config: Config, args: TrainArgs) -> None:
         try:
             trainer.train()
         except OSError as error:
-            saved = (args.out / "checkpoint.pt").exists()
-            fail(
-                f"out={str(args.out)!r}: {error.strerror or error}; "
-                + ("the last checkpoint is good" if saved else "there is no checkpoint yet")
-                + f": make room, then go on with {resume_command(args.out)}"
-                + ("" if saved else ", which starts from the first update")
-            )
+            what = f"out={str(args.out)!r}: {error.strerror or error}"
+            fail(f"{what}; {left(args.out, 'make room')}")
+        except ObjectiveError as error:
+            raise ObjectiveError(f"{error}; {left(args.out, 'mend the objective')}") from error
         except KeyboardInterrupt as stopped:  # of an objective that does not come back
             again = resume_command(args.out)
             said = f"{stopped}; the meta-step is given up, the last checkpoint is good"
@@ -123,6 +123,14 @@ def train(config: Config, args: TrainArgs) -> None:
         )
         sys.exit(130)
     note_cost(args.out, trainer.policy.device)
+
+
+def left(out: Path, first: str) -> str:
+    """Say what a run that broke off has left, and how to go on with it when `first` is done."""
+    there = (out / "checkpoint.pt").exists()
+    said = "the last checkpoint is good" if there else "there is no checkpoint yet"
+    more = "" if there else ", which starts from the first update"
+    return f"{said}: {first}, then go on with {resume_command(out)}{more}"
 
 
 def both(first: Callable[[Any], None], second: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -62,12 +62,20 @@ def read_seal(run: Path) -> dict[str, Any]:
     """
     if not (run / SEAL).exists():
         return {}
-    seal = read_json(run, SEAL)
+    seal = read_written_anew(run, SEAL)
     files, progress = seal.get("files"), seal.get("progress")
     good = isinstance(files, dict) and all(isinstance(x, str) for x in files.values())
     if not good or not isinstance(progress, int | float):
         raise ValueError(f"RUN={str(run)!r}: {SEAL} is damaged; {_again(run)}")
     return seal
+
+
+def read_written_anew(run: Path, name: str) -> dict[str, Any]:
+    """Read a JSON file of a run that `--resume` writes anew. Raises ValueError, which says so."""
+    try:
+        return read_json(run, name)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_again(run)}") from None
 
 
 def check_policy(run: Path) -> None:

@@ -38,7 +38,7 @@ def add_trust(parser: argparse.ArgumentParser, *, objectives: bool = True) -> No
             "--objectives",
             nargs="*",
             metavar="NAME=SOURCE",
-            help="the same for those that are repeated here, as config.json has them",
+            help="the same for those that are repeated here, behind RUN, as config.json has them",
         )
 
 
@@ -68,8 +68,8 @@ def check_trust(
     if asked:
         raise ValueError(
             f"RUN={str(run)!r}: its config.json has objectives that {_does(asked[0])}: "
-            f"{', '.join(map(_short, asked))}; where you know what they do, repeat them, "
-            "--objectives NAME=SOURCE, or add --trust-run"
+            f"{', '.join(map(_short, asked))}; where you know what they do, repeat them behind "
+            "RUN, --objectives NAME=SOURCE, or add --trust-run"
         )
     if training and config.logger in SENDS and logger is None:
         raise ValueError(
