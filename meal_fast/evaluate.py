@@ -48,6 +48,12 @@ def parser() -> OneLineParser:
     p.add_argument(
         "--device", help="of policy and reward models: cpu, cuda, … (default: the run's)"
     )
+    p.add_argument(
+        *("--objectives-timeout", "--objectives_timeout"),
+        type=float,
+        metavar="SECONDS",
+        help="that a call of an objective may take; 0: no limit (default: the run's)",
+    )
     p.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: RUN)")
     p.add_argument("--no-report", action="store_true", help="write evaluation.json alone")
     add_trust(p)
@@ -66,6 +72,8 @@ def asked(config: Config, args: argparse.Namespace) -> Config:
         evaluation=dataclasses.replace(config.evaluation, **options),
         seed=config.seed if args.seed is None else args.seed,
     )
+    if args.objectives_timeout is not None:
+        config = dataclasses.replace(config, objectives_timeout=args.objectives_timeout)
     if args.device is None:
         return config
     policy = dataclasses.replace(config.policy, device=args.device)
@@ -78,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     config = read_config(args.run)
     check_trust(args.run, config, trusted=args.trust_run, objectives=args.objectives)
+    check_free(args.run)
     shared = config.evaluation.statistics
     statistics = read_statistics(Path(shared) if shared else args.run / "statistics.json")
     check_measuring(args.run)
@@ -85,7 +94,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_packages("evaluation", "moocore", then=f"python -m meal_fast.evaluate {args.run}")
     out = args.out or args.run
     config = asked(config, args)
-    check_free(args.run)
     with lock(out, "evaluation"):
         try:
             _evaluate(args.run, out, config, statistics, report=not args.no_report)

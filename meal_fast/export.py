@@ -24,7 +24,7 @@ from meal_fast.config.cli import OneLineParser, one_line_errors, parse_weights, 
 from meal_fast.config.config import Config
 from meal_fast.config.recipes import spec_of
 from meal_fast.config.run_dir import policy_folder, read_config
-from meal_fast.config.sealed import check_policy, warned_unfinished
+from meal_fast.config.sealed import check_policy, read_written_anew, warned_unfinished
 
 KINDS = ("hub", "adapter", "gguf")
 TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from meal_fast.models.export import copy_adapter, copy_model
 
     check_policy(args.run)
+    read_written_anew(args.run, "policy/preference.json")
     stopped = warned_unfinished(args.run, tell)
     held = whole(str(args.run / "policy"), "finish the run again")
     with held, _whole(out) as folder, _saved(args.run, config, w, folder) as policy:

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -23,8 +24,8 @@ from meal_fast.common import say, tell
 from meal_fast.config.cli import TrainArgs, fail, one_line_errors, parse_train, require_packages
 from meal_fast.config.config import Config, to_dict
 from meal_fast.config.plan import plan
+from meal_fast.config.resume import resume_command
 from meal_fast.config.run_dir import check_folder
-from meal_fast.config.trust import trusting
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
@@ -54,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         # By the objectives that this command was told, or was told to trust: no others.
         repeated = ["--objectives", *config.objectives]
-        evaluate([str(args.out), *([] if args.report else ["--no-report"]), *repeated])
+        limit = f"--objectives-timeout={config.objectives_timeout}"
+        evaluate([str(args.out), limit, *([] if args.report else ["--no-report"]), *repeated])
         took = clock(time.perf_counter() - trained)
         say(f"meal-fast: {took} for evaluation and report")
 
@@ -69,6 +71,7 @@ def train(config: Config, args: TrainArgs) -> None:
     with Display() as display:
         try:
             display.stage("loading PyTorch")
+            from meal_fast.data.objective_calls import ObjectiveError
             from meal_fast.evaluation.asked import check_ahead
             from meal_fast.training.loggers import Loggers
             from meal_fast.training.metrics import note_cost
@@ -81,8 +84,9 @@ def train(config: Config, args: TrainArgs) -> None:
             remedy = "make room" if full else "name a folder that can be read and written"
             fail(f"out={str(args.out)!r}: {error}; {remedy}")
         except KeyboardInterrupt:
-            again = " with --resume" if (args.out / "config.json").is_file() else ""
-            tell(f"meal-fast: stopped before the first update; start again{again}")
+            there = (args.out / "config.json").is_file()
+            again = f"go on with {resume_command(args.out)}" if there else "start again"
+            tell(f"meal-fast: stopped before the first update; {again}")
             sys.exit(130)
         loggers = Loggers(config.logger, args.out, to_dict(trainer.config))
         trainer.on_answers = both(display.answers, loggers.answers)
@@ -98,15 +102,12 @@ def train(config: Config, args: TrainArgs) -> None:
         try:
             trainer.train()
         except OSError as error:
-            saved = (args.out / "checkpoint.pt").exists()
-            fail(
-                f"out={str(args.out)!r}: {error.strerror or error}; "
-                + ("the last checkpoint is good" if saved else "there is no checkpoint yet")
-                + ": make room, then add --resume"
-                + ("" if saved else ", which starts from the first update")
-            )
+            what = f"out={str(args.out)!r}: {error.strerror or error}"
+            fail(f"{what}; {left(args.out, 'make room')}")
+        except ObjectiveError as error:
+            raise ObjectiveError(f"{error}; {left(args.out, 'mend the objective')}") from error
         except KeyboardInterrupt as stopped:  # of an objective that does not come back
-            again = f"python -m meal_fast.train --resume --out {args.out}{trusting(config)}"
+            again = resume_command(args.out)
             said = f"{stopped}; the meta-step is given up, the last checkpoint is good"
             tell(f"meal-fast: {said}: go on with {again}")
             sys.exit(130)
@@ -118,10 +119,18 @@ def train(config: Config, args: TrainArgs) -> None:
         tell(
             f"meal-fast: stopped after meta-step {trainer.step} "
             f"({trainer.progress(trainer.done):.0%}); go on with "
-            f"python -m meal_fast.train --resume --out {args.out}{trusting(config)}"
+            f"{resume_command(args.out)}"
         )
         sys.exit(130)
     note_cost(args.out, trainer.policy.device)
+
+
+def left(out: Path, first: str) -> str:
+    """Say what a run that broke off has left, and how to go on with it when `first` is done."""
+    there = (out / "checkpoint.pt").exists()
+    said = "the last checkpoint is good" if there else "there is no checkpoint yet"
+    more = "" if there else ", which starts from the first update"
+    return f"{said}: {first}, then go on with {resume_command(out)}{more}"
 
 
 def both(first: Callable[[Any], None], second: Callable[[Any], None]) -> Callable[[Any], None]:

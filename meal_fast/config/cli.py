@@ -74,6 +74,8 @@ class OneLineParser(argparse.ArgumentParser):
             self.prog = self.prog.replace("python -m meal_fast.", "meal-fast ")
 
     def error(self, message: str) -> NoReturn:
+        if message.endswith("required: RUN") and "--objectives" in self._option_string_actions:
+            message += "; it comes before --objectives, which takes all that follows"
         fail(message)
 
     def parse_args(self, args=None, namespace=None):

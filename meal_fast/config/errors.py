@@ -12,12 +12,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from meal_fast.common import printable
 
 # What a module's package is called, where it is not the module's name.
 PACKAGES = {"yaml": "PyYAML"}
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
 LONGEST = 4000  # characters of an error's line
 
 
@@ -52,8 +54,17 @@ def _record(*args: Any, **kwargs: Any) -> logging.LogRecord:
 def _harmless_logs() -> Iterator[None]:
     records, written = logging.getLogRecordFactory(), warnings.formatwarning
 
-    def plain(*args: Any, **kwargs: Any) -> str:
-        return printable(written(*args, **kwargs))
+    def plain(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        """Write a warning of ours in one line, without the place that it comes from."""
+        if category is UserWarning and filename.startswith(_PACKAGE):
+            return f"meal-fast: {printable(' '.join(str(message).split()))}\n"
+        return printable(written(message, category, filename, lineno, line))
 
     logging.setLogRecordFactory(_record)
     warnings.formatwarning = plain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from meal_fast.common import parse_json
 
 from .config import Config, from_dict, to_dict
 from .model_files import check_model_files
+from .resume import resume_command
 from .run_lock import FILE as LOCK
 from .run_lock import check_free
 from .shapes import NUMBER, TEXT, hold
@@ -31,7 +33,12 @@ _STATISTICS = {
 }
 
 # What a resumed run may change: nothing that enters the mathematics of the steps.
-FREE_ON_RESUME = ("checkpoint_every", "completions", "logger", "evaluation.", "grpo.skip_limit")
+FREE_ON_RESUME = (
+    *("checkpoint_every", "completions", "logger", "objectives_timeout"),
+    *("evaluation.", "grpo.skip_limit"),
+)
+
+_RESTORE = "restore it from a copy"
 
 
 def read_config(run: Path) -> Config:
@@ -118,7 +125,7 @@ def read_json(run: Path, name: str) -> dict[str, Any]:
     except OSError as error:
         # A report's own file comes from evaluate, all others from train.
         remedy = (
-            f"run `python -m meal_fast.evaluate {run}` first"
+            f"run `python -m meal_fast.evaluate {shlex.quote(str(run))}` first"
             if name == "evaluation.json" and (run / "config.json").is_file()
             else "give the folder that meal_fast.train wrote"
         )
@@ -175,8 +182,7 @@ def policy_folder(run: Path) -> Path:
     folder = run / "policy"
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"RUN={str(run)!r}: no policy/ yet; finish it with "
-            f"`python -m meal_fast.train --resume --out {run}`"
+            f"RUN={str(run)!r}: no policy/ yet; finish it with `{resume_command(run)}`"
         )
     for part in (folder, folder / "adapter"):
         if part.is_dir():
@@ -192,7 +198,13 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_bytes().decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        where = f"{error.reason} at byte {error.start}"
+        raise ValueError(
+            f"{str(path)!r}: is damaged: not UTF-8 text ({where}); {_RESTORE}"
+        ) from None
     updates = []
     for number, line in enumerate(lines, 1):
         try:
@@ -203,5 +215,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{str(path)!r}, line {number}: not JSON ({error})") from None
+            raise ValueError(
+                f"{str(path)!r}, line {number}: not JSON ({error}); {_RESTORE}"
+            ) from None
     return updates

@@ -10,6 +10,7 @@ from typing import Any
 
 from meal_fast.common import write_atomic
 
+from .resume import resume_command
 from .run_dir import PREFERENCE_NET, policy_folder, read_json, read_metrics
 
 SEAL = "policy.json"  # of a saved policy: how far the run was, and a digest of each file
@@ -62,12 +63,20 @@ def read_seal(run: Path) -> dict[str, Any]:
     """
     if not (run / SEAL).exists():
         return {}
-    seal = read_json(run, SEAL)
+    seal = read_written_anew(run, SEAL)
     files, progress = seal.get("files"), seal.get("progress")
     good = isinstance(files, dict) and all(isinstance(x, str) for x in files.values())
     if not good or not isinstance(progress, int | float):
         raise ValueError(f"RUN={str(run)!r}: {SEAL} is damaged; {_again(run)}")
     return seal
+
+
+def read_written_anew(run: Path, name: str) -> dict[str, Any]:
+    """Read a JSON file of a run that `--resume` writes anew. Raises ValueError, which says so."""
+    try:
+        return read_json(run, name)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_again(run)}") from None
 
 
 def check_policy(run: Path) -> None:
@@ -125,7 +134,7 @@ def warned_unfinished(run: Path, say: Callable[[str], None]) -> str:
 
 def how_to_finish(run: Path) -> str:
     """Give the command that goes on with a run."""
-    return f"`python -m meal_fast.train --resume --out {run}`"
+    return f"`{resume_command(run)}`"
 
 
 def _again(run: Path) -> str:

@@ -17,6 +17,7 @@ from meal_fast.common import printable
 
 from .config import Config
 from .model_files import check_model_files
+from .sources import is_outside
 
 # Python objectives that are this package's own: functions of two lists of texts, nothing else.
 OWN = frozenset(f"meal_fast.data.measures:{name}" for name in ("brief", "detailed"))
@@ -37,7 +38,7 @@ def add_trust(parser: argparse.ArgumentParser, *, objectives: bool = True) -> No
             "--objectives",
             nargs="*",
             metavar="NAME=SOURCE",
-            help="the same for those that are repeated here, as config.json has them",
+            help="the same for those that are repeated here, behind RUN, as config.json has them",
         )
 
 
@@ -67,8 +68,8 @@ def check_trust(
     if asked:
         raise ValueError(
             f"RUN={str(run)!r}: its config.json has objectives that {_does(asked[0])}: "
-            f"{', '.join(map(_short, asked))}; where you know what they do, repeat them, "
-            "--objectives NAME=SOURCE, or add --trust-run"
+            f"{', '.join(map(_short, asked))}; where you know what they do, repeat them behind "
+            "RUN, --objectives NAME=SOURCE, or add --trust-run"
         )
     if training and config.logger in SENDS and logger is None:
         raise ValueError(
@@ -81,9 +82,9 @@ def check_trust(
             check_model_files(folder, f"objective {_short(spec)}", remedy)
 
 
-def trusting(config: Config) -> str:
-    """Give the flag that a user's own run is gone on with: "" where it needs none."""
-    return " --trust-run" if any(map(_does, config.objectives)) else ""
+def asks_for_trust(objectives: Collection[str], logger: str) -> bool:
+    """Whether a run is gone on with only where the user trusts it."""
+    return logger in SENDS or any(map(_does, objectives))
 
 
 def _does(spec: str) -> str:
@@ -93,6 +94,8 @@ def _does(spec: str) -> str:
         return "send prompts and answers to a server"
     if source in OWN or _INERT.fullmatch(source):
         return ""
+    if is_outside(source):  # it is imported, whatever lies in the folder under that name
+        return "are Python code"
     # Whatever else has a colon, or is a Python file, is taken for code: better once too often.
     code = ":" in source or source.endswith(".py")
     return "are Python code" if code and not Path(source).is_dir() else ""

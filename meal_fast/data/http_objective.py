@@ -34,7 +34,6 @@ from meal_fast.common import printable
 
 from .objective_calls import ObjectiveError
 
-SCHEMES = ("http://", "https://")
 _ANSWER, _ROW = 1 << 20, 1 << 10  # bytes that an answer may have, and for each row beyond
 _AGAIN = (408, 429, 500, 502, 503, 504)
 _PAUSE, _LONGEST = 0.5, 30.0  # seconds before the second try, doubled each time; at most

@@ -118,7 +118,8 @@ def _in_time(
             _let_go(thread, 2)
             raise Late(
                 f"objective {name!r} has not come back within {limit:g} seconds for {rows} "
-                "responses; raise objectives_timeout (0: no limit), or see why it hangs"
+                "responses; raise objectives_timeout (--objectives_timeout SECONDS; 0: no limit), "
+                "or see why it hangs"
             )
     if raised:
         raise raised[0]

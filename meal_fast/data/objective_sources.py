@@ -9,8 +9,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-FUNCTION = re.compile(r"(?!.*\.py:)[A-Za-z_][\w.]*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-
 
 def imported(name: str, source: str) -> Any:
     """Import `module:function`, or `module:Class.method`.

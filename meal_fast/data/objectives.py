@@ -36,13 +36,14 @@ from torch import Tensor
 
 from meal_fast.common import quiet
 from meal_fast.config.schema import check_names
+from meal_fast.config.sources import SCHEMES, WORLDS, is_outside
 
 from .assets import NAMES as ASSETS
 from .assets import asset
 from .devices import device_of
-from .http_objective import SCHEMES, HttpObjective, Server, parse_server
+from .http_objective import HttpObjective, Server, parse_server
 from .objective_calls import ObjectiveError, Scorer, column, never, short
-from .objective_sources import FUNCTION, check_no_function, imported
+from .objective_sources import check_no_function, imported
 from .reward_models import HUB, Classifier, ClassifierScorer, with_options
 from .toy import world_objective
 
@@ -202,20 +203,10 @@ def _check_finite(names: Sequence[str], reward_RK: Tensor, responses: Sequence[s
         )
 
 
-_WORLDS = ("world:", "meal_fast.worlds:")  # the latter in runs of before
-
-
-def is_outside(source: str) -> bool:
-    """Whether a source runs code of its own, or is sent the texts: a function or a server."""
-    if source.startswith(("packaged:", *_WORLDS)):  # which look like module:function
-        return False
-    return source.startswith(SCHEMES) or bool(FUNCTION.fullmatch(source))
-
-
 def _parse(name: str, spec: str) -> Classifier | Server | Scorer:
     source, _, query = spec.partition("?")
     _, _, of_world = source.partition(":")
-    if source.startswith(_WORLDS):
+    if source.startswith(WORLDS):
         if query:
             raise ValueError(f"objective {name!r}: {source} takes no options, got {query!r}")
         return world_objective(of_world)

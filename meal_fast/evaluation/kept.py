@@ -55,7 +55,9 @@ class KeptSweeps:
 
 def kept_sweeps(run: Path, out: Path, config: Config, versions: dict[str, str]) -> KeptSweeps:
     """Give what an evaluation of `run` into `out` has kept there."""
-    depends = [to_dict(config), served_digests(run), _base_files(config), versions]
+    options = to_dict(config)
+    del options["objectives_timeout"]  # no answer depends on it
+    depends = [options, served_digests(run), _base_files(config), versions]
     return KeptSweeps(out / FOLDER, _digest(depends))
 
 

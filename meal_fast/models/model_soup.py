@@ -153,7 +153,7 @@ class Family:
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"{str(path)!r}: no models of a family ({reason}); finish the run with "
-                f"`python -m meal_fast.train --resume --out {path.parent}`"
+                f"{how_to_finish(path.parent)}"
             ) from None
 
 

@@ -139,7 +139,8 @@ def check_logp(request: Request, logp: float) -> None:
         raise ValueError(
             f"prompt {request.prompt.id}: the model's logits are not finite, so that there is "
             "nothing to draw from: its weights are damaged, or have grown too large for their "
-            "type; load them in float32 (policy.dtype), or train with a lower grpo.lr"
+            "type; load them in float32 (policy.dtype), or train with a lower grpo.lr: start anew "
+            "in another --out"
         )
 
 

@@ -144,9 +144,17 @@ def note_cost(out: Path, device: torch.device) -> None:
         peak = int(line.split()[1]) * 1024
     else:  # not Linux
         return
-    old = read_json(out, "cost.json")["peak_bytes"] if (out / "cost.json").exists() else 0
-    cost = {"device": device.type, "peak_bytes": max(old, peak)}
+    cost = {"device": device.type, "peak_bytes": max(_peak_before(out), peak)}
     write_atomic(out / "cost.json", json.dumps(cost))
+
+
+def _peak_before(out: Path) -> int:
+    """Read what cost.json says; 0 where there is none, or it is damaged."""
+    try:
+        found = read_json(out, "cost.json").get("peak_bytes")
+    except ValueError:
+        return 0
+    return found if isinstance(found, int) and found is not True and found > 0 else 0
 
 
 def of_responses(

@@ -10,7 +10,9 @@ import pytest
 
 from meal_fast.config.cli import check_trust, parse_train
 from meal_fast.config.config import from_dict, to_dict
+from meal_fast.config.sources import FUNCTION
 from meal_fast.config.trust import OWN
+from meal_fast.data.objectives import load_objectives
 from tests.helpers.processes import assert_one_line
 from tests.helpers.run_folder import build_run, tiny_config
 
@@ -93,6 +95,36 @@ def test_code_that_a_folder_names_is_refused_in_one_line(run, what, argv):
     ran = command(folder, *argv)
     assert ran.returncode == 2 and ran.stdout == ""
     assert_one_line(ran.stderr, CODE[what], "--trust-run", "--objectives")
+    assert not (folder / "pwned").exists()
+
+
+@pytest.mark.reliability("attack", "code that is also the name of a folder in the run")
+@pytest.mark.parametrize("what", CODE)
+def test_a_folder_of_that_name_makes_code_no_model(tmp_path, monkeypatch, what):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / CODE[what]).mkdir(parents=True)
+    imports = bool(FUNCTION.fullmatch(CODE[what]))
+    config = from_dict({"objectives": [f"first={CODE[what]}", "second=world:second"]})
+    if imports:
+        with pytest.raises(ValueError, match=r"are Python code.*--trust-run"):
+            check_trust(tmp_path, config, trusted=False)
+    else:  # read as a model's folder, which has none
+        check_trust(tmp_path, config, trusted=False)
+        with pytest.raises(ValueError, match="objective 'first'"):
+            load_objectives(config.objectives)
+
+
+@pytest.mark.reliability("attack", "a folder with an empty folder named as a function is evaluated")
+def test_an_empty_folder_named_as_a_function_opens_no_door(run):
+    folder = run("evil:score")
+    (folder / "evil.py").write_text(EVIL.format(folder / "pwned"))
+    (folder / "evil:score").mkdir()
+    try:
+        ran = command(folder, "meal_fast.evaluate", ".", "--prompts", "1", "--grid", "2")
+    finally:
+        (folder / "evil:score").rmdir()
+    assert ran.returncode == 2 and ran.stdout == ""
+    assert_one_line(ran.stderr, "evil:score", "--trust-run")
     assert not (folder / "pwned").exists()
 
 

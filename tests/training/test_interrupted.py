@@ -8,6 +8,7 @@ import pytest
 
 from meal_fast import chat, evaluate, export, report, serve
 from meal_fast.config.presets import preset
+from meal_fast.config.resume import resume_command
 from meal_fast.training import trainer as module
 from meal_fast.training.trainer import Trainer
 from tests.helpers.processes import SMALL, assert_one_line, train_here
@@ -46,11 +47,12 @@ def test_interrupted_before_the_first_update(tmp_path, capfd, monkeypatch, stage
     monkeypatch.setattr(module, STAGES[stage], raising(KeyboardInterrupt()))
     assert train_here(*argv(tmp_path / "run")) == 130
     err = said(capfd)
-    assert err.endswith("\n") and "stopped before the first update; start again" in err
+    assert err.endswith("\n") and "stopped before the first update; " in err
     assert not (tmp_path / "run" / "run.lock").exists()
     monkeypatch.undo()
     held = (tmp_path / "run" / "config.json").exists()
-    assert held == ("start again with --resume" in err)
+    assert held == (f"go on with {resume_command(tmp_path / 'run')}" in err)
+    assert held != err.endswith("; start again\n")
     assert train_here(*argv(tmp_path / "run"), *(["--resume"] if held else [])) == 0
 
 
@@ -108,7 +110,9 @@ def test_a_full_disk_says_what_is_saved(tmp_path, capfd, monkeypatch, after):
     assert train_here(*argv(tmp_path / "run"), *more) == 2
     err = said(capfd)
     last = err[err.rindex("meal-fast: error") :]
-    assert_one_line(last, "No space left", "make room, then add --resume")
+    assert_one_line(
+        last, "No space left", "make room, then go on with python -m meal_fast.train --resume"
+    )
     assert ("the last checkpoint is good" in last) == bool(after)
     assert ("there is no checkpoint yet" in last) == (not after)
     monkeypatch.undo()

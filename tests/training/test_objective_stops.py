@@ -1,6 +1,8 @@
 """A run whose objective hangs: told in time, or stopped by a signal, in a process of its own."""
 
+import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -41,6 +43,23 @@ def start(tmp_path: Path, *more: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+SLOW = """
+import time
+def hangs(prompts, responses):
+    time.sleep(1.5)
+    return [float(len(r)) for r in responses]
+"""
+
+
+def command(tmp_path: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    environment = {**ENVIRONMENT, "PYTHONPATH": path}
+    argv = (sys.executable, "-m", *argv)
+    return subprocess.run(
+        argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
 @pytest.mark.reliability("lost", "SIGTERM and Ctrl-C to a run whose objective hangs")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("recipe", ["weighted-grpo", "meal"])
@@ -73,4 +92,27 @@ def test_a_late_objective_ends_the_run_with_one_line(tmp_path: Path) -> None:
     assert process.returncode == 2, said
     line = next(line for line in said.splitlines() if line.startswith("meal-fast: error:"))
     assert "objective 'long' has not come back within 1 seconds for" in line
+    assert "--objectives_timeout SECONDS" in line and "the last checkpoint is good" in line
     assert (tmp_path / "run/checkpoint.pt").is_file()
+
+
+@pytest.mark.reliability("message", "what a late objective's message advises: resume, evaluate")
+def test_more_time_is_given_on_resume_and_in_evaluation(tmp_path: Path) -> None:
+    size = ["--meta.steps", "2", "--evaluation.prompts", "1", "--evaluation.grid", "2"]
+    argv = ["--recipe", "weighted-grpo", "--objectives_timeout", "1", *size]
+    _, said = start(tmp_path, *argv).communicate(timeout=120)
+    (tmp_path / "hanging_judge.py").write_text(SLOW)
+    (tmp_path / "run/cost.json").write_text('{"peak_bytes": "much"}')
+    printed = shlex.split(said.rpartition("go on with ")[2])
+    assert printed[:3] == ["python", "-m", "meal_fast.train"] and "--trust-run" in printed, said
+    more = [*printed[3:], "--objectives_timeout", "60", "--no-report"]
+    ran = command(tmp_path, "meal_fast.train", *more)
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "run/evaluation.json").is_file()
+    assert json.loads((tmp_path / "run/cost.json").read_text())["peak_bytes"] > 0
+    again = [str(tmp_path / "run"), "--trust-run", "--no-report"]
+    late = command(tmp_path, "meal_fast.evaluate", *again)
+    assert late.returncode == 2 and "has not come back within 1 seconds" in late.stderr
+    done = command(tmp_path, "meal_fast.evaluate", *again, "--objectives-timeout", "60")
+    assert done.returncode == 0, done.stderr
+    assert "as it was answered before" in done.stderr

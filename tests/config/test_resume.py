@@ -1,0 +1,50 @@
+"""The command that goes on with a run works as it is printed."""
+
+import json
+import shlex
+
+import pytest
+
+from meal_fast.config.cli import parse_train
+from meal_fast.config.config import to_dict
+from meal_fast.config.resume import resume_command
+from meal_fast.config.run_dir import policy_folder
+from meal_fast.config.sealed import how_to_finish
+from tests.helpers.run_folder import tiny_config
+
+OBJECTIVES = {
+    "worlds": ["first=world:first", "second=world:second"],
+    "code": ["first=evil:score", "second=world:second"],
+    "a server": ["first=http://127.0.0.1:9/score", "second=world:second"],
+}
+
+
+@pytest.mark.reliability("message", "the printed command to go on, pasted: code, loggers, spaces")
+@pytest.mark.parametrize("name", ["run", "my run", "it's $HOME;ls", "-run"])
+@pytest.mark.parametrize("what", OBJECTIVES)
+@pytest.mark.parametrize("logger", ["none", "wandb", "trackio"])
+def test_the_command_is_taken(tmp_path, monkeypatch, name, what, logger):
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(objectives=OBJECTIVES[what], logger=logger)
+    run = tmp_path.joinpath(name).relative_to(tmp_path)
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(to_dict(config)))
+    command = resume_command(run)
+    assert command == resume_command(run, config)
+    assert ("--trust-run" in command) == (what != "worlds" or logger != "none")
+    found, args = parse_train(shlex.split(command)[3:])
+    assert found == config and args.resume and args.out.resolve() == run.resolve()
+    assert how_to_finish(run) == f"`{command}`"
+    with pytest.raises(ValueError, match="no policy/ yet") as error:
+        policy_folder(run)
+    assert command in str(error.value)
+
+
+@pytest.mark.reliability("message", "the command to go on with a run whose config.json is broken")
+@pytest.mark.parametrize(
+    "text", [None, b"", b"[]", b"\xff", b'{"objectives": 3, "logger": []}', b'{"objectives": [3]}']
+)
+def test_a_broken_config_is_harmless(tmp_path, text):
+    if text is not None:
+        (tmp_path / "config.json").write_bytes(text)
+    assert resume_command(tmp_path) == f"python -m meal_fast.train --resume --out {tmp_path}"
