@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -91,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     statistics = read_statistics(Path(shared) if shared else args.run / "statistics.json")
     check_measuring(args.run)
     warned_unfinished(args.run, tell)
-    require_packages("evaluation", "moocore", then=f"python -m meal_fast.evaluate {args.run}")
+    again = f"python -m meal_fast.evaluate {shlex.quote(str(args.run))}"
+    require_packages("evaluation", "moocore", then=again)
     out = args.out or args.run
     config = asked(config, args)
     with lock(out, "evaluation"):

@@ -39,6 +39,7 @@ FREE = (
     "checkpoint_every",
     "completions",
     "logger",
+    "objectives_timeout",
     "evaluation.",
     "score.statistics",
     "threads",
@@ -135,7 +136,8 @@ class Run:
         """What is left to do; None for nothing."""
         stage, folder = self.stage(), str(self.folder)
         # What the user named here, repeated for a folder that names it, too: see config.trust.
-        ours = ("--objectives", *self.config.objectives)
+        limit = f"--objectives_timeout={self.config.objectives_timeout}"
+        ours = (limit, "--objectives", *self.config.objectives)
         if stage == "finished":
             return None
         if stage == "unevaluated":

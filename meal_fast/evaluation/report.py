@@ -5,6 +5,7 @@ What the page says is made here; how it is laid out stands in templates/report.h
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     out = out or run
     config = to_dict(read_config(run))
     result, updates = read_evaluation(out), read_updates(run)
-    require_packages("the report", "matplotlib", "jinja2", then=f"python -m meal_fast.report {run}")
+    again = f"python -m meal_fast.report {shlex.quote(str(run))}"
+    require_packages("the report", "matplotlib", "jinja2", then=again)
     from . import plots, run_plots
 
     with whole(str(out / "evaluation.json")):

@@ -266,3 +266,6 @@ def test_a_comparison_repeats_what_its_user_named(tmp_path):
     assert job.program == "train" and "--trust-run" not in job.argv
     config, args = parse_train(job.argv)
     assert args.resume and config == run.config
+    plan, _ = parse([*argv, "--out", str(tmp_path), "--objectives_timeout", "99", *named], "")
+    config, _ = parse_train(Run(plan, plan.methods[0], 0).job().argv)
+    assert config.objectives_timeout == 99  # the kept run has more time, too
