@@ -7,22 +7,27 @@ from pathlib import Path
 
 from meal_fast.common import parse_json
 
-from .config import Config
 from .trust import asks_for_trust
 
+TRUST = " --trust-run"
 
-def resume_command(run: Path, config: Config | None = None) -> str:
-    """Give the command that goes on with a run, with the flag that the user's own run may need.
 
-    config: the run's; None: as its config.json says, where that can be read.
+def resume_command(run: Path) -> str:
+    """Give the command that goes on with a run of the user's own, with the flag that it may need.
+
+    That is as its config.json says, where that can be read.
     """
-    if config is None:
-        objectives, logger = _named(run)
-    else:
-        objectives, logger = config.objectives, config.logger
     out = f"./{run}" if str(run).startswith("-") else str(run)  # no option
-    flag = " --trust-run" if asks_for_trust(objectives, logger) else ""
+    flag = TRUST if asks_for_trust(*_named(run)) else ""
     return f"python -m meal_fast.train --resume --out {shlex.quote(out)}{flag}"
+
+
+def how_to_finish(run: Path) -> str:
+    """Give the same for a run that may be a stranger's: trust is not put where it is pasted."""
+    command = resume_command(run)
+    if not command.endswith(TRUST):
+        return f"`{command}`"
+    return f"`{command.removesuffix(TRUST)}`, and{TRUST} if the run is your own"
 
 
 def _named(run: Path) -> tuple[tuple[str, ...], str]:

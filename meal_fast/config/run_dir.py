@@ -11,7 +11,7 @@ from meal_fast.common import parse_json
 
 from .config import Config, from_dict, to_dict
 from .model_files import check_model_files
-from .resume import resume_command
+from .resume import how_to_finish
 from .run_lock import FILE as LOCK
 from .run_lock import check_free
 from .shapes import NUMBER, TEXT, hold
@@ -181,9 +181,7 @@ def policy_folder(run: Path) -> Path:
     """
     folder = run / "policy"
     if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"RUN={str(run)!r}: no policy/ yet; finish it with `{resume_command(run)}`"
-        )
+        raise ValueError(f"RUN={str(run)!r}: no policy/ yet; finish it with {how_to_finish(run)}")
     for part in (folder, folder / "adapter"):
         if part.is_dir():
             check_model_files(part, f"RUN={str(run)!r}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from meal_fast.common import write_atomic
 
-from .resume import resume_command
+from .resume import how_to_finish
 from .run_dir import PREFERENCE_NET, policy_folder, read_json, read_metrics
 
 SEAL = "policy.json"  # of a saved policy: how far the run was, and a digest of each file
@@ -130,11 +130,6 @@ def warned_unfinished(run: Path, say: Callable[[str], None]) -> str:
     if stopped := unfinished(run):
         say(f"meal-fast: {run} is not finished ({stopped}); go on with {how_to_finish(run)}")
     return stopped
-
-
-def how_to_finish(run: Path) -> str:
-    """Give the command that goes on with a run."""
-    return f"`{resume_command(run)}`"
 
 
 def _again(run: Path) -> str:

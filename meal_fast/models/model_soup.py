@@ -26,9 +26,10 @@ from torch import Tensor
 from meal_fast.common import require_simplex
 from meal_fast.config.config import Config
 from meal_fast.config.recipes import spec_of
+from meal_fast.config.resume import how_to_finish
 from meal_fast.config.run_dir import policy_folder
 from meal_fast.config.sealed import FAMILY as FILE
-from meal_fast.config.sealed import check_policy, how_to_finish
+from meal_fast.config.sealed import check_policy
 from meal_fast.data.preferences import Preference
 
 from .chat_template import kept_template

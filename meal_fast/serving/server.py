@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from meal_fast.config.config import Config
+from meal_fast.config.resume import how_to_finish
 from meal_fast.config.run_dir import policy_folder
-from meal_fast.config.sealed import how_to_finish
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
