@@ -118,9 +118,7 @@ def opening(what: str, remedy: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (
-        Exception
-    ) as error:  # pickle's, safetensors', jinja's; tokenizers raises Exception itself
+    except Exception as error:  # any reader's own kinds; tokenizers raises Exception itself
         said = " ".join(str(error).split()) or "no reason given"
         kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
         more = f"; {remedy}" if remedy else ""

@@ -28,11 +28,12 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from meal_fast.common import printable
 
 from .objective_calls import ObjectiveError
+from .reward_specs import query_options
 
 _ANSWER, _ROW = 1 << 20, 1 << 10  # bytes that an answer may have, and for each row beyond
 _AGAIN = (408, 429, 500, 502, 503, 504)
@@ -67,16 +68,7 @@ def parse_server(name: str, source: str, query: str) -> Server:
     if not host or not clean or parts.fragment:
         raise ValueError(f"{who}: {source!r} is no address; use http://HOST:PORT/PATH")
     kinds: dict[str, Any] = {"token_env": str, "batch": int, "retries": int, "timeout": float}
-    options: dict[str, Any] = {}
-    for part in filter(None, query.split("&")):
-        key, _, text = part.partition("=")
-        if key not in kinds:
-            raise ValueError(f"{who}: unknown key {key!r}; known: {', '.join(kinds)}")
-        try:
-            options[key] = kinds[key](unquote(text))
-        except ValueError as error:
-            raise ValueError(f"{who}: {key}={text!r} is not a number") from error
-    server = replace(Server(source), **options)
+    server = replace(Server(source), **query_options(name, query, kinds))
     for key, least in (("batch", 1), ("retries", 0)):
         if not least <= getattr(server, key) <= 10_000:
             raise ValueError(f"{who}: {key}={getattr(server, key)} must be {least} to 10000")

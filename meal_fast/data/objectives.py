@@ -217,7 +217,8 @@ def _parse(name: str, spec: str) -> Classifier | Server | Scorer:
             raise ValueError(
                 f"objective {name!r}: a Python function takes no options, got {query!r}"
             )
-        return _function(name, source)
+        function: Scorer = imported(name, source)
+        return function
     if source.startswith("packaged:"):
         model = source.removeprefix("packaged:")
         known = [a for a in ASSETS if a in ("complied", "harmless")]
@@ -231,8 +232,3 @@ def _parse(name: str, spec: str) -> Classifier | Server | Scorer:
         check_no_function(name, source)
         base = HUB.get(source, Classifier(source))
     return with_options(name, base, query)
-
-
-def _function(name: str, source: str) -> Scorer:
-    function: Scorer = imported(name, source)
-    return function

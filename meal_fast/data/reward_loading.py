@@ -27,7 +27,6 @@ def load_classifier(name: str, spec: Classifier) -> tuple[Any, Any]:
     source, labels = spec.path, {}
     if adapter is not None:
         source, labels = adapter.base, {"num_labels": adapter.labels}
-    _check_weights(name, source)
     for place in {spec.path, source}:
         if Path(place).is_dir():
             check_model_files(Path(place), f"objective {name!r}")
@@ -149,21 +148,9 @@ def _adapter_of(name: str, path: str) -> _Adapter | None:
         if found is None:
             return None
         cached_file(path, _ADAPTER_WEIGHTS, **quiet)
-    except Exception:  # the model itself is asked for next, and says what is wrong
+    except (OSError, ValueError):  # the model itself is asked for next, and says what is wrong
         return None
     return _Adapter(name, Path(found).parent)
-
-
-def _check_weights(name: str, path: str) -> None:
-    """Raise ValueError for a folder whose weights could run code when they are read."""
-    folder = Path(path)
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
-        return
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-        raise ValueError(
-            f"objective {name!r}: {path!r} has its weights as a pickle, which may run code; save "
-            "them as safetensors: model.save_pretrained(FOLDER)"
-        )
 
 
 def _unloadable(name: str, path: str, error: Exception) -> ValueError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote
@@ -56,6 +56,22 @@ HUB: dict[str, Classifier] = {
 }
 
 
+def query_options(
+    name: str, query: str, kinds: Mapping[str, Callable[[str], Any]]
+) -> dict[str, Any]:
+    """Read `key=value&key=value` of an objective's source: each value as its key's kind."""
+    options: dict[str, Any] = {}
+    for part in filter(None, query.split("&")):
+        key, _, text = part.partition("=")
+        if key not in kinds:
+            raise ValueError(f"objective {name!r}: unknown key {key!r}; known: {', '.join(kinds)}")
+        try:
+            options[key] = kinds[key](unquote(text))
+        except ValueError as error:
+            raise ValueError(f"objective {name!r}: {key}={text!r} is not a number") from error
+    return options
+
+
 def with_options(name: str, base: Classifier, query: str) -> Classifier:
     """Give `base` with the options of a source's query, `key=value&key=value`, put in."""
     kinds: dict[str, Callable[[str], Any]] = {
@@ -68,15 +84,7 @@ def with_options(name: str, base: Classifier, query: str) -> Classifier:
         "path": str,
         "device": str,
     }
-    options: dict[str, Any] = {}
-    for part in filter(None, query.split("&")):
-        key, _, text = part.partition("=")
-        if key not in kinds:
-            raise ValueError(f"objective {name!r}: unknown key {key!r}; known: {', '.join(kinds)}")
-        try:
-            options[key] = kinds[key](unquote(text))
-        except ValueError as error:
-            raise ValueError(f"objective {name!r}: {key}={text!r} is not a number") from error
+    options = query_options(name, query, kinds)
     if options.get("device"):
         check_device(f"objective {name!r}: device", options["device"])
     model = replace(base, **options)

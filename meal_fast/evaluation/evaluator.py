@@ -14,8 +14,8 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cache, partial
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -98,23 +98,24 @@ def evaluate(
     extra_sweeps: dict[str, Sweep] = {}  # of prompts that are shown alone
     benign_sweeps: dict[str, Sweep] = {}
     for name in order:
-        asked = partial(
-            _kept_answers,
-            kept or KeptSweeps(None),
-            swept[name],
-            policy,
-            config,
-            say,
-            family if name == "policy" else None,
-        )
-        found = asked(name, chosen, weights, MODES)
-        sweeps |= {(name, mode): sweep for mode, sweep in found.items()}
-        if extra:
-            what = f"{name}, prompts to show"
-            extra_sweeps[name] = asked(what, extra, at_extra, ("greedy",))["greedy"]
-        if ordinary and options.marks:
-            what = f"{name}, benign prompts"
-            benign_sweeps[name] = asked(what, ordinary, five, ("sampled",))["sampled"]
+        with ExitStack() as opened:
+            asked = partial(
+                _kept_answers,
+                kept or KeptSweeps(None),
+                cache(partial(_opened, opened, swept[name])),
+                policy,
+                config,
+                say,
+                family if name == "policy" else None,
+            )
+            found = asked(name, chosen, weights, MODES)
+            sweeps |= {(name, mode): sweep for mode, sweep in found.items()}
+            if extra:
+                what = f"{name}, prompts to show"
+                extra_sweeps[name] = asked(what, extra, at_extra, ("greedy",))["greedy"]
+            if ordinary and options.marks:
+                what = f"{name}, benign prompts"
+                benign_sweeps[name] = asked(what, ordinary, five, ("sampled",))["sampled"]
     scoring = time.perf_counter()
     rewards = {k: _score(objectives, chosen, weights, s, say) for k, s in sweeps.items()}
     of_extra = {k: _score(objectives, extra, at_extra, s, say) for k, s in extra_sweeps.items()}
@@ -227,9 +228,13 @@ def _check_points(
             )
 
 
+def _opened(held: ExitStack, context: Context) -> Network | None:
+    return held.enter_context(context())
+
+
 def _kept_answers(
     kept: KeptSweeps,
-    context: Context,
+    network: Callable[[], Network | None],  # opened where something is to be answered, once
     policy: Policy,
     config: Config,
     say: Progress,
@@ -242,8 +247,7 @@ def _kept_answers(
     """Answer, or take what an evaluation that was killed has answered."""
 
     def make() -> dict[str, Sweep]:
-        with context() as network:
-            return answers(policy, network, what, prompts, weights, config, say, family, modes)
+        return answers(policy, network(), what, prompts, weights, config, say, family, modes)
 
     return kept.swept((what, [(p.id, p.text) for p in prompts], weights, modes), make, say)
 

@@ -64,9 +64,9 @@ def resampled_means(by_prompt: Array, draw_BP: Array) -> Array:
     Of the prompts that an objective applies to, as `mean`.
     """
     there = ~np.isnan(by_prompt)
-    total = np.einsum("bp,wpk->bwk", draw_BP, np.where(there, by_prompt, 0.0))
     if there.all():
-        return total
+        return np.einsum("bp,wpk->bwk", draw_BP, by_prompt)
+    total = np.einsum("bp,wpk->bwk", draw_BP, np.where(there, by_prompt, 0.0))
     with np.errstate(invalid="ignore"):
         return total / np.einsum("bp,wpk->bwk", draw_BP, there.astype(np.float64))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from meal_fast.config.config import Config
@@ -14,13 +15,13 @@ Say = Callable[[str], None]
 
 def longest_suffix(policy: Policy, config: Config) -> int:
     """Count the most tokens that a run's preferences take, with the assistant's header."""
-    k, points = len(config.names), config.preference.grid
+    k, points = len(config.names), config.preference.grid or (101 if len(config.names) == 2 else 0)
     asked: list[Preference | None] = [None, *evaluation_weights(k, config.evaluation.grid)]
     slack = 0
     if policy.style == "scores":  # rewards, in standard deviations, to one decimal
         asked += [(x,) * k for x in (-88.8, -8.8, 8.8)]
-    if points or k == 2:
-        asked += lattice(k, points or 101)  # of two digits, that is every preference
+    if points and math.comb(points + k - 2, k - 1) <= 500:
+        asked += lattice(k, points)  # with K = 2 and no grid all that have other digits
     else:
         asked += lattice(k, 11)
         slack = k  # other digits may be a token more, each

@@ -100,15 +100,14 @@ def gather(
     refused = 0
     chosen: list[list[Prompt]] = []
     limit, room = config.prompts.max_tokens, context_room(policy, config)
-    for source, own, most in (
-        (options.prompts, prompts, count),
-        (options.benign, (), round(count * options.benign_share)),
+    for source, own, most, behind in (
+        (options.prompts, prompts, count, tellings),
+        (options.benign, (), round(count * options.benign_share), []),
     ):
         found = load_prompts(source, "train") if source else own
         seen = [p for p in found if p.id not in unseen]
         refused += len(found) - len(seen)
         short = [p for p in seen if len(policy.encode_prompt(p.text)) <= limit]
-        behind = tellings if own or source == options.prompts else [""]
         fit = [
             p
             for p in short

@@ -238,17 +238,18 @@ class NetTrainer:
         """Measure what the steps made of the net; undo them where it is not finite."""
         h_BD, target_BK = self._batch()
         w_BK = self.net(h_BD)
-        found = {
-            "net_loss": float(net_loss(w_BK, target_BK, self.gamma)),
-            "net_entropy": float(entropy(w_BK).mean()),
-            "net_kl_before": before,
-            "net_kl_after": float(divergence(target_BK, w_BK).mean()),
-        }
         states = self.optimizer.state.values()
         moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
-        finite = torch.stack([m.isfinite().all() for m in (*moments, *self.net.parameters())])
-        if all(map(math.isfinite, found.values())) and bool(finite.all()):
-            return found
+        moved = [m.isfinite().all() for m in (*moments, *self.net.parameters())]
+        measured = [
+            net_loss(w_BK, target_BK, self.gamma),
+            entropy(w_BK).mean(),
+            divergence(target_BK, w_BK).mean(),
+        ]
+        values = torch.stack([*measured, torch.stack(moved).all()]).tolist()  # one copy
+        if all(map(math.isfinite, (before, *values))) and values[-1]:
+            names = ("net_loss", "net_entropy", "net_kl_after")
+            return {"net_kl_before": before, **dict(zip(names, values[:-1], strict=True))}
         self._move_back(kept)
         warnings.warn("preference net: its step is not finite; it is skipped", stacklevel=4)
         return {"net_skipped": 1.0}
