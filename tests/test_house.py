@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import os
 import re
 import subprocess
 import sys
@@ -260,3 +261,21 @@ def test_every_package_is_listed_for_the_wheel():
 def test_the_version_is_one_number_and_in_the_changelog():
     assert re.fullmatch(r"\d+\.\d+\.\d+", meal_fast.__version__)
     assert re.search(r"^## \[(Unreleased|0\.1\.0)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
+
+
+@pytest.mark.slow
+def test_the_tests_are_the_same_in_every_process():
+    """Workers that collect in other orders (a set's, say) run nothing at all."""
+    collect = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
+    orders = [
+        subprocess.run(
+            [*collect, "tests", "-m", "slow or not slow"],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        ).stdout.splitlines()[:-1]
+        for seed in ("1", "2")
+    ]
+    assert orders[0] == orders[1] and len(orders[0]) > 1000

@@ -37,7 +37,7 @@ HARMLESS = (
     "packaged:harmless?max_length=128",
     "Ray2333/gpt2-large-helpful-reward_model",
     "owner/name?prompt=%0AHuman: {prompt}&format=template:{prompt}{response}",
-    *OWN,
+    *sorted(OWN),
 )
 EVIL = "open(r'{}', 'w').close()\ndef score(prompts, responses): return [0.0] * len(responses)\n"
 

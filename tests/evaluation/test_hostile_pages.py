@@ -16,7 +16,7 @@ import yaml
 from meal_fast.config.config import from_dict, to_dict
 from meal_fast.config.run_dir import read_config
 from meal_fast.data.prompts import load_prompts
-from meal_fast.evaluation import comparison_run, report
+from meal_fast.evaluation import comparison_run, plots, report
 from meal_fast.evaluation.comparison_report import render
 from meal_fast.evaluation.model_card import model_card
 from meal_fast.evaluation.stored import read_evaluation, upgraded
@@ -177,8 +177,8 @@ def test_no_text_of_a_report_is_a_script(run, tmp_path):
 
 @browser
 @pytest.mark.slow
-@pytest.mark.reliability("attack", "single fields and keys of a report's files, hostile in turn")
-def test_each_field_of_a_report_is_refused_or_harmless(run, tmp_path, record_property):
+@pytest.mark.reliability("attack", "each field and key of a report's files, hostile in turn")
+def test_each_field_of_a_report_is_refused_or_harmless(run, tmp_path, record_property, monkeypatch):
     result, config = (json.loads((run / f"{n}.json").read_text()) for n in ("evaluation", "config"))
     updates = (run / "metrics.jsonl").read_text().splitlines()
     refused = drawn = 0
@@ -188,22 +188,25 @@ def test_each_field_of_a_report_is_refused_or_harmless(run, tmp_path, record_pro
             ("config.json", config),
             ("metrics.jsonl", json.loads(updates[-1])),
         ):
-            # Every fourth: of the hundreds, most are alike, and a page takes a second.
-            for i, (path, is_key) in enumerate(list(leaves(value))[::4]):
+            for i, (path, is_key) in enumerate(leaves(value)):
                 odd = (*HOSTILE[:5], *ODD)[i % (5 + len(ODD))]
                 text = json.dumps(planted(value, path, is_key, odd))
                 if name == "metrics.jsonl":
                     text = "\n".join([*updates[:-1], text, updates[0], ""])
-                try:
-                    page = written(run, tmp_path, name, text)
-                except ValueError as error:
-                    assert "\n" not in str(error).strip(), (path, odd)
-                    refused += 1
-                    continue
+                with monkeypatch.context() as patched:
+                    if i % 4:  # figures take a second: of each fourth field only
+                        patched.setattr(report, "figure", lambda *_: "")
+                        patched.setattr(plots, "save_png", lambda *_: None)
+                    try:
+                        page = written(run, tmp_path, name, text)
+                    except ValueError as error:
+                        assert "\n" not in str(error).strip(), (path, odd)
+                        refused += 1
+                        continue
                 drawn += 1
                 if isinstance(odd, str | dict):
                     assert_harmless(see(page), (name, path, odd))
-    assert drawn > 10 and refused > 50
+    assert drawn > 40 and refused > 200
     record_property("hostile fields refused in a line", refused)
     record_property("hostile fields shown, harmless", drawn)
 
