@@ -44,7 +44,8 @@ report: env  ## write the report of RUN again
 	$(PY) -m meal_fast.report $(RUN)
 
 # On all cores, one thread each; what is quick on one is not held up by another's threads.
-FAST := -q -n auto --dist worksteal -m "not slow and not gpu and not trl"
+EACH := -q -n auto --dist worksteal
+FAST := $(EACH) -m "not slow and not gpu and not trl"
 test: env  ## the fast tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(FAST)
 
@@ -60,7 +61,8 @@ test-versions: $(OTHER)/installed  ## the fast tests on transformers 5.17 and nu
 	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest $(FAST) -p no:cacheprovider -r fE
 
 test-slow: assets  ## the tests that take minutes
-	$(PY) -m pytest -q -m "slow and not gpu and not trl" || { [ $$? -eq 5 ] && echo "there are no slow tests"; }
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(EACH) -m "slow and not gpu and not trl" || \
+	    { [ $$? -eq 5 ] && echo "there are no slow tests"; }
 
 test-trl: $(VENV)/bench-installed $(VENV)/peers/fetched  ## the entries for TRL, verl and OpenRLHF
 	PEERS=$(VENV)/peers $(PY) -m pytest -q -m trl
@@ -80,7 +82,7 @@ smoke: assets  ## two meta-steps on the real model, into a temporary folder
 	    --evaluation.prompts 2 --evaluation.grid 3
 
 reliability: assets  ## docs/reliability.md, from the tests of faults, attacks and messages; minutes
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n auto --dist worksteal \
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests $(EACH) \
 	    -m "reliability and not gpu and not trl" --reliability docs/reliability.md
 
 golden: env  ## rewrite what the recorded rollouts are held to

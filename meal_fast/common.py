@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import stat
 import sys
+import textwrap
 import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
@@ -76,6 +78,19 @@ def say(*lines: object) -> None:
     """
     clean = printable if sys.stdout.isatty() else str
     print(*(clean(str(line)) for line in lines), sep="\n", flush=True)
+
+
+def folded(sentence: str) -> str:
+    """Break a sentence between its words where a terminal's line ends; elsewhere it is one line."""
+    if not sys.stdout.isatty():
+        return sentence
+    return textwrap.fill(
+        sentence,
+        max(shutil.get_terminal_size().columns, 20),
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def parse_json(text: str | bytes, *, strict: bool = True) -> Any:

@@ -17,7 +17,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from meal_fast.common import say, tell
+from meal_fast.common import folded, say, tell
 from meal_fast.config.cli import one_line_errors, require_packages
 from meal_fast.evaluation.comparison_run import run_comparison
 from meal_fast.evaluation.comparison_spec import parse, threaded
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
     from meal_fast.evaluation.comparison_report import headline, write_page
 
-    say(*headline(result))
+    say(*map(folded, headline(result)))
     say(write_page(result, plan.out))
     for entry in result["failed"]:
         told(f"failed: {entry['run']}: {entry['reason']}")

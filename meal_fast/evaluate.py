@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from meal_fast.common import require_text, say, tell, write_atomic
+from meal_fast.common import folded, require_text, say, tell, write_atomic
 from meal_fast.config.cli import (
     OneLineParser,
     add_trust,
@@ -125,7 +125,7 @@ def _evaluate(
     write_atomic(out / "evaluation.json", json.dumps(result, allow_nan=False))
     shutil.rmtree(out / FOLDER, ignore_errors=True)
     say(*aligned(*by_weight(result)), "")
-    say(*(f"{about}: {said}" for about, said in verdict(result)), scope(result))
+    say(*(folded(f"{about}: {said}") for about, said in verdict(result)), folded(scope(result)))
     if report:
         say(write_report(run, out))
 

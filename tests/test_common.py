@@ -59,3 +59,13 @@ def test_it_needs_the_standard_library_alone():
     code = "import sys, meal_fast.common; print(*{m.partition('.')[0] for m in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "numpy", "transformers"} & set(done.stdout.split())
+
+
+def test_a_sentence_breaks_between_words_at_a_terminal_and_nowhere_else(monkeypatch):
+    sentence = "helpful: follows the knob, from no weight on it to all of it; see /runs/a-b/c.html"
+    assert common.folded(sentence) == sentence
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = common.folded(sentence).splitlines()
+    assert len(lines) > 1 and all(len(line) <= 40 for line in lines)
+    assert " ".join(line.strip() for line in lines) == sentence
