@@ -19,6 +19,7 @@ from meal_fast.common import require
 
 from . import algorithms, rules, sections
 from .algorithms import MealConfig, ParmConfig, RejectionConfig, RicConfig
+from .mesh import MeshConfig
 from .recipes import RECIPES, spec_of
 from .schema import opt, replaced
 from .sections import (
@@ -75,6 +76,7 @@ class Config:
     score: ScoreConfig = field(default_factory=ScoreConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     meta: MetaConfig = field(default_factory=MetaConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     rejection: RejectionConfig = field(default_factory=RejectionConfig)
     meal: MealConfig = field(default_factory=MealConfig)
     parm: ParmConfig = field(default_factory=ParmConfig)

@@ -37,6 +37,7 @@ class OuterSpec:
     n_inner: int = 1  # inner updates of a task, at least
     at_once: str = ""  # the outer loop that does the same with all tasks of a meta-step at once
     models: bool = False  # it trains a model for each preference
+    apart: bool = False  # the tasks of a meta-step need nothing of each other until it ends
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class CollectorSpec:
     reads: Literal["preference", "scores"] = "preference"  # what stands in the prompt
     mates: bool = True  # it can ask a prompt under several preferences
     needs_all: bool = False  # it reads every reward of a response: no objective may leave one out
+    carries: bool = False  # what an update leaves in it, the next one needs: tasks are in order
     sections: tuple[str, ...] = ()  # of options that it alone reads
 
 
@@ -59,15 +61,19 @@ LOSSES: dict[str, LossSpec] = {
 }
 OUTERS: dict[str, OuterSpec] = {
     "joint": OuterSpec(),
-    "reptile": OuterSpec(n_inner=2, at_once="parallel-reptile"),
-    "parallel-reptile": OuterSpec(n_inner=2),
-    "separate": OuterSpec(models=True),
+    "reptile": OuterSpec(n_inner=2, at_once="parallel-reptile", apart=True),
+    "parallel-reptile": OuterSpec(n_inner=2, apart=True),
+    "separate": OuterSpec(models=True, apart=True),
 }
 COLLECTORS: dict[str, CollectorSpec] = {
     "samples": CollectorSpec(at_once=True),
     "base-samples": CollectorSpec(sections=("parm",)),
-    "meal": CollectorSpec(rejects=True, needs_all=True, sections=("rejection", "meal")),
-    "ric": CollectorSpec(reads="scores", mates=False, needs_all=True, sections=("ric",)),
+    "meal": CollectorSpec(
+        rejects=True, needs_all=True, carries=True, sections=("rejection", "meal")
+    ),
+    "ric": CollectorSpec(
+        reads="scores", mates=False, needs_all=True, carries=True, sections=("ric",)
+    ),
 }
 # Sections that a recipe may have no use for.
 OWN_SECTIONS = ("rejection", "meal", "parm", "ric")
@@ -135,6 +141,11 @@ class RecipeSpec:
         """Name the outer loop that takes all tasks of a meta-step at once; empty: none does."""
         able = LOSSES[self.loss].at_once and COLLECTORS[self.collector].at_once
         return OUTERS[self.outer].at_once if able else ""
+
+    @property
+    def apart(self) -> bool:
+        """Say whether the tasks of a meta-step may be learnt at the same time, by processes."""
+        return OUTERS[self.outer].apart and not COLLECTORS[self.collector].carries
 
     @property
     def reads(self) -> Literal["preference", "scores", "none"]:

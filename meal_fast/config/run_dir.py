@@ -17,7 +17,9 @@ from .run_lock import check_free
 from .shapes import NUMBER, TEXT, hold
 
 # Options that leave their value to the machine, by what says so. A run is saved with what it was.
-AUTOMATIC = {"threads": 0, "policy.dtype": "auto", "grpo.micro_tokens": 0}
+AUTOMATIC = {
+    "threads": 0, "policy.dtype": "auto", "grpo.micro_tokens": 0, "mesh.virtual": 0,
+}  # fmt: skip
 
 PREFERENCE_NET = "preference_net.safetensors"  # of a run of recipe `meal`, if it trained one
 
@@ -36,6 +38,7 @@ _STATISTICS = {
 FREE_ON_RESUME = (
     *("checkpoint_every", "completions", "logger", "objectives_timeout"),
     *("evaluation.", "grpo.skip_limit"),
+    *("mesh.groups", "mesh.data", "mesh.shard", "mesh.timeout"),
 )
 
 _RESTORE = "restore it from a copy"
