@@ -21,9 +21,10 @@ from types import FrameType
 from typing import Any
 
 from meal_fast.common import say, tell
+from meal_fast.config.cards import card_here, shape_here
 from meal_fast.config.cli import TrainArgs, fail, one_line_errors, parse_train, require_packages
 from meal_fast.config.config import Config, to_dict
-from meal_fast.config.plan import plan
+from meal_fast.config.plan import plan, whole_plan
 from meal_fast.config.resume import resume_command
 from meal_fast.config.run_dir import check_folder
 
@@ -35,6 +36,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train, evaluate and report, as the command line says."""
     started = time.perf_counter()
     config, args = parse_train(argv)  # answers --help and wrong options before torch is imported
+    what = {"resume": args.resume, "evaluate": args.evaluate, "report": args.report}
+    if args.plan:
+        text, warned = whole_plan(config, args.out, args.cards, **what)
+        say(text)
+        return tell(f"meal-fast: {warned}") if warned else None
     from meal_fast.training.console import clock
     from meal_fast.training.loggers import check_logger
 
@@ -45,8 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         require_packages("the evaluation after training", "moocore", then=then)
         if args.report:
             require_packages("the report", "matplotlib", then="train again, or add --no-report")
-    what = {"resume": args.resume, "evaluate": args.evaluate, "report": args.report}
-    tell(plan(config, args.out, **what))
+    mesh = {"layout": args.cards.layout(config), "model": shape_here(config)}
+    card = args.cards.chosen(card_here(config))
+    tell(plan(config, args.out, **what, **mesh, card=card))
     train(config, args)
     trained = time.perf_counter()
     say(f"meal-fast: trained in {clock(trained - started)}; policy in {args.out / 'policy'}")

@@ -13,10 +13,11 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .cards import Cards, add_cards, take_cards
 from .config import Config, choices_of, from_dict, load_toml
 from .errors import fail, known, nearest, one_line_errors, require_packages
 from .options import (
@@ -97,6 +98,8 @@ class TrainArgs:
     resume: bool  # go on with the run in `out`
     evaluate: bool  # sweep the preferences when training ends
     report: bool = True  # and write the report of it
+    plan: bool = False  # say what the run would do and cost, and leave
+    cards: Cards = field(default_factory=Cards)  # those of such a plan
 
 
 def parse_train(argv: Sequence[str] | None = None) -> tuple[Config, TrainArgs]:
@@ -111,7 +114,10 @@ def parse_train(argv: Sequence[str] | None = None) -> tuple[Config, TrainArgs]:
     shown = next((a for a in argv if a in PRESETS), DEFAULT_PRESET)
     found = vars(_train_parser(shown).parse_args(argv))
     named, file, out = found.pop("PRESET", None), found.pop("config"), found.pop("out")
-    args = {name: found.pop(name) for name in ("resume", "evaluate", "report")}
+    args = {name: found.pop(name) for name in ("resume", "evaluate", "report", "plan")}
+    args["cards"] = cards = take_cards(found)
+    if cards != Cards() and not args["plan"]:
+        fail("--cards, --card… and --node are of a plan: add --plan; a run takes what started it")
     trusted = found.pop("trust_run")
     if named is not None:
         known("preset", named, PRESETS, "; for a file, --config")
@@ -153,7 +159,11 @@ def _train_parser(shown: str) -> OneLineParser:
     parser.add_argument(
         "--no-report", dest="report", action="store_false", help="evaluate, but draw nothing"
     )
+    parser.add_argument(
+        "--plan", action="store_true", help="say what the run would do and cost, and do nothing"
+    )
     add_trust(parser, objectives=False)
+    add_cards(parser)
     add_options(parser, preset(shown))
     return parser
 

@@ -1,0 +1,224 @@
+"""A layout of processes, and what it costs, in words: (name, text) pairs of a plan. No torch."""
+
+from __future__ import annotations
+
+from .config import Config
+from .cost import Cost, cost
+from .hardware import Card
+from .mesh import Layout, layout
+from .model_shape import ModelShape
+from .workload import Work, work_of
+
+Lines = list[tuple[str, str]]
+
+MODEL = "arithmetic from the figures below, not a measurement"
+
+
+def of_mesh(config: Config, laid: Layout) -> Lines:
+    """Say which process learns what: preferences, prompts, part of the weights."""
+    tasks, prompts = config.meta.tasks, config.rollout.prompts
+    parts = f"{laid.groups} group{_s(laid.groups)} x {laid.data} data x {laid.shard} shard"
+    head = f"{laid.world:,} process{'es' * (laid.world > 1)} = {parts}{_s(laid.shard)}"
+    if laid.groups > 1:
+        last = laid.parts - 1
+        ranks = f"{laid.parts} g"
+        head += f"; group g is rank {ranks}" + (f" to {ranks} + {last}" if last else "")
+    counts = sorted({len(laid.tasks(g, tasks)) for g in range(laid.groups)})
+    each = " or ".join(map(str, counts))
+    preferences = f"{each} of a meta-step's {tasks} a group"
+    if 1 < laid.groups <= 4:
+        held = (laid.tasks(g, tasks) for g in range(laid.groups))
+        shown = (f"{r[0]}" if len(r) == 1 else f"{r[0]} to {r[-1]}" for r in held)
+        preferences += f": number {', '.join(shown)}"
+    a_process = prompts / laid.parts
+    samples = config.preference.per_prompt * config.rollout.samples
+    cut = laid.virtual // laid.parts
+    asked = f"{a_process:g} of an update's {prompts} a process, {a_process * samples:g} answers"
+    if laid.virtual > 1:
+        asked += f"; {laid.virtual} virtual shards, {cut} a process"
+    weights = "whole in every process"
+    if laid.shard > 1:
+        weights = f"1/{laid.shard} in a process (FSDP2), {laid.shard} neighbours hold them all"
+    return [("mesh", head), ("preferences", preferences), ("prompts", asked), ("weights", weights)]
+
+
+def of_run(config: Config, laid: Layout, model: ModelShape | None, card: Card) -> Lines:
+    """Say of a run on several processes who holds what, bytes a process, bytes on the wire."""
+    lines = of_mesh(config, laid)
+    if model is None:
+        return [*lines, ("bytes", "not known before the model's config.json is here")]
+    found = cost(work_of(config), model, card, laid)
+    most = sorted(_merged(found).items(), key=lambda item: -item[1])[:3]
+    shown = ", ".join(f"{name} {size(value)}" for name, value in most)
+    sent = sum(found.wire.values())
+    between = found.wire.get("delta and second moment", found.wire.get("delta", 0.0))
+    of_groups = f", {size(between)} of it between groups" if laid.groups > 1 else ""
+    wire = f"{size(sent)} sent by a process in a meta-step{of_groups} (arithmetic)"
+    held = f"about {size(found.memory.most)} a process at most: {shown} (arithmetic)"
+    return [*lines, ("bytes", held), ("on the wire", wire)]
+
+
+def of_cost(found: Cost, text: str = "") -> Lines:
+    """Say what a layout costs: the model, the cards, bytes, seconds, and what is assumed."""
+    work, model, card, laid = found.work, found.model, found.card, found.layout
+    memory, shares = found.memory, card.shares
+    how = {
+        "lora": f"LoRA of rank {work.rank}",
+        "bilinear": f"bilinear adapters of rank {work.rank}",
+    }
+    trained = f"{how.get(work.tuning, 'all parameters')}: {count(memory.trained)} trained"
+    about = f"{count(model.parameters)} parameters, {model.layers} layers of {model.width:,}"
+    nodes = -(-laid.world // card.node)
+    speed = f"{card.products(memory.bytes) / 1e12:g} TFLOP/s, {card.bandwidth / 1e12:.3g} TB/s"
+    cards = (
+        f"{laid.world:,} x {card.name} of {size(card.memory)} ({speed}), {nodes:,} "
+        f"node{_s(nodes)} of {card.node}"
+    )
+    lengths = f"{work.prompt_tokens:g} tokens a prompt, {work.response_tokens:g} an answer"
+    engine = "an engine a card" if found.engine.cards == 1 else f"{found.engine.cards} cards each"
+    micro = f"micro-batches of {memory.micro_tokens:,} tokens"
+    lines: Lines = [
+        ("model", f"{model.name}: {about}; {trained}"),
+        ("cards", cards),
+        ("assumed", f"{lengths}; {engine} ({work.backend}), {found.engine.slots} rows each; {micro}"),
+        ("shares", f"of the peaks, assumed: products {shares.learn:.0%} to learn, "
+         f"{shares.prefill:.0%} to read, {shares.decode:.0%} to sample; memory {shares.read:.0%}; "
+         f"links {shares.link:.0%}"),
+    ]  # fmt: skip
+    if work.unknown:
+        lines.append(("left out", f"reward models of sizes not known: {', '.join(work.unknown)}"))
+    return [*lines, *([("note", text)] if text else [])]
+
+
+def tables(found: Cost) -> str:
+    """Write bytes a card, bytes on the wire and seconds as columns, at most 80 characters wide."""
+    memory, card = found.memory, found.card
+    total = memory.most
+    rows = ["  a card holds, at most"]
+    groups = [
+        ("always", memory.always),
+        ("to sample", memory.sampling),
+        ("to learn", memory.learning),
+    ]
+    for when, part in groups:
+        rows += [_row(name, size(value), when) for name, value in part.items()]
+    share = f"{total / card.memory:.0%} of {size(card.memory)}"
+    rows += [_row("together, at most at a time", size(total), share)]
+    rows += ["  a card sends in a meta-step"]
+    wire = {name: value for name, value in found.wire.items() if value}
+    rows += [_row(name, size(value)) for name, value in wire.items()] or [_row("nothing", "0 B")]
+    if wire:
+        rows += [_row("floor: one delta and second moment", size(found.floor))]
+    rows += [f"  a meta-step, {found.updates} updates of a group one after the other"]
+    for name, value in found.seconds.items():
+        if value:
+            rows.append(_row(name, time(value), f"{value / found.total:.1%}"))
+    rows += [_row("together", time(found.total), f"{count(found.tokens_per_second)} tokens/s")]
+    rows += [_row("a checkpoint", size(found.checkpoint))]
+    return "\n".join(rows)
+
+
+def warning(found: Cost, config: Config) -> str:
+    """Say what does not fit on a card, with the remedy; empty where all does."""
+    memory, card, laid, work = found.memory, found.card, found.layout, found.work
+    needed = memory.least
+    if needed <= card.memory and memory.most <= card.memory:
+        return ""
+    if needed <= card.memory:
+        return (
+            f"{size(memory.most)} do not fit on a card of {size(card.memory)}: lower "
+            "grpo.micro_tokens or rollout.max_cache_bytes, or set grpo.recompute=true"
+        )
+    remedies = [f"mesh.shard={s}" for s in _fitting(found, config)[:1]]
+    if work.tuning == "full":
+        remedies.append("policy.tuning=lora")
+    if laid.shard > 1 and work.backend != "vllm":
+        remedies.append("rollout.backend=vllm, whose engine is shared by cards")
+    if not work.recompute:
+        remedies.append("grpo.recompute=true")
+    remedies.append("cards of more memory")
+    return (
+        f"{size(needed)} at the least do not fit on a card of {size(card.memory)}: "
+        f"{'; or '.join(remedies)}"
+    )
+
+
+def _fitting(found: Cost, config: Config) -> list[int]:
+    """Give the shards that would make it fit, the fewest first."""
+    world, fitting = found.layout.world, []
+    shard = 2 * found.layout.shard
+    while shard <= world:
+        try:
+            laid = layout(_with_shard(config, shard), world)
+        except ValueError:
+            shard *= 2
+            continue
+        other = cost(found.work, found.model, found.card, laid)
+        if other.memory.least <= found.card.memory:
+            fitting.append(shard)
+        shard *= 2
+    return fitting
+
+
+def _with_shard(config: Config, shard: int) -> Config:
+    from dataclasses import replace
+
+    return replace(config, mesh=replace(config.mesh, shard=shard, data=0, virtual=0))
+
+
+def _merged(found: Cost) -> dict[str, float]:
+    memory = found.memory
+    phases = (memory.sampling, memory.learning)
+    return memory.always | max(phases, key=lambda part: sum(part.values()))
+
+
+def _row(name: str, value: str, more: str = "") -> str:
+    return f"    {name:<36}{value:>10}  {more}".rstrip()
+
+
+def _s(n: int) -> str:
+    return "s" * (n != 1)
+
+
+def size(value: float) -> str:
+    """Write bytes in decimal units, three digits."""
+    return f"{_scaled(value)}B"
+
+
+def count(value: float) -> str:
+    """Write a number with K, M, B (10^9) or T, three digits."""
+    return _scaled(value).replace("G", "B").replace("k", "K").rstrip()
+
+
+def _scaled(value: float) -> str:
+    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * factor:
+            return f"{_three(value / factor)} {unit}"
+    return f"{value:.0f} "
+
+
+def time(value: float) -> str:
+    """Write seconds, three digits; days and hours where they are many."""
+    if value >= 2 * 86400:
+        return f"{_three(value / 86400)} d"
+    if value >= 2 * 3600:
+        return f"{_three(value / 3600)} h"
+    return f"{_three(value)} s" if value >= 0.9995e-3 else f"{value * 1e6:.0f} us"
+
+
+def _three(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
+
+
+__all__ = [
+    "MODEL",
+    "Work",
+    "count",
+    "of_cost",
+    "of_mesh",
+    "of_run",
+    "size",
+    "tables",
+    "time",
+    "warning",
+]
