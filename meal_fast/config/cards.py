@@ -34,9 +34,13 @@ class Cards:
             require(1 <= self.cards <= 1 << 20, "cards", self.cards, "1 to 1,048,576")
         return layout(config, self.cards or world_of(os.environ)[1])
 
+    def card_for(self, config: Config) -> Card:
+        """Give the card that was named, or else this machine's."""
+        return self.chosen(card_here(config))
+
     def chosen(self, default: str) -> Card:
         """Give the card. Raises ValueError for one that is not known."""
-        scaled = {
+        scaled: dict[str, Any] = {
             "memory": self.card_memory and self.card_memory * GB,
             "flops": self.card_flops and self.card_flops * 1e12,
             "bandwidth": self.card_bandwidth and self.card_bandwidth * GB,

@@ -173,8 +173,8 @@ def add_options(
 ) -> None:
     """Add every option of a Config but those of `leave_out`, with the defaults of `shown`."""
     groups: dict[str, argparse._ArgumentGroup] = {}
-    for section, field, value in options(shown):
-        option = dotted(section, field)
+    for section, each, value in options(shown):
+        option = dotted(section, each)
         if option in leave_out:
             continue
         if section not in groups:
@@ -183,8 +183,8 @@ def add_options(
             f"--{option}",
             dest=option,
             default=argparse.SUPPRESS,
-            type=functools.partial(typed_as, kind=unit(field)),
-            **_shape(field, value),
+            type=functools.partial(typed_as, kind=unit(each)),
+            **_shape(each, value),
         )
 
 

@@ -17,6 +17,7 @@ Signs, as in a formula below:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .cost_memory import Held, held
@@ -80,39 +81,37 @@ class Cost:
 def cost(work: Work, model: ModelShape, card: Card, layout: Layout) -> Cost:
     """Compute what a run costs on a layout of such cards."""
     memory = held(work, model, card, layout)
-    engine = memory.engine
+    engine, n = memory.engine, memory.trained
     learn = learn_seconds(work, model, card, layout, memory)
     gathers = gathered_bytes(work, model, layout, memory)
-    weights, sent_weights = _new_weights(work, model, card, layout, engine, memory.trained)
-    gradients = gradient_bytes(work, layout, memory.trained)
+    weights, sent_weights = _new_weights(work, model, card, layout, engine, n)
+    gradients = gradient_bytes(work, layout, n)
     within = card.between(layout.parts)
     rows = _all_gather(work.rows * work.response_tokens * _ROW_TOKEN, layout.parts)
-    hops = 2 * _rounds(layout.parts) * card.shares.hop
     # FSDP2 fetches the next block while one computes: what does not fit behind it is waited for.
     waited = max(0.0, gathers / card.between(layout.shard) - learn)
-    exchange = (rows + gradients) / within + (2 * hops if layout.parts > 1 else 0.0) + waited
+    hops = 4 * _rounds(layout.parts) * card.shares.hop
     update = {
         "rollout": rollout_seconds(work, model, card, layout, engine),
         "reward": reward_seconds(work, card, layout),
         "learn": learn,
         "weights to the sampler": weights,
-        "exchange in a group": exchange,
+        "exchange in a group": (rows + gradients) / within + hops + waited,
     }
     times = -(-work.tasks // layout.groups) * work.n_inner
     seconds = {part: times * value for part, value in update.items()}
-    deltas = delta_bytes(work, layout, memory.trained)
-    link = card.between(layout.world)
-    seconds["deltas between groups"] = deltas / link + 2 * _rounds(layout.groups) * card.shares.hop
+    deltas, kept = delta_bytes(work, layout, n), kept_bytes(work, layout, n)
+    link, hops = card.between(layout.world), 2 * _rounds(layout.groups) * card.shares.hop
+    seconds["deltas between groups"] = (deltas + kept) / link + hops
     wire = {
         "rows of an update, to its group": times * rows,
         "gradients, in a group": times * gradients,
         "weights and gradients of shards": times * gathers,
         "weights to the sampler": times * sent_weights,
-        "delta and second moment": deltas,
+        "deltas between groups": deltas,
+        "Adam's of preferences": kept,
     }
-    if not _summed(work):
-        wire["delta"] = wire.pop("delta and second moment")
-    checkpoint = 12.0 * memory.trained * max(work.models, 1)
+    checkpoint = 12.0 * n * max(work.models, 1)
     return Cost(work, model, card, layout, engine, memory, wire, seconds, checkpoint)
 
 
@@ -126,7 +125,8 @@ def rollout_seconds(
     at `read` and of computing 2 (N + V D) products a row at `decode`; and the kernels' launches.
     """
     shares, cards, b = card.shares, engine.cards, engine.bytes
-    rows, prompts = (x / layout.parts * cards for x in (work.rows, work.prompts))
+    # Virtual shards are sampled one after the other.
+    rows, prompts = (x / layout.virtual * cards for x in (work.rows, work.prompts))
     head = model.vocab * model.width
     half = work.prompt_tokens / 2
     prefill = prompts * work.prompt_tokens * (2 * model.linear + _attention(model, half))
@@ -145,6 +145,7 @@ def rollout_seconds(
         sent = 2 * (cards - 1) / cards * slots * model.width * b
         step += 2 * model.layers * (sent / card.between(cards) + shares.hop / 4)
     seconds += rows / slots * work.response_tokens * step
+    seconds *= layout.virtual / layout.parts
     if engine.merged:  # factors multiplied out, and added
         seconds += 3 * 4 * model.linear / (card.bandwidth * shares.read)
     return seconds
@@ -177,14 +178,44 @@ def learn_seconds(work: Work, model: ModelShape, card: Card, layout: Layout, mem
     return work.epochs * (products / (card.products(memory.bytes) * card.shares.learn) + step)
 
 
+def held_sums(numbers: range, count: int) -> int:
+    """Count the sums that a process holds of neighbouring leaves `numbers`, of `count` in the tree.
+
+    The tree of meal_fast.training.tree_sum: neighbours are added, what has none goes up as it is.
+    """
+    nodes, place = 0, numbers.start
+    while place < numbers.stop:
+        level = 0  # the largest subtree that begins here and ends with these leaves
+        while not place >> level & 1 and level < (count - 1).bit_length():
+            stop = min(place + (2 << level), count)
+            if stop > numbers.stop:
+                break
+            level += 1
+        nodes, place = nodes + 1, min(place + (1 << level), count)
+    return nodes
+
+
+def summed_bytes(payload: float, owners: Sequence[range], count: int) -> float:
+    """Give the bytes that a process sends for a sum over processes, the mean: (m + 1)(P - 1)/P.
+
+    Times the payload; P processes (owners: the leaves of each), m sums of its own, mostly one.
+    """
+    if len(owners) == 1:
+        return 0.0
+    mean = sum(held_sums(numbers, count) for numbers in owners) / len(owners)
+    return (mean + 1) * _all_gather(payload, len(owners))
+
+
 def gradient_bytes(work: Work, layout: Layout, trained: int) -> float:
-    """Give the bytes that a process sends for an update's gradients: float32, 2 (m - 1) / m of 4 n.
+    """Give the bytes that a process sends for an update's gradients: a sum of 4 n over its group.
 
     Sharded ones (all parameters) are summed over `data` alone here: see `gathered_bytes`.
     """
-    if work.tuning == "full":
-        return work.epochs * _all_reduce(4 * trained / layout.shard, layout.data)
-    return work.epochs * _all_reduce(4 * trained, layout.parts)
+    owners = [layout.shards(rank) for rank in range(layout.parts)]
+    if work.tuning == "full" and layout.shard > 1:
+        shared = 2 * _all_gather(4 * trained / layout.shard, layout.data)
+        return work.epochs * shared
+    return work.epochs * summed_bytes(4 * trained, owners, layout.virtual)
 
 
 def gathered_bytes(work: Work, model: ModelShape, layout: Layout, memory: Held) -> float:
@@ -197,20 +228,34 @@ def gathered_bytes(work: Work, model: ModelShape, layout: Layout, memory: Held) 
         return 0.0
     each = (2 + work.passes) * memory.bytes * model.parameters
     each += 4 * memory.trained if work.tuning == "full" else 0
-    batches = math.ceil(work.learnt_tokens / layout.parts / memory.micro_tokens)
+    batches = math.ceil(work.learnt_tokens / layout.virtual / memory.micro_tokens)
+    batches *= layout.virtual // layout.parts
     return work.epochs * batches * _all_gather(each, layout.shard)
 
 
 def delta_bytes(work: Work, layout: Layout, trained: int) -> float:
-    """Give the bytes that a process sends for a meta-step's update: 2 (G - 1) / G of 4 n or 8 n.
+    """Give the bytes that a process sends as a meta-step ends: a sum over groups of 4 n or 8 n.
 
     A delta and, with meta.adam=persist_v, the second moment, float32; the shards of all parameters
-    each their own.
+    each their own. Where each preference has a model, how far it went, 4 n.
     """
-    if not work.reptile:
+    if not (work.reptile or work.models):
         return 0.0
-    shard = layout.shard if work.tuning == "full" else 1
-    return _all_reduce((8 if _summed(work) else 4) * trained / shard, layout.groups)
+    own = trained / (layout.shard if work.tuning == "full" else 1)
+    two = work.reptile and work.adam == "persist_v"
+    owners = [layout.tasks(group, work.tasks) for group in range(layout.groups)]
+    return summed_bytes((8 if two else 4) * own, owners, work.tasks)
+
+
+def kept_bytes(work: Work, layout: Layout, trained: int) -> float:
+    """Give the bytes of Adam's states that a process sends to other groups: per_preference's.
+
+    8 n for each of its tasks, to each other group.
+    """
+    if not (work.reptile and work.adam == "per_preference"):
+        return 0.0
+    own = trained / (layout.shard if work.tuning == "full" else 1)
+    return 8 * own * work.tasks / layout.groups * (layout.groups - 1)
 
 
 def _new_weights(
@@ -231,16 +276,8 @@ def _attention(model: ModelShape, context: float) -> float:
     return 4 * context * model.heads * model.head * model.layers
 
 
-def _summed(work: Work) -> bool:
-    return work.adam == "persist_v"
-
-
 def _all_gather(whole: float, members: int) -> float:
     return whole * (members - 1) / members
-
-
-def _all_reduce(whole: float, members: int) -> float:
-    return 2 * _all_gather(whole, members)
 
 
 def _rounds(members: int) -> int:

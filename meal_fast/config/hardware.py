@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from meal_fast.common import require
 
@@ -106,7 +107,7 @@ def card_named(
     Raises ValueError for a name without them, and for figures that are not positive.
     """
     given = {"memory": memory, "flops": flops, "bandwidth": bandwidth, "node": node}
-    changes = {key: value for key, value in given.items() if value is not None}
+    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if flops is not None:
         changes["flops_full"] = flops
         if name in CARDS:  # in the same proportion

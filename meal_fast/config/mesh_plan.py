@@ -7,7 +7,7 @@ from .cost import Cost, cost
 from .hardware import Card
 from .mesh import Layout, layout
 from .model_shape import ModelShape
-from .workload import Work, work_of
+from .workload import work_of
 
 Lines = list[tuple[str, str]]
 
@@ -21,7 +21,7 @@ def of_mesh(config: Config, laid: Layout) -> Lines:
     head = f"{laid.world:,} process{'es' * (laid.world > 1)} = {parts}{_s(laid.shard)}"
     if laid.groups > 1:
         last = laid.parts - 1
-        ranks = f"{laid.parts} g"
+        ranks = f"{laid.parts} g" if last else "g"
         head += f"; group g is rank {ranks}" + (f" to {ranks} + {last}" if last else "")
     counts = sorted({len(laid.tasks(g, tasks)) for g in range(laid.groups)})
     each = " or ".join(map(str, counts))
@@ -51,7 +51,7 @@ def of_run(config: Config, laid: Layout, model: ModelShape | None, card: Card) -
     most = sorted(_merged(found).items(), key=lambda item: -item[1])[:3]
     shown = ", ".join(f"{name} {size(value)}" for name, value in most)
     sent = sum(found.wire.values())
-    between = found.wire.get("delta and second moment", found.wire.get("delta", 0.0))
+    between = found.wire.get("deltas between groups", 0.0)
     of_groups = f", {size(between)} of it between groups" if laid.groups > 1 else ""
     wire = f"{size(sent)} sent by a process in a meta-step{of_groups} (arithmetic)"
     held = f"about {size(found.memory.most)} a process at most: {shown} (arithmetic)"
@@ -64,7 +64,7 @@ def of_cost(found: Cost, text: str = "") -> Lines:
     memory, shares = found.memory, card.shares
     how = {
         "lora": f"LoRA of rank {work.rank}",
-        "bilinear": f"bilinear adapters of rank {work.rank}",
+        "bilinear": f"bilinear, rank {work.rank}",
     }
     trained = f"{how.get(work.tuning, 'all parameters')}: {count(memory.trained)} trained"
     about = f"{count(model.parameters)} parameters, {model.layers} layers of {model.width:,}"
@@ -75,12 +75,13 @@ def of_cost(found: Cost, text: str = "") -> Lines:
         f"node{_s(nodes)} of {card.node}"
     )
     lengths = f"{work.prompt_tokens:g} tokens a prompt, {work.response_tokens:g} an answer"
-    engine = "an engine a card" if found.engine.cards == 1 else f"{found.engine.cards} cards each"
+    several = "" if found.engine.cards == 1 else f" on {found.engine.cards} cards each"
+    engine = f"sampler {work.backend}{several}, {found.engine.slots} rows at a time"
     micro = f"micro-batches of {memory.micro_tokens:,} tokens"
     lines: Lines = [
         ("model", f"{model.name}: {about}; {trained}"),
         ("cards", cards),
-        ("assumed", f"{lengths}; {engine} ({work.backend}), {found.engine.slots} rows each; {micro}"),
+        ("assumed", f"{lengths}; {engine}; {micro}"),
         ("shares", f"of the peaks, assumed: products {shares.learn:.0%} to learn, "
          f"{shares.prefill:.0%} to read, {shares.decode:.0%} to sample; memory {shares.read:.0%}; "
          f"links {shares.link:.0%}"),
@@ -95,12 +96,7 @@ def tables(found: Cost) -> str:
     memory, card = found.memory, found.card
     total = memory.most
     rows = ["  a card holds, at most"]
-    groups = [
-        ("always", memory.always),
-        ("to sample", memory.sampling),
-        ("to learn", memory.learning),
-    ]
-    for when, part in groups:
+    for when, part in memory.phases.items():
         rows += [_row(name, size(value), when) for name, value in part.items()]
     share = f"{total / card.memory:.0%} of {size(card.memory)}"
     rows += [_row("together, at most at a time", size(total), share)]
@@ -168,8 +164,7 @@ def _with_shard(config: Config, shard: int) -> Config:
 
 def _merged(found: Cost) -> dict[str, float]:
     memory = found.memory
-    phases = (memory.sampling, memory.learning)
-    return memory.always | max(phases, key=lambda part: sum(part.values()))
+    return memory.phases["always"] | memory.phases[memory.fullest]
 
 
 def _row(name: str, value: str, more: str = "") -> str:
@@ -208,17 +203,3 @@ def time(value: float) -> str:
 
 def _three(value: float) -> str:
     return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
-
-
-__all__ = [
-    "MODEL",
-    "Work",
-    "count",
-    "of_cost",
-    "of_mesh",
-    "of_run",
-    "size",
-    "tables",
-    "time",
-    "warning",
-]

@@ -116,9 +116,8 @@ def _counted(
     """Give the shapes of the blocks' linear weights, and the number of all parameters."""
     kind = values.get("model_type")
     remedy = "its parameters are counted from its *.safetensors alone; name a folder that has them"
-    require(
-        kind in ("llama", "mistral", "qwen2", "qwen3"), f"model {name!r}: model_type", kind, remedy
-    )
+    counted = kind in ("llama", "mistral", "qwen2", "qwen3")
+    require(counted, f"model {name!r}: model_type", kind, remedy)
     q, k = heads * head, kv_heads * head
     block = [(q, width), (k, width), (k, width), (width, q)]
     block += [(inner, width), (inner, width), (width, inner)]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
+from typing import Any
 
-from .cards import Cards, card_here, shape_here
+from .cards import card_here, shape_here
 from .config import Config
 from .cost import cost
 from .hardware import CARDS, Card
@@ -79,13 +80,18 @@ def cost_plan(
     return "\n".join([head, *lines, tables(found)]), warning(found, config)
 
 
-def whole_plan(config: Config, out: Path, cards: Cards, **how: bool) -> tuple[str, str]:
-    """Say what a run would do and cost on cards, and a warning or "": `train --plan`."""
-    layout, card = cards.layout(config), cards.chosen(card_here(config))
+def run_plan(config: Config, out: Path, layout: Layout, **how: Any) -> str:
+    """Say what a run will do as it starts, on this machine's processes."""
+    shape = shape_here(config) if layout.world > 1 else None
+    return plan(config, out, **how, layout=layout, model=shape, card=CARDS[card_here(config)])
+
+
+def whole_plan(config: Config, out: Path, layout: Layout, card: Card, **how: Any) -> str:
+    """Say what a run would do, and cost on a layout of cards: `train --plan`."""
     if shape_here(config) is None:
-        return plan(config, out, **how, layout=layout), ""
+        return plan(config, out, **how, layout=layout)
     text, warned = cost_plan(config, layout, card, config.policy.path)
-    return f"{plan(config, out, **how)}\n{text}", warned
+    return "\n".join([plan(config, out, **how), text, *([warned] if warned else [])])
 
 
 def _line(name: str, text: str) -> str:

@@ -23,7 +23,7 @@ MICRO = (
     4096,
     8192,
     16384,
-)  # tokens of a micro-batch; 0: what meal_fast.models.sizes takes
+)  # tokens of a micro-batch; 0: by the memory that is free
 GAIN = 0.95
 _HEAD = (
     ("model", "trained", "cards", "G x D x S", "sampler", "GB a card", "meta-step", "rollout",
@@ -51,7 +51,8 @@ def quickest(model: ModelShape, tuning: str, card: Card, cards: int) -> Cost | N
     """Cost the layout of the shortest meta-step that fits so many cards; None where none does.
 
     Tried: shards in powers of two, each with this package's engine and vLLM, with activations kept
-    and recomputed, and micro-batches of several sizes; one takes the place of those before it by 5 % at least.
+    and recomputed, and micro-batches of several sizes. One takes the place of those before it where
+    it is shorter by 5 %.
     """
     best: Cost | None = None
     for shard in (1 << i for i in range(cards.bit_length())):
