@@ -102,22 +102,20 @@ def card_named(
 ) -> Card:
     """Give a card by name, with the figures given (bytes, FLOP/s, bytes/s, cards a node) instead.
 
-    A name that is not known needs the first three; its links are then an h100's.
+    A name that is not known needs the first three; its links and proportions are then an h100's.
 
     Raises ValueError for a name without them, and for figures that are not positive.
     """
     given = {"memory": memory, "flops": flops, "bandwidth": bandwidth, "node": node}
     changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if flops is not None:
-        changes["flops_full"] = flops
-        if name in CARDS:  # in the same proportion
-            changes["flops_full"] = flops * CARDS[name].flops_full / CARDS[name].flops
+        like = CARDS.get(name, CARDS["h100"])  # in the same proportion
+        changes["flops_full"] = flops * like.flops_full / like.flops
     if name not in CARDS:
         remedy = (
             f"not known; choose from {', '.join(CARDS)}, or give --card-memory, --card-flops and "
             "--card-bandwidth too"
         )
         require({"memory", "flops", "bandwidth"} <= changes.keys(), "card", name, remedy)
-        changes.setdefault("flops_full", changes["flops"] / 2)
         return dataclasses.replace(CARDS["h100"], name=name, **changes)
     return dataclasses.replace(CARDS[name], **changes)

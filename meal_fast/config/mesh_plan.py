@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .config import Config
 from .cost import Cost, cost
 from .hardware import Card
 from .mesh import Layout, layout
 from .model_shape import ModelShape
-from .workload import work_of
+from .workload import Work, work_of
 
 Lines = list[tuple[str, str]]
 
@@ -115,50 +117,51 @@ def tables(found: Cost) -> str:
 
 
 def warning(found: Cost, config: Config) -> str:
-    """Say what does not fit on a card, with the remedy; empty where all does."""
-    memory, card, laid, work = found.memory, found.card, found.layout, found.work
-    needed = memory.least
-    if needed <= card.memory and memory.most <= card.memory:
+    """Say what does not fit on a card, with options that make it; empty where all does."""
+    if found.fits:
         return ""
-    if needed <= card.memory:
-        return (
-            f"{size(memory.most)} do not fit on a card of {size(card.memory)}: lower "
-            "grpo.micro_tokens or rollout.max_cache_bytes, or set grpo.recompute=true"
-        )
-    remedies = [f"mesh.shard={s}" for s in _fitting(found, config)[:1]]
-    if work.tuning == "full":
-        remedies.append("policy.tuning=lora")
-    if laid.shard > 1 and work.backend != "vllm":
-        remedies.append("rollout.backend=vllm, whose engine is shared by cards")
-    if not work.recompute:
-        remedies.append("grpo.recompute=true")
-    remedies.append("cards of more memory")
-    return (
-        f"{size(needed)} at the least do not fit on a card of {size(card.memory)}: "
-        f"{'; or '.join(remedies)}"
-    )
+    card, changes = found.card, remedies(found, config)
+    remedy = " ".join(changes) + " would" if changes else "take more cards, or of more memory"
+    if found.work.tuning == "full":
+        remedy += "; or policy.tuning=lora"
+    return f"{size(found.memory.most)} do not fit on a card of {size(card.memory)}: {remedy}"
 
 
-def _fitting(found: Cost, config: Config) -> list[int]:
-    """Give the shards that would make it fit, the fewest first."""
-    world, fitting = found.layout.world, []
-    shard = 2 * found.layout.shard
-    while shard <= world:
+def remedies(found: Cost, config: Config) -> list[str]:
+    """Find the fewest options, and of them the fewest shards, with which it fits; [] for none.
+
+    Tried: shards, vLLM (whose engine several cards hold), activations recomputed, micro-batches.
+    """
+    laid, work, world = found.layout, found.work, found.layout.world
+    shards = [laid.shard << i for i in range(world.bit_length()) if laid.shard << i <= world]
+    tried: list[tuple[int, int, Work, Layout, list[str]]] = []
+    for shard in shards:
         try:
-            laid = layout(_with_shard(config, shard), world)
+            other = laid if shard == laid.shard else layout(_with_shard(config, shard), world)
         except ValueError:
-            shard *= 2
             continue
-        other = cost(found.work, found.model, found.card, laid)
-        if other.memory.least <= found.card.memory:
-            fitting.append(shard)
-        shard *= 2
-    return fitting
+        for backend in dict.fromkeys((work.backend, "vllm")):
+            for recompute in dict.fromkeys((work.recompute, True)):
+                for micro in dict.fromkeys((work.micro_tokens, 1024)):
+                    changed = replace(
+                        work, backend=backend, recompute=recompute, micro_tokens=micro
+                    )
+                    named = {
+                        f"mesh.shard={shard}": shard != laid.shard,
+                        f"rollout.backend={backend}": backend != work.backend,
+                        "grpo.recompute=true": recompute != work.recompute,
+                        f"grpo.micro_tokens={micro}": micro != work.micro_tokens,
+                    }
+                    names = [name for name, differs in named.items() if differs]
+                    tried.append((len(names), shard, changed, other, names))
+    for *_, changed, other, names in sorted(tried, key=lambda one: one[:2]):
+        if cost(changed, found.model, found.card, other).fits:
+            return names
+    return []
 
 
 def _with_shard(config: Config, shard: int) -> Config:
-    from dataclasses import replace
-
+    """Change the shards, and leave open what must agree with them."""
     return replace(config, mesh=replace(config.mesh, shard=shard, data=0, virtual=0))
 
 

@@ -153,8 +153,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "7B": _llama_like(28, 3584, 18944, 28, 4, 152064, **_QWEN2),
     "70B": _llama_like(80, 8192, 28672, 64, 8, 128256),
     "packaged:smollm2-135m": _llama_like(30, 576, 1536, 9, 3, 49152, **_TIED),
+    "world:tiny": _llama_like(2, 32, 64, 4, 2, 371, **_TIED),
 }
 SAME = {
+    "world:concave-front": "world:tiny",
     "Qwen/Qwen2-0.5B": "0.5B",
     "Qwen/Qwen2-0.5B-Instruct": "0.5B",
     "Qwen/Qwen2.5-0.5B": "0.5B",
