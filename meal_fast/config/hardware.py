@@ -79,15 +79,15 @@ CARDS = {
     "cpu": Card(
         "cpu",
         24 * GB,
-        220e9,
-        220e9,
-        44 * GB,
+        231e9,
+        231e9,
+        41 * GB,
         2 * GB,
         1.25 * GB,
         2,
         0.7 * GB,
         half=False,
-        shares=Shares(launch=8e-6, hop=100e-6),
+        shares=Shares(learn=0.60, launch=8e-6, hop=100e-6),
     ),
 }
 
