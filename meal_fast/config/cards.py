@@ -59,7 +59,7 @@ def shape_here(config: Config) -> ModelShape | None:
     """Give the shape of the run's model; None where its files are not here."""
     try:
         return shape_of(config.policy.path)
-    except ValueError:
+    except (ValueError, OSError):
         return None
 
 

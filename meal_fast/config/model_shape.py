@@ -179,11 +179,11 @@ def shape_of(path: str) -> ModelShape:
     if named in MODELS:
         return shape_from(path, MODELS[named])
     kind, _, rest = path.partition(":")
-    if kind == "packaged" and re.fullmatch(r"[\w.-]+", rest):
+    if kind == "packaged" and re.fullmatch(r"[\w.-]{1,100}", rest):
         folder = cache_folder() / rest
-    elif kind == "world" and re.fullmatch(r"[\w.-]+", rest):
+    elif kind == "world" and re.fullmatch(r"[\w.-]{1,100}", rest):
         folder = cache_folder() / "worlds" / rest
-    elif Path(path).is_dir():
+    elif os.path.isdir(path):
         folder = Path(path)
     else:
         folder = _of_hub(path)
@@ -203,7 +203,7 @@ def _of_hub(name: str) -> Path:
     """Give the folder of a hub name's newest snapshot here; one that is not there without."""
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     hub = Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub"))
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not re.fullmatch(r"[\w.-]{1,100}/[\w.-]{1,100}", name):
         return hub / "none"
     found = sorted((hub / f"models--{name.replace('/', '--')}" / "snapshots").glob("*/config.json"))
     return found[-1].parent if found else hub / "none"
@@ -250,7 +250,7 @@ def reward_shape(source: str) -> RewardShape | None:
         return _REWARDS[name]
     if is_outside(source) or source.startswith(WORLDS):
         return RewardShape()
-    folder = Path(name) if Path(name).is_dir() else _of_hub(name)
+    folder = Path(name) if os.path.isdir(name) else _of_hub(name)
     shapes = [item for f in sorted(folder.glob("*.safetensors")) for item in _shapes(f).items()]
     if not shapes:
         return None
