@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
 
-from .config import Config
+from .config import Config, from_dict
 from .cost import Cost, cost
 from .hardware import Card
 from .mesh import Layout, layout
 from .model_shape import ModelShape
-from .workload import Work, work_of
+from .workload import work_of
 
 Lines = list[tuple[str, str]]
 
@@ -60,7 +62,7 @@ def of_run(config: Config, laid: Layout, model: ModelShape | None, card: Card) -
     return [*lines, ("bytes", held), ("on the wire", wire)]
 
 
-def of_cost(found: Cost, text: str = "") -> Lines:
+def of_cost(found: Cost) -> Lines:
     """Say what a layout costs: the model, the cards, bytes, seconds, and what is assumed."""
     work, model, card, laid = found.work, found.model, found.card, found.layout
     memory, shares = found.memory, card.shares
@@ -90,7 +92,7 @@ def of_cost(found: Cost, text: str = "") -> Lines:
     ]  # fmt: skip
     if work.unknown:
         lines.append(("left out", f"reward models of sizes not known: {', '.join(work.unknown)}"))
-    return [*lines, *([("note", text)] if text else [])]
+    return lines
 
 
 def tables(found: Cost) -> str:
@@ -130,39 +132,45 @@ def warning(found: Cost, config: Config) -> str:
 def remedies(found: Cost, config: Config) -> list[str]:
     """Find the fewest options, and of them the fewest shards, with which it fits; [] for none.
 
-    Tried: shards, vLLM (whose engine several cards hold), activations recomputed, micro-batches.
+    Tried: shards, vLLM (whose engine several cards hold), activations recomputed, micro-batches; of
+    these what the recipe and the number of cards allow.
     """
-    laid, work, world = found.layout, found.work, found.layout.world
-    shards = [laid.shard << i for i in range(world.bit_length()) if laid.shard << i <= world]
-    tried: list[tuple[int, int, Work, Layout, list[str]]] = []
-    for shard in shards:
-        try:
-            other = laid if shard == laid.shard else layout(_with_shard(config, shard), world)
-        except ValueError:
-            continue
-        for backend in dict.fromkeys((work.backend, "vllm")):
-            for recompute in dict.fromkeys((work.recompute, True)):
-                for micro in dict.fromkeys((work.micro_tokens, 1024)):
-                    changed = replace(
-                        work, backend=backend, recompute=recompute, micro_tokens=micro
-                    )
-                    named = {
-                        f"mesh.shard={shard}": shard != laid.shard,
-                        f"rollout.backend={backend}": backend != work.backend,
-                        "grpo.recompute=true": recompute != work.recompute,
-                        f"grpo.micro_tokens={micro}": micro != work.micro_tokens,
-                    }
-                    names = [name for name, differs in named.items() if differs]
-                    tried.append((len(names), shard, changed, other, names))
-    for *_, changed, other, names in sorted(tried, key=lambda one: one[:2]):
-        if cost(changed, found.model, found.card, other).fits:
-            return names
+    now, world, work = found.layout.shard, found.layout.world, found.work
+    backend, recompute, micro = work.backend, work.recompute, work.micro_tokens
+    each = (
+        [{"mesh.shard": now << i} for i in range(world.bit_length()) if now << i <= world],
+        [{"rollout.backend": name} for name in dict.fromkeys((backend, "vllm"))],
+        [{"grpo.recompute": value} for value in dict.fromkeys((recompute, True))],
+        [{"grpo.micro_tokens": n} for n in dict.fromkeys((micro, 1024))],
+    )
+    before = [options[0] for options in each]
+
+    def changed(options: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        both = zip(options, before, strict=True)
+        return {k: v for one, old in both if one != old for k, v in one.items()}
+
+    tried = sorted(map(changed, product(*each)), key=len)  # of like many, the fewest shards first
+    for options in tried:
+        if options and _fits(found, config, options):
+            return [f"{name}={value}".replace("True", "true") for name, value in options.items()]
     return []
 
 
-def _with_shard(config: Config, shard: int) -> Config:
-    """Change the shards, and leave open what must agree with them."""
-    return replace(config, mesh=replace(config.mesh, shard=shard, data=0, virtual=0))
+def _fits(found: Cost, config: Config, options: dict[str, Any]) -> bool:
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in options.items():
+        section, _, option = name.partition(".")
+        sections.setdefault(section, {})[option] = value
+    if "mesh" in sections:  # what must agree with the shards is left open
+        sections["mesh"] |= {"data": 0, "virtual": 0}
+    work = found.work
+    try:
+        config = from_dict(sections, config)
+        laid = layout(config, found.layout.world)
+        other = work_of(config, work.prompt_tokens, work.response_tokens)
+        return cost(other, found.model, found.card, laid).fits
+    except ValueError:  # the recipe, or the number of cards, does not allow it
+        return False
 
 
 def _merged(found: Cost) -> dict[str, float]:
