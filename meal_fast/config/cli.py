@@ -112,10 +112,11 @@ def parse_train(argv: Sequence[str] | None = None) -> tuple[Config, TrainArgs]:
     found = vars(_train_parser(shown).parse_args(argv))
     named, file, out = found.pop("PRESET", None), found.pop("config"), found.pop("out")
     args = {name: found.pop(name) for name in ("resume", "evaluate", "report")}
-    trusted = found.pop("trust_run")
+    trusted, either = found.pop("trust_run"), found.pop("resume_or_start")
     if named is not None:
         known("preset", named, PRESETS, "; for a file, --config")
     folder = Path(out or Path("runs", named or (Path(file).stem if file else DEFAULT_PRESET)))
+    args["resume"] |= either and (folder / "config.json").exists()
     if args["resume"] and named is None and file is None:
         base = read_config(folder)
         repeated = {name: found.get(name) for name in ("objectives", "logger")}
@@ -147,6 +148,11 @@ def _train_parser(shown: str) -> OneLineParser:
     )
     parser.add_argument("--out", metavar="DIR", help="the run folder (default: runs/PRESET)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in DIR")
+    parser.add_argument(
+        "--resume-or-start",
+        action="store_true",
+        help="the same where there is one, else start it: for what is started again by a machine",
+    )
     parser.add_argument(
         "--no-evaluate", dest="evaluate", action="store_false", help="train only, without a report"
     )
