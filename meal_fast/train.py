@@ -4,8 +4,8 @@
     python -m meal_fast.train hh-qwen2 --out runs/hh --recipe grid-grpo --grpo.beta 0.6
     python -m meal_fast.train --resume --out runs/hh
 
-Ctrl-C finishes the meta-step, saves and leaves (exit code 130); a second one leaves at once, and
-the last checkpoint stays good.
+Ctrl-C (or SIGTERM, SIGUSR1) finishes the meta-step, saves and leaves (exit code 130); a second one
+leaves at once, and the last checkpoint stays good.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,7 +28,10 @@ from meal_fast.config.plan import plan
 from meal_fast.config.resume import resume_command
 from meal_fast.config.run_dir import check_folder
 
-STOPS = (signal.SIGINT, signal.SIGTERM)
+# Ctrl-C, what launchers send, and what SLURM is told to send before a job's time is up.
+STOPS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+]
 
 
 @one_line_errors
@@ -98,7 +102,9 @@ def train(config: Config, args: TrainArgs) -> None:
             trainer.stop_requested = True
             display.stopping()
 
-        before = {number: signal.signal(number, stop) for number in STOPS}
+        # A thread that is not the main one, as Ray's workers have, is told nothing.
+        told = STOPS if threading.current_thread() is threading.main_thread() else []
+        before = {number: signal.signal(number, stop) for number in told}
         try:
             trainer.train()
         except OSError as error:
