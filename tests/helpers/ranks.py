@@ -51,7 +51,11 @@ class Ranks:
     def start(self, *ranks: int) -> "Ranks":
         """Start these, or all of them."""
         for rank in ranks or range(self.world):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(self.world)}
+            place = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(self.world),
+            }
             with open(self.folder / f"rank{rank}.txt", "ab") as file:
                 self.processes[rank] = subprocess.Popen(
                     [sys.executable, "-m", self.module, *self.argv],
