@@ -139,6 +139,13 @@ def train(config: Config, args: TrainArgs) -> None:
         before = {number: signal.signal(number, stop) for number in able}
         try:
             trainer.train()
+            loggers.close()
+            if trainer.stopped:  # said before the others leave: then a launcher may end this one
+                heard(
+                    f"meal-fast: stopped after meta-step {trainer.step} "
+                    f"({trainer.progress(trainer.done):.0%}); go on with "
+                    f"{resume_command(args.out)}"
+                )
             mesh.close()
         except OSError as error:
             what = f"out={str(args.out)!r}: {error.strerror or error}"
@@ -161,13 +168,7 @@ def train(config: Config, args: TrainArgs) -> None:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        loggers.close()
-    if trainer.stop_requested:
-        heard(
-            f"meal-fast: stopped after meta-step {trainer.step} "
-            f"({trainer.progress(trainer.done):.0%}); go on with "
-            f"{resume_command(args.out)}"
-        )
+    if trainer.stopped:
         sys.exit(130)
     if not quiet:
         note_cost(args.out, trainer.policy.device)

@@ -317,13 +317,28 @@ def start(config: Config) -> Mesh:
         made = not dist.is_initialized()
         if made:
             backend = "cpu:gloo" if on_cpu else "cpu:gloo,cuda:nccl"
-            dist.init_process_group(backend, timeout=limit)
+            dist.init_process_group(backend, timeout=limit, **_restarted(rank, world, limit))
         # Here, not above: a run of one process does without.
         from accelerate import PartialState
 
         state = PartialState(cpu=on_cpu)  # it takes that group, and this process's own device
         require(state.num_processes == world, "WORLD_SIZE", world, "no such group of processes")
         return Mesh(laid, rank, config.mesh.timeout, ends=made)
+
+
+def _restarted(rank: int, world: int, limit: timedelta) -> dict[str, Any]:
+    """Give what processes meet by that torchrun has started again; empty: what they would take.
+
+    torch 2.13 hands them the store of those before them, in which these have left where they were
+    to be reached: names of their own keep them apart.
+    """
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if start == "0":
+        return {}
+    store, rank, world = next(dist.rendezvous("env://", rank, world, timeout=limit))
+    store.set_timeout(limit)
+    own = dist.PrefixStore(f"start {start}", store)
+    return {"store": own, "rank": rank, "world_size": world}
 
 
 @contextmanager

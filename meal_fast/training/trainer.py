@@ -83,7 +83,8 @@ class Trainer:
         self.on_update = on_update or (lambda metrics: None)
         self.on_answers = on_answers or (lambda rows: None)
         self.tell, self.ahead = tell, ahead
-        self.stop_requested = False
+        self.stop_requested = False  # of this process
+        self.stopped = False  # of any, when all were told so
         mesh.agreed(lambda: check_folder(config, out, resume))
         # Given back when the training ends, or the trainer is dropped.
         self._unlock = weakref.finalize(self, lambda: None)
@@ -280,19 +281,20 @@ class Trainer:
         while not self.finished:
             self.meta_step()
             self.step += 1
-            self.stop_requested = self.mesh.any(self.stop_requested)
+            stop = self.mesh.any(self.stop_requested)  # one that comes meanwhile is for the next
             due = self.step % self.config.checkpoint_every == 0
-            if due or self.stop_requested or self.finished or self.skips.too_many:
+            if due or stop or self.finished or self.skips.too_many:
                 self.save_checkpoint()
                 saved = self.step
             if self.skips.too_many:
                 raise ValueError(f"{self.skips.too_many}; what was learnt before is saved")
-            if self.stop_requested:
+            if stop:
                 break
         if saved != self.step:
             self.save_checkpoint()
         models = self.outer.models()
         self.mesh.agreed(lambda: self._write_end(models) if self.mesh.main else None)
+        self.stopped = self.mesh.any(self.stop_requested)
         return self.finished
 
     def _write_end(self, models: Mapping[Preference, Sequence[Tensor]]) -> None:
