@@ -13,8 +13,8 @@ shift
 python=${PYTHON:-python}
 train=(-m meal_fast.train "$@" --resume-or-start)
 
-# What a stop may take (SIGTERM, Ctrl-C): the rest of an inner update and a checkpoint. torchrun
-# would kill after 30 seconds.
+# What a stop may take (SIGTERM, Ctrl-C): the rest of a meta-step, which is given up where it would
+# not end in two thirds of this, and a checkpoint. torchrun would kill after 30 seconds.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${GRACE:-600}
 
 case ${LAUNCHER:-torchrun} in

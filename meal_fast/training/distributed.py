@@ -35,7 +35,7 @@ from .tree_sum import TreeSum, summed_over
 T = TypeVar("T")
 Drawn = list[tuple[int, Preference]]  # tasks of a meta-step: number, preference
 ONE = Layout()
-GRACE = 20.0  # seconds for the rest of a meta-step after a stop
+SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun's: seconds from a stop to its kill; or 30
 
 
 class ProcessLost(RuntimeError):
@@ -277,13 +277,15 @@ class Mesh:
 class Grace:
     """Decide, between inner updates, whether a meta-step can still be ended after a stop.
 
-    A launcher kills what has not left some time after it was told to: torchrun, after 30 s. One
-    process alone always ends its meta-step; its user can press Ctrl-C again.
+    A launcher kills what has not left some time after it was told to; two thirds of that are for
+    updates. One process alone always ends its meta-step; its user can press Ctrl-C again.
     """
 
     def __init__(self, mesh: Mesh, updates: int) -> None:
         self._mesh, self._left, self._made = mesh, updates, 0
         self._begun, self._asked = time.monotonic(), 0.0
+        given = os.environ.get(SHUTDOWN, "")
+        self._grace = (int(given) if given.isdecimal() else 30) * 2 / 3
 
     def check(self, asked: bool) -> None:
         """Raise GivenUp, on every process of the group, where it cannot; before each update."""
@@ -295,7 +297,7 @@ class Grace:
             return
         self._asked = self._asked or now
         needs = left * (now - self._begun) / made if made else 0.0
-        if self._mesh.any_in_group(needs > GRACE - (now - self._asked)):
+        if self._mesh.any_in_group(needs > self._grace - (now - self._asked)):
             raise GivenUp("the meta-step would not have ended in time")
 
 
