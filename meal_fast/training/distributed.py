@@ -318,7 +318,7 @@ def start(config: Config) -> Mesh:
         # A launcher (Ray Train's) may have made it. Tensors go where they are, objects by gloo.
         made = not dist.is_initialized()
         if made:
-            backend = "cpu:gloo" if on_cpu else "cpu:gloo,cuda:nccl"
+            backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
             dist.init_process_group(backend, timeout=limit, **_restarted(rank, world, limit))
         # Here, not above: a run of one process does without.
         from accelerate import PartialState
