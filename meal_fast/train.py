@@ -28,7 +28,7 @@ from meal_fast.common import say, tell
 from meal_fast.config.cli import TrainArgs, fail, one_line_errors, parse_train, require_packages
 from meal_fast.config.config import Config, to_dict
 from meal_fast.config.mesh import Layout, layout, world_of
-from meal_fast.config.plan import plan
+from meal_fast.config.plan import run_plan, whole_plan
 from meal_fast.config.resume import resume_command
 from meal_fast.config.run_dir import as_saved, check_folder, read_config
 
@@ -39,11 +39,16 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last one of SLURM
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, evaluate and report, as the command line says; one process of several, its part."""
     started = time.perf_counter()
-    config, args, _ = prepared(argv)  # answers --help and wrong options before torch is imported
+    config, args, laid = prepared(argv)  # answers --help and wrong options before torch is imported
     main_process = world_of(os.environ)[0] == 0
     if main_process:
         what = {"resume": args.resume, "evaluate": args.evaluate, "report": args.report}
-        tell(plan(config, args.out, **what))
+        if args.plan:
+            say(whole_plan(config, args.out, laid, args.cards.card_for(config), **what))
+            return
+        tell(run_plan(config, args.out, laid, **what))
+    if args.plan:
+        return
     train(config, args)
     if not main_process:
         return
@@ -71,6 +76,8 @@ def prepared(argv: Sequence[str] | None) -> tuple[Config, TrainArgs, Layout]:
     with nullcontext() if heard else redirect_stderr(io.StringIO()):
         try:
             config, args = parse_train(argv)
+            if args.plan:  # of cards that need not be here
+                return config, args, args.cards.layout(config)
             from meal_fast.training.loggers import check_logger
 
             check_logger(config.logger)
