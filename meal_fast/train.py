@@ -25,7 +25,7 @@ from meal_fast.config.cli import TrainArgs, fail, one_line_errors, parse_train, 
 from meal_fast.config.config import Config, to_dict
 from meal_fast.config.plan import plan
 from meal_fast.config.resume import resume_command
-from meal_fast.config.run_dir import check_folder
+from meal_fast.config.run_dir import check_folder, has_checkpoint
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
@@ -127,7 +127,7 @@ def train(config: Config, args: TrainArgs) -> None:
 
 def left(out: Path, first: str) -> str:
     """Say what a run that broke off has left, and how to go on with it when `first` is done."""
-    there = (out / "checkpoint.pt").exists()
+    there = has_checkpoint(out)
     said = "the last checkpoint is good" if there else "there is no checkpoint yet"
     more = "" if there else ", which starts from the first update"
     return f"{said}: {first}, then go on with {resume_command(out)}{more}"

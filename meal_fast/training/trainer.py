@@ -35,14 +35,7 @@ from meal_fast.rollout.fitting import fitting
 
 from .batch import Batch, Task
 from .calibration import calibrate
-from .checkpoint import (
-    check_space,
-    note_threads,
-    open_run,
-    write_checkpoint,
-    write_config,
-    write_policy,
-)
+from .checkpoint import Checkpoints, check_space, note_threads, write_config, write_policy
 from .collectors.base import collected
 from .completions import Completions, Row
 from .lessons import check_sources
@@ -94,7 +87,8 @@ class Trainer:
         out, tell = self.out, self.tell
         held = read_config(out) if resume and (out / "config.json").is_file() else None
         config = config if held is None else as_saved(config, held)
-        checkpoint = open_run(config, out, resume)
+        self.checkpoints = Checkpoints(out)
+        checkpoint = self.checkpoints.open(config, resume)
         shared = shared_statistics(config) if checkpoint is None else None
         self.config = config = self._load(config)
         out.mkdir(parents=True, exist_ok=True)
@@ -118,12 +112,13 @@ class Trainer:
         self.step = 0  # meta-steps done
         self.tokens = 0  # generated
         if checkpoint is not None:
-            self.outer.load_state(checkpoint["outer"])
-            self.collector.load_state(checkpoint["experience"])
-            self.step, self.tokens = checkpoint["step"], checkpoint["tokens"]
+            state = checkpoint.load()
+            self.outer.load_state(state["outer"])
+            self.collector.load_state(state["experience"])
+            self.step, self.tokens = checkpoint.step, checkpoint.tokens
         self.log = MetricsLog(
             out / "metrics.jsonl",
-            written=0 if checkpoint is None else checkpoint["metrics_bytes"],
+            written=0 if checkpoint is None else checkpoint.metrics_bytes,
             first=self.done,
             in_step=self.config.meta.tasks * self.config.meta.n_inner,
             told=lambda line: self.on_update(line),
@@ -132,7 +127,7 @@ class Trainer:
             out,
             config.names,
             config.evaluation.marks,
-            written=0 if checkpoint is None else checkpoint.get("completions_bytes", 0),
+            written=0 if checkpoint is None else checkpoint.completions_bytes,
             keep=config.completions,
             hacking=self._hacking(),
             told=lambda rows: self.on_answers(rows),
@@ -236,25 +231,25 @@ class Trainer:
         try:
             return self._train()
         finally:
+            self.checkpoints.close()
             self.log.close()
             self.completions.close()
             self._unlock()
 
     def _train(self) -> bool:
-        saved = self.step if (self.out / "checkpoint.pt").exists() else -1
         while not self.finished:
             self.meta_step()
             self.step += 1
             due = self.step % self.config.checkpoint_every == 0
             if due or self.stop_requested or self.finished or self.skips.too_many:
                 self.save_checkpoint()
-                saved = self.step
             if self.skips.too_many:
                 raise ValueError(f"{self.skips.too_many}; what was learnt before is saved")
             if self.stop_requested:
                 break
-        if saved != self.step:
+        if self.checkpoints.latest != self.step:
             self.save_checkpoint()
+        self.checkpoints.finish()
         break_seal(self.out)
         self.collector.save(self.out)
         progress = self.progress(self.done)
@@ -370,7 +365,7 @@ class Trainer:
             "outer": self.outer.state(),
             "experience": self.collector.state(),  # the name that runs have been saved with
         }
-        write_checkpoint(self.out, state, self.config)
+        self.checkpoints.save(state, self.config)
 
 
 def _timed(
