@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -28,10 +28,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from meal_fast import __version__
-from meal_fast.common import write_atomic
+from meal_fast.common import first_line, write_atomic
 from meal_fast.config.config import Config, to_dict
 from meal_fast.config.recipes import spec_of
-from meal_fast.config.run_dir import CHECKPOINTS, LATEST, OLD_CHECKPOINTS, check_folder
+from meal_fast.config.run_dir import CHECKPOINTS, LATEST, OLD_CHECKPOINTS
 from meal_fast.config.sealed import seal_policy
 from meal_fast.data.preferences import Preference
 from meal_fast.models.model_soup import FILE, Family
@@ -52,43 +52,33 @@ from .checkpoint_saved import (
     read_old,
 )
 from .checkpoint_state import copied, sound, taken_apart
+from .distributed import ALONE, Mesh, ProcessLost, of_all
 
 
 class Checkpoints:
-    """The checkpoints of a run's folder, for one process or for several that save together.
+    """The checkpoints of a run's folder, which all of the run's processes save together.
 
-    group: of all processes, with a backend for the CPU, and used for nothing else; None: there is
-    one process. All of them call `open`, `save` and `finish`, in the same order.
+    All of them call `open`, `save` and `finish`, in the same order; what is raised in one is raised
+    in all.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        *,
-        group: dist.ProcessGroup | None = None,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        self.out, self.ckpt = out, out / CHECKPOINTS
-        self.group, self.rank, self.world = group, rank, world
+    def __init__(self, out: Path, mesh: Mesh = ALONE) -> None:
+        self.out, self.ckpt, self.mesh = out, out / CHECKPOINTS, mesh
         self.latest: int | None = None  # meta-steps that the last one has behind it
         self._good = ""  # the last one that is whole: opened, or written
+        self._group = mesh.beside()
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
 
     # ---- reading
 
-    def open(self, config: Config, resume: bool) -> Saved | None:
-        """Find the checkpoint to go on from; None: a new run. Refuse a folder that does not fit.
+    def open(self, config: Config) -> Saved | None:
+        """Find the checkpoint to go on from; None: there is none yet. `check_folder` has passed.
 
-        One that is damaged is named in a warning, and the one before it is taken. Raises
-        ValueError, in all processes, where none can be gone on from, or another file of the run is
-        not what it was.
+        One that is damaged is named in a warning, and the one before it is taken. Raises ValueError
+        where none can be gone on from, or another file of the run is not what it was.
         """
-        self._together(partial(check_folder, config, self.out, resume))
-        if not resume:
-            return None
-        there, reasons = self._of_first(self._there)
+        there, reasons = self.mesh.main_alone(self._there)
         if not there and not reasons:
             self._warn(f"{self.out} has no checkpoint yet: it starts from the first update")
             return None
@@ -98,7 +88,7 @@ class Checkpoints:
             except ValueError as error:
                 reasons.append(f"{name} {error}")
                 continue
-            self._together(partial(check_rest, config, self.out, saved.said))
+            self.mesh.agreed(partial(check_rest, config, self.out, saved.said))
             if reasons:
                 why = "; ".join(reasons)
                 self._warn(f"{self.out}: {why}; going on from {name}, meta-step {saved.step}")
@@ -136,19 +126,18 @@ class Checkpoints:
     def _read(self, name: str) -> Saved:
         """Read one with all that it goes with; the processes share the work of its digests."""
         path = self.out / name
-        found: list[Saved] = []
 
-        def read() -> None:
+        def read() -> Saved:
             if name in OLD_CHECKPOINTS:
-                found.append(read_old(path))
+                saved = read_old(path)
             else:
-                found.append(read_folder(path, name))
-                check_parts(path, found[0], self.rank, self.world)
-            if not self.rank:
-                check_logs(self.out, found[0].said)
+                saved = read_folder(path, name)
+                check_parts(path, saved, self.mesh.rank, self.mesh.world)
+            if self.mesh.main:
+                check_logs(self.out, saved.said)
+            return saved
 
-        self._together(read)
-        return found[0]
+        return self.mesh.agreed(read)
 
     # ---- writing
 
@@ -168,10 +157,12 @@ class Checkpoints:
         structure, tensors = taken_apart(rest)
         named = ("outer/", "experience/net/")
         trained = [x for name, x in tensors.items() if name.startswith(named)]
-        if not self._all(sound(trained)):
-            raise ValueError(
-                f"meta-step {state['step']}: parameters or Adam's state are not finite; the "
-                "checkpoint before it is kept; start anew with a lower grpo.lr"
+        if self.mesh.any(not sound(trained)):
+            raise of_all(
+                ValueError(
+                    f"meta-step {state['step']}: parameters or Adam's state are not finite; the "
+                    "checkpoint before it is kept; start anew with a lower grpo.lr"
+                )
             )
         copies = {name: copied(x) for name, x in tensors.items()}
         # Of the originals only what is known without their values: nothing else is held on to.
@@ -208,7 +199,7 @@ class Checkpoints:
 
         def finish(parts: dict[str, Any]) -> None:
             files = said["files"] | sealed(self.out)
-            made = {"version": __version__, "format": FORMAT, "world": self.world}
+            made = {"version": __version__, "format": FORMAT, "world": self.mesh.world}
             content = manifest(made | said | {"files": files} | parts)
             write_atomic(folder / MANIFEST, content)
             store.remove(whole)  # one that was damaged
@@ -218,21 +209,28 @@ class Checkpoints:
 
         try:
             of_first = self._structure(structure)
-            store.save(places, copies, of_first, folder, finish, self.group, self.rank)
-        except BaseException:
+            rank = self.mesh.rank
+            store.save(places, copies, of_first, folder, finish, self._group, rank)
+        except BaseException as error:
             self.latest = None
-            if not self.rank:  # on a full disk its remains are in the way
+            if self.mesh.main:  # on a full disk its remains are in the way
                 store.remove(folder)
-            raise
+            if isinstance(error, RuntimeError) and self.mesh.world > 1:
+                raise ProcessLost(
+                    f"rank {self.mesh.rank} of {self.mesh.world}: a checkpoint cannot be written "
+                    f"with the other processes ({first_line(error)})"
+                ) from error
+            raise of_all(error) from None
 
     def _structure(self, structure: Any) -> Any:
         """Give None where the first process says the same: what all have travels once."""
-        if self.group is None:
+        if self._group is None:
             return structure
         text = json.dumps(structure, separators=(",", ":")).encode()
-        digests: list[Any] = [None] * self.world
-        dist.all_gather_object(digests, hashlib.sha256(text).digest(), self.group)
-        return structure if not self.rank or digests[self.rank] != digests[0] else None
+        digests: list[Any] = [None] * self.mesh.world
+        dist.all_gather_object(digests, hashlib.sha256(text).digest(), self._group)
+        same = digests[self.mesh.rank] == digests[0] and not self.mesh.main
+        return None if same else structure
 
     def _forget(self, name: str) -> None:
         """Keep this one and the good one before; remove all others."""
@@ -244,40 +242,8 @@ class Checkpoints:
             for old in OLD_CHECKPOINTS:
                 (self.out / old).unlink(missing_ok=True)
 
-    # ---- several processes
-
-    def _together(self, check: Callable[[], object]) -> None:
-        """Run a check in all processes; raise ValueError in all where it did in one."""
-        said: str | None = None
-        try:
-            check()
-        except ValueError as error:
-            said = str(error)
-        if self.group is not None:
-            found: list[str | None] = [None] * self.world
-            dist.all_gather_object(found, said, self.group)
-            said = next((x for x in found if x is not None), None)
-        if said is not None:
-            raise ValueError(said)
-
-    def _all(self, good: bool) -> bool:
-        """Say whether it is so in all processes."""
-        if self.group is None:
-            return good
-        flag = torch.tensor(int(good))
-        dist.all_reduce(flag, dist.ReduceOp.MIN, self.group)
-        return bool(flag)
-
-    def _of_first(self, look: Callable[[], Any]) -> Any:
-        """Give all processes what the first one sees."""
-        found = [look() if not self.rank else None]
-        if self.group is not None:
-            source = dist.get_global_rank(self.group, 0)
-            dist.broadcast_object_list(found, src=source, group=self.group)
-        return found[0]
-
     def _warn(self, said: str) -> None:
-        if not self.rank:
+        if self.mesh.main:
             warnings.warn(said, stacklevel=4)
 
 
