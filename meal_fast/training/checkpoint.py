@@ -69,6 +69,7 @@ class Checkpoints:
         self._group = mesh.beside()
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
+        self._copies: dict[str, Tensor] = {}  # what is being written, or was
 
     # ---- reading
 
@@ -164,7 +165,8 @@ class Checkpoints:
                     "checkpoint before it is kept; start anew with a lower grpo.lr"
                 )
             )
-        copies = {name: copied(x) for name, x in tensors.items()}
+        copies = {name: copied(x, self._copies.get(name)) for name, x in tensors.items()}
+        self._copies = copies
         # Of the originals only what is known without their values: nothing else is held on to.
         places = {name: torch.empty_like(x, device="meta") for name, x in tensors.items()}
         said["config"] = json.dumps(to_dict(config))

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from meal_fast.common import parse_json
+from meal_fast.common import opening, parse_json
 from meal_fast.config.sealed import sha256
 
 from .checkpoint_files import read_checkpoint
@@ -93,14 +93,14 @@ def read_folder(folder: Path, name: str) -> Saved:
     def read(like: Like, wanted: Callable[[Where], bool]) -> dict[str, Any]:
         tensors: dict[str, Tensor] = {}
 
-        def place(name: str, where: Where) -> Tensor:
-            table = said["tensors"][name]
-            tensors[name] = like(where, torch.Size(table["shape"]), dtype_of(table["dtype"]))
-            return tensors[name]
+        def place(held: str, where: Where) -> Tensor:
+            table = said["tensors"][held]
+            tensors[held] = like(where, torch.Size(table["shape"]), dtype_of(table["dtype"]))
+            return tensors[held]
 
-        state = put_together(said["state"], place, wanted)
-        load(tensors, folder, said["tensors"])
-        assert isinstance(state, dict)
+        with opening(f"RUN={str(folder.parent.parent)!r}: {name}"):
+            state: dict[str, Any] = put_together(said["state"], place, wanted)
+            load(tensors, folder, said["tensors"])
         return state
 
     return Saved(name, said, read)
@@ -141,7 +141,16 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"is damaged: {MANIFEST} is not what was written")
     if said.get("format") != FORMAT:
         raise ValueError(f"is of another version, {said.get('version')!r:.40}")
-    _check(folder, said)
+    try:
+        _check(folder, said)
+        # The state can be put together: all tensors that it names are there.
+        state = put_together(said["state"], lambda name, where: said["tensors"][name])
+        if not {"outer", "experience"} <= state.keys():
+            raise ValueError(f"is damaged: {MANIFEST} is no run's")
+    except ValueError:
+        raise
+    except Exception:  # of one that was made up, whatever comes to mind
+        raise ValueError(f"is damaged: {MANIFEST} is no run's") from None
     return dict(said)
 
 

@@ -422,14 +422,16 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Write everything that the rest of the run depends on."""
-        if not self.recipe.spec.models:  # of which groups have different ones
+        if (
+            self.mesh.world > 1 and not self.recipe.spec.models
+        ):  # of which groups have different ones
             theta = sum(p.detach().double().sum() for p in self.policy.trainable)
             self.mesh.same(repr(float(theta)), f"meta-step {self.step}: the sum of all parameters")
         state = {
             "step": self.step,
             "tokens": self.tokens,
             **self.journal.sync(),
-            "outer": self.outer.state(),
+            "outer": self.outer.state(copies=False),
             "experience": self.collector.state(),  # the name that runs have been saved with
         }
         self.checkpoints.save(state, self.config)
