@@ -124,7 +124,7 @@ def _united(one: Any, other: Any, where: Where) -> Any:
             for key, value in other["dict"]:
                 name = json.dumps(key)
                 held = found.get(name)
-                within = value if held is None else _united(held[1], value, (*where, name))
+                within = value if held is None else _united(held[1], value, (*where, key))
                 found[name] = [key, within]
             return {"dict": list(found.values())}
         if "tuple" in one:
