@@ -30,7 +30,7 @@ from meal_fast.config.config import Config, to_dict
 from meal_fast.config.mesh import Layout, layout, world_of
 from meal_fast.config.plan import run_plan, whole_plan
 from meal_fast.config.resume import resume_command
-from meal_fast.config.run_dir import as_saved, check_folder, read_config
+from meal_fast.config.run_dir import as_saved, check_folder, has_checkpoint, read_config
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last one of SLURM's, before its limit
 
@@ -155,6 +155,8 @@ def train(config: Config, args: TrainArgs) -> None:
                 )
             mesh.close()
         except OSError as error:
+            if quiet and getattr(error, "agreed", False):  # the main process has it too
+                sys.exit(2)
             what = f"out={str(args.out)!r}: {error.strerror or error}"
             fail(f"{what}; {left(args.out, 'make room')}")
         except ObjectiveError as error:
@@ -190,7 +192,7 @@ def lost(error: Exception, out: Path) -> NoReturn:
 
 def left(out: Path, first: str) -> str:
     """Say what a run that broke off has left, and how to go on with it when `first` is done."""
-    there = (out / "checkpoint.pt").exists()
+    there = has_checkpoint(out)
     said = "the last checkpoint is good" if there else "there is no checkpoint yet"
     more = "" if there else ", which starts from the first update"
     return f"{said}: {first}, then go on with {resume_command(out)}{more}"

@@ -33,6 +33,7 @@ from .losses.sequences import Part
 from .tree_sum import TreeSum, summed_over
 
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 Drawn = list[tuple[int, Preference]]  # tasks of a meta-step: number, preference
 ONE = Layout()
 SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun's: seconds from a stop to its kill; or 30
@@ -166,6 +167,13 @@ class Mesh:
                     "compute alike: use machines of one kind, with the same versions"
                 )
 
+    def beside(self) -> Any:
+        """Make one more group of all processes, for what goes on beside the training; alone: None.
+
+        Each user has its own, for calls of two threads in one group would be taken for each other.
+        """
+        return self._new([list(range(self.world))], 0, "gloo")
+
     # Sums
 
     def summed(self, parts: dict[int, list[Tensor]]) -> list[Tensor]:
@@ -258,8 +266,7 @@ class Mesh:
         raised_by = [other for _, other in held if other is not None]
         if raised_by:
             shown = error or raised_by[0]
-            shown.agreed = True  # type: ignore[union-attr]
-            raise shown
+            raise of_all(shown)
         return [value for value, _ in held]
 
     def _call(self, operation: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
@@ -364,6 +371,12 @@ def check_shared(out: Path, seconds: float = 10.0) -> None:
                 "folder on a file system that all machines share"
             )
         time.sleep(0.1)
+
+
+def of_all(error: E) -> E:
+    """Mark an error that all processes have: the main one says it."""
+    error.agreed = True  # type: ignore[attr-defined]
+    return error
 
 
 def _portable(error: BaseException | None) -> BaseException | None:
