@@ -6,9 +6,8 @@ BREAK_UPDATE and BREAK_PART name the update and its part, on whatever process ha
 import math
 import os
 
-from meal_fast.training.distributed import Mesh
-
 from meal_fast import train
+from meal_fast.training.distributed import Mesh
 from meal_fast.training.trainer import Trainer
 
 update, part = int(os.environ["BREAK_UPDATE"]), int(os.environ["BREAK_PART"])
