@@ -118,10 +118,11 @@ def parse_train(argv: Sequence[str] | None = None) -> tuple[Config, TrainArgs]:
     args["cards"] = cards = take_cards(found)
     if cards != Cards() and not args["plan"]:
         fail("--cards, --card… and --node are of a plan: add --plan; a run takes what started it")
-    trusted = found.pop("trust_run")
+    trusted, either = found.pop("trust_run"), found.pop("resume_or_start")
     if named is not None:
         known("preset", named, PRESETS, "; for a file, --config")
     folder = Path(out or Path("runs", named or (Path(file).stem if file else DEFAULT_PRESET)))
+    args["resume"] |= either and (folder / "config.json").exists()
     if args["resume"] and named is None and file is None:
         base = read_config(folder)
         repeated = {name: found.get(name) for name in ("objectives", "logger")}
@@ -153,6 +154,11 @@ def _train_parser(shown: str) -> OneLineParser:
     )
     parser.add_argument("--out", metavar="DIR", help="the run folder (default: runs/PRESET)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in DIR")
+    parser.add_argument(
+        "--resume-or-start",
+        action="store_true",
+        help="the same where there is one, else start it: for what is started again by a machine",
+    )
     parser.add_argument(
         "--no-evaluate", dest="evaluate", action="store_false", help="train only, without a report"
     )
