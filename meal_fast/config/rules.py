@@ -116,7 +116,7 @@ def _check_outer(config: Config, spec: RecipeSpec) -> None:
         for ok, reason in (
             (bool(spec.at_once), f"recipe {config.recipe!r} has no tasks that go at once"),
             (tuning == "lora", f"policy.tuning={tuning!r} has no adapters to stack"),
-            (backend == "engine", f"rollout.backend={backend!r} takes one adapter: use engine"),
+            (backend != "generate", f"rollout.backend={backend!r} takes one adapter: use engine"),
         ):
             require(ok, "meta.parallel", True, f"{reason}; or leave it out")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Policy(PromptFormat, ABC):
 
     adapter: Adapter | None = None  # of a guide: the policy then is the base model, guided by it
     rank: int = 0  # of LoRA's factors; 0: there are none
+    tasks: multi_lora.Tasks = ()  # factors that stand in for its own: `stacked`
     source: str = ""  # where it was loaded from, as `policy.path` has it
 
     def __init__(self, model: Any, *format: Any) -> None:
@@ -65,6 +66,11 @@ class Policy(PromptFormat, ABC):
     def sizes(self) -> Sizes:
         """How much goes at once; decided once, when it is first asked for."""
         return sizes_of(self.network)
+
+    @property
+    def saved_rank(self) -> int:
+        """Rank of the factors that `save_factors` writes; 0: there are none."""
+        return 0
 
     @abstractmethod
     def reference(self) -> AbstractContextManager[Network]:
@@ -123,14 +129,21 @@ class Policy(PromptFormat, ABC):
         """Raise ValueError where `stacked` would."""
         multi_lora.layers_of(self.model, self.network.body, self.trainable)
 
-    def stacked(self, tasks: multi_lora.Tasks) -> AbstractContextManager[None]:
+    @contextmanager
+    def stacked(self, tasks: multi_lora.Tasks) -> Iterator[None]:
         """Send every token through its own task's adapter, within it: see `models.multi_lora`.
 
         `tasks[t]` stand in for `trainable`. Without tasks nothing changes.
         """
         if not tasks:
-            return nullcontext()
-        return multi_lora.stacked(self.model, self.network.body, self.trainable, tasks)
+            yield
+            return
+        with multi_lora.stacked(self.model, self.network.body, self.trainable, tasks):
+            self.tasks = tasks
+            try:
+                yield
+            finally:
+                self.tasks = ()
 
     @contextmanager
     def recomputing(self, on: bool) -> Iterator[None]:
