@@ -45,7 +45,7 @@ report: env  ## write the report of RUN again
 
 # On all cores, one thread each; what is quick on one is not held up by another's threads.
 EACH := -q -n auto --dist worksteal
-FAST := $(EACH) -m "not slow and not gpu and not trl"
+FAST := $(EACH) -m "not slow and not gpu and not trl and not vllm"
 test: env  ## the fast tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(FAST)
 
@@ -61,7 +61,7 @@ test-versions: $(OTHER)/installed  ## the fast tests on transformers 5.17 and nu
 	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest $(FAST) -p no:cacheprovider -r fE
 
 test-slow: assets  ## the tests that take minutes
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(EACH) -m "slow and not gpu and not trl" || \
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(EACH) -m "slow and not gpu and not trl and not vllm" || \
 	    { [ $$? -eq 5 ] && echo "there are no slow tests"; }
 
 test-trl: $(VENV)/bench-installed $(VENV)/peers/fetched  ## the entries for TRL, verl and OpenRLHF
@@ -83,7 +83,7 @@ smoke: assets  ## two meta-steps on the real model, into a temporary folder
 
 reliability: assets  ## docs/reliability.md, from the tests of faults, attacks and messages; minutes
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests $(EACH) \
-	    -m "reliability and not gpu and not trl" --reliability docs/reliability.md
+	    -m "reliability and not gpu and not trl and not vllm" --reliability docs/reliability.md
 
 golden: env  ## rewrite what the recorded rollouts are held to
 	$(PY) -m pytest -q tests --write-golden -k golden

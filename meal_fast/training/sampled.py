@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -28,7 +29,7 @@ def sampled(
     Where another program samples, and they are learnt from, `logp_RT` are the policy's own, and
     what the sampler said is kept beside them.
     """
-    options = config.rollout
+    options, started = config.rollout, time.perf_counter()
     sampling = Sampling(options.max_new_tokens, options.temperature, config.seed, rng_key)
     with open_backend(
         options.backend,
@@ -39,13 +40,16 @@ def sampled(
         adapters=config.meta.tasks if config.meta.parallel else 1,
     ) as sampler:
         rolled = sampler.generate(requests, sampling)
-    return _own(policy, rolled, config) if learnt and sampler.foreign else rolled
-
-
-def _own(policy: Policy, rolled: Rollout, config: Config) -> Rollout:
-    """Compute log-probabilities again, by the model code that the loss goes through."""
+    if not (learnt and sampler.foreign):
+        return rolled
+    # By the model code that the loss goes through.
     logp_RT = token_logp_RT(
         policy.network, rolled, config.rollout.temperature, micro_tokens=config.grpo.micro_tokens
     )
-    own = replace(rolled, logp_RT=logp_RT, behaviour_logp_RT=rolled.logp_RT)
+    own = replace(
+        rolled,
+        logp_RT=logp_RT,
+        behaviour_logp_RT=rolled.logp_RT,
+        seconds=time.perf_counter() - started,  # pushing weights, and this, included
+    )
     return own.told(rolled.groups, rolled.lengths)

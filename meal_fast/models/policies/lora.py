@@ -128,7 +128,8 @@ class LoRAPolicy(Policy):
                 for name, p in own.items()
             }
         with self.holding(own):
-            self.model.save_pretrained(str(folder / ADAPTER))
+            # "auto" would ask the hub for the base model's vocabulary.
+            self.model.save_pretrained(str(folder / ADAPTER), save_embedding_layers=False)
         _forget_place(folder / ADAPTER)
 
     def save_added(self, folder: Path) -> None:

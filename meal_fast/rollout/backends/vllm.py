@@ -55,7 +55,7 @@ class VLLM(Plain):
     ) -> tuple[list[Drawn], int]:
         """Draw all rows in one call: see `Plain.drawn`."""
         own = [task if len(self.adapters) > 1 else 0 for task in tasks]
-        salts = [f"{self.engine.version}/{task}" for task in own]
+        salts = [self.salt(task) for task in own]
         settings = vllm_requests(prefixes, row_ids, self.policy.stop_ids, sampling, salts)
         adapters = [self.adapters[task] if self.adapters else None for task in own]
         outputs = self.engine.generate(*settings, adapters)
@@ -64,6 +64,10 @@ class VLLM(Plain):
             drawn = [self.ended_at(row.tokens, row.logp, sampling) for row in drawn]
         ended(len(drawn))
         return drawn, sum(output.num_cached_tokens or 0 for output in outputs)
+
+    def salt(self, task: int) -> str:
+        """Give what keys and values are known by: the weights that they were computed with."""
+        return f"{self.engine.version}/{task}"
 
     def sing(self, network: Network | None) -> float:
         """Draw the canary row of every adapter, and hold it to the learner: see `Canary.check`."""

@@ -34,6 +34,21 @@ class Needs:
     adapters: int = 1  # of tasks, at once
     cache_bytes: int = 2**31  # of keys and values
 
+    @property
+    def room(self) -> int:
+        """Give the rank that vLLM keeps room for: it knows certain ones, powers of two among them.
+
+        0 where there are no adapters.
+        """
+        return max(8, 1 << (self.rank - 1).bit_length()) if self.rank else 0
+
+    def serve(self, other: Needs) -> bool:
+        """Tell whether an engine that was opened for these serves the others as well."""
+        same = (self.path, self.dtype, self.cache_bytes) == (
+            other.path, other.dtype, other.cache_bytes,
+        ) and bool(self.rank) == bool(other.rank)  # fmt: skip
+        return same and self.room >= other.room and self.adapters >= other.adapters
+
 
 def vllm_options(needs: Needs, *, cpu: bool) -> dict[str, Any]:
     """Give what vLLM's engine is made with. `cpu`: whether vLLM is one for CPUs."""
@@ -51,9 +66,12 @@ def vllm_options(needs: Needs, *, cpu: bool) -> dict[str, Any]:
     }
     if cpu:  # compiled, a model takes minutes to open
         options |= {"block_size": BLOCK, "enforce_eager": True}
-    if needs.rank:  # vLLM has room for adapters of certain ranks: powers of two among them
-        rank = max(8, 1 << (needs.rank - 1).bit_length())
-        options |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": needs.adapters}
+    if needs.rank:
+        options |= {
+            "enable_lora": True,
+            "max_lora_rank": needs.room,
+            "max_loras": needs.adapters,
+        }
     return options
 
 
@@ -119,7 +137,7 @@ class VLLMEngine:
         """End vLLM's processes, and remove what was written for them."""
         llm = self.__dict__.pop("llm", None)
         if llm is not None:
-            llm.llm_engine.engine_core.shutdown()
+            llm.llm_engine.engine_core.shutdown(timeout=60)  # killed, it leaves memory behind
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _clear(self) -> None:
@@ -144,11 +162,11 @@ _held: list[VLLMEngine] = []  # the one that is open
 
 
 def vllm_engine(needs: Needs) -> VLLMEngine:
-    """Give the engine that is open, where it is one for `needs`; else close it and open another.
+    """Give the engine that is open, where it serves `needs`; else close it and open another.
 
     Opening takes seconds, so that it stays open until the process ends, or `close_vllm`.
     """
-    if not _held or _held[0].needs != needs:
+    if not _held or not _held[0].needs.serve(needs):
         close_vllm()
         _held.append(VLLMEngine(needs))
     return _held[0]
