@@ -39,7 +39,7 @@ CLOSE = 1e-5  # in float32, of a model this small: 2e-6 was measured
 def folder(tmp_path_factory):
     """The model; an engine of three adapters serves most tests, since opening one takes seconds."""
     folder = wide_world(tmp_path_factory.mktemp("model"))
-    vllm_engine(Needs(str(folder), "float32", 4, adapters=3))
+    vllm_engine(Needs(str(folder), "float32", 4, adapters=3, context=512))
     yield folder
     close_vllm()
 
@@ -89,7 +89,10 @@ def test_rows_are_the_policys_draws_and_the_same_again(folder):
 
 
 def test_frequencies_are_the_distributions(folder):
-    """4,000 first tokens against the policy's own distribution: Pearson's chi-squared."""
+    """4,000 first tokens against the policy's own distribution: Pearson's chi-squared.
+
+    Their prompts are more tokens than go at once, and none may be cut in two.
+    """
     policy, n = lora(folder), 4000
     rolled = drawn(
         policy,

@@ -40,7 +40,7 @@ class Policy(PromptFormat, ABC):
         self.served: Network | None = None  # what it samples from, where a guide is put to it
         self._copy: Served | None = None  # the same, where weights are copied: see `merged`
         self.kept: Any = None  # what a sampler keeps for as long as the copy stays
-        self.trainable = list(self.named.values())
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
         # Tokens that the model can see: `models.probe` lowers it to what position tables hold.
         self.context = min(context_of(self.causal_lm.config), self.tokenizer.model_max_length)
 
@@ -104,7 +104,8 @@ class Policy(PromptFormat, ABC):
     @property
     def named(self) -> dict[str, nn.Parameter]:
         """What is trained, by name, in the order of `trainable`."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        own = {id(p) for p in self.trainable}  # not `requires_grad`: `reference` may switch it off
+        return {name: p for name, p in self.model.named_parameters() if id(p) in own}
 
     @contextmanager
     def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:

@@ -109,6 +109,7 @@ def open_vllm(
         rank=policy.saved_rank,
         adapters=max(adapters, len(policy.tasks)) if policy.saved_rank else 1,
         cache_bytes=max_cache_bytes or default_budget(policy.device),
+        context=max(policy.context, getattr(config, "max_position_embeddings", 0)),
     )
     engine = vllm_engine(needs)
     requests: list[Any] = []

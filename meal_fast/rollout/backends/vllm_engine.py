@@ -33,6 +33,7 @@ class Needs:
     rank: int = 0  # of the adapters, 0 for none
     adapters: int = 1  # of tasks, at once
     cache_bytes: int = 2**31  # of keys and values
+    context: int = 0  # the most tokens that a row can have
 
     @property
     def room(self) -> int:
@@ -47,7 +48,8 @@ class Needs:
         same = (self.path, self.dtype, self.cache_bytes) == (
             other.path, other.dtype, other.cache_bytes,
         ) and bool(self.rank) == bool(other.rank)  # fmt: skip
-        return same and self.room >= other.room and self.adapters >= other.adapters
+        mine, theirs = ((n.room, n.adapters, n.context) for n in (self, other))
+        return same and all(a >= b for a, b in zip(mine, theirs, strict=True))
 
 
 def vllm_options(needs: Needs, *, cpu: bool) -> dict[str, Any]:
@@ -64,8 +66,14 @@ def vllm_options(needs: Needs, *, cpu: bool) -> dict[str, Any]:
         "worker_extension_cls": WORKER,
         "use_tqdm_on_load": False,
     }
-    if cpu:  # compiled, a model takes minutes to open
-        options |= {"block_size": BLOCK, "enforce_eager": True}
+    if cpu:
+        options |= {
+            "block_size": BLOCK,
+            "enforce_eager": True,  # compiled, a model takes minutes to open
+            # A row with a seed whose prompt comes in two chunks ends vLLM 0.32 on a CPU.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(4096, needs.context),
+        }
     if needs.rank:
         options |= {
             "enable_lora": True,
@@ -100,32 +108,33 @@ class VLLMEngine:
         from vllm.lora.request import LoRARequest
 
         engine = self.llm.llm_engine
+        self._clear()
+        self.version += 1
+        made = []
+        for task, write in enumerate(writers):
+            folder = self._folder / f"{self.version}-{task}"
+            folder.mkdir()
+            write(folder)
+            number = (self.version - 1) * self.needs.adapters + task + 1
+            made.append(LoRARequest(f"policy-{folder.name}", number, str(folder / ADAPTER)))
         with self._one_line("does not take the adapters"):
             for old in self.adapters:
                 engine.remove_lora(old.lora_int_id)
-            self._clear()
-            self.version += 1
-            self.adapters = []
-            for task, write in enumerate(writers):
-                folder = self._folder / f"{self.version}-{task}"
-                folder.mkdir()
-                write(folder)
-                number = (self.version - 1) * self.needs.adapters + task + 1
-                request = LoRARequest(f"policy-{folder.name}", number, str(folder / ADAPTER))
+            self.adapters = made
+            for request in made:
                 if not engine.add_lora(request):
-                    raise ValueError(f"adapter {request.lora_name} was not loaded")
-                self.adapters.append(request)
-        return self.adapters
+                    raise ValueError(f"{request.lora_name} was not loaded")
+        return made
 
     def push_weights(self, model: Any) -> None:
         """Load all weights of a transformers model in place of those that are there."""
+        self._clear()
+        self.version += 1
+        folder = self._folder / str(self.version)
+        model.save_pretrained(folder)
         with self._one_line("does not take the weights"):
-            self._clear()
-            self.version += 1
-            folder = self._folder / str(self.version)
-            model.save_pretrained(folder)
             self.llm.collective_rpc("take_weights", args=(str(folder),))
-            self._clear()
+        self._clear()
 
     def generate(self, prompts: list[Any], settings: list[Any], adapters: list[Any]) -> list[Any]:
         """Answer every prompt: `LLM.generate`. `adapters`: of each, or None."""
