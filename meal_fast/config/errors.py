@@ -93,6 +93,8 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
         except ValueError as error:
             if os.environ.get("MEAL_FAST_TRACEBACK"):
                 raise
+            if getattr(error, "agreed", False) and os.environ.get("RANK", "0") != "0":
+                raise SystemExit(2) from None  # the main process has it too, and says it
             fail(error)
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]

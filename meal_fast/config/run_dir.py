@@ -47,6 +47,7 @@ _RESTORE = "restore it from a copy"
 def read_config(run: Path) -> Config:
     """Read the configuration of a run folder. Raises ValueError where `run` is not one."""
     values = read_json(run, "config.json")
+    values.setdefault("mesh", {"virtual": 1})  # of a version that knew one process alone
     objectives = values.get("objectives")
     if isinstance(objectives, list):  # toy objectives by the name that they had
         values["objectives"] = [

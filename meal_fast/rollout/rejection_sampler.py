@@ -276,6 +276,26 @@ def rejection_sample(
     )
 
 
+def together_log(logs: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Make one log of those of calls for parts of a batch: counts add up, shares are of all."""
+    ended = sum(log["ended"] for log in logs)
+    found: dict[str, float] = {}
+    for name in dict.fromkeys(name for log in logs for name in log):
+        values = [log.get(name, 0) for log in logs]
+        if name == "rounds":
+            found[name] = max(values)
+        elif name.startswith("rejected/"):
+            found[name] = sum(round(x * log["ended"]) for x, log in zip(values, logs, strict=True))
+            found[name] /= ended
+        else:
+            found[name] = sum(values)
+    tokens = found["prompt_tokens"] + found["suffix_tokens"] + found["decode_tokens"]
+    return found | {
+        "acceptance": found["kept"] / ended,
+        "tokens_per_kept": tokens / max(found["kept"], 1),
+    }
+
+
 def _missing(drawing: _Drawing, requests: Sequence[Request], config: RejectionConfig) -> list[int]:
     """How many rows each request draws in the next round."""
     judged = drawing.judged()

@@ -27,7 +27,7 @@ from meal_fast import __version__
 from meal_fast.common import replacing, write_atomic
 from meal_fast.config.config import Config, to_dict
 from meal_fast.config.recipes import spec_of
-from meal_fast.config.run_dir import changed_options, check_folder
+from meal_fast.config.run_dir import changed_options
 from meal_fast.config.sealed import TEMPLATE, WARMED, seal_policy, sha256
 from meal_fast.data.preferences import Preference
 from meal_fast.models.model_soup import FILE, Family
@@ -41,12 +41,11 @@ _KNOWN = _NEEDED | {"version", "completions_bytes", "files", "config", "digest"}
 
 
 def open_run(config: Config, out: Path, resume: bool) -> dict[str, Any] | None:
-    """Read the checkpoint to go on from; None: a new run. Refuse a folder that does not fit.
+    """Read the checkpoint to go on from; None: a new run. `check_folder` has passed.
 
     One that is damaged is named in a warning, and the one before it is taken. Raises ValueError
     where neither can be gone on from, or another file of the run is not what it was.
     """
-    check_folder(config, out, resume)
     if not resume:
         return None
     there = [name for name in (CHECKPOINT, PREVIOUS) if os.path.lexists(out / name)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,6 @@ class Completions:
         self,
         out: Path,
         names: Sequence[str],
-        marks: Sequence[str],
         *,
         written: int,
         keep: bool,
@@ -109,7 +108,7 @@ class Completions:
         told: Callable[[list[Row]], None],
         ordinary: Container[str] = (),
     ) -> None:
-        self._names, self._marks, self._hacking = tuple(names), tuple(marks), hacking
+        self._names, self._hacking = tuple(names), hacking
         self._told, self._written, self._ordinary = told, written, ordinary
         there = (out / FILE).is_file()
         self._file = None
@@ -118,22 +117,16 @@ class Completions:
             self._file = LinesFile(out / FILE, self._written)
         self._keep = keep
 
-    def add(
-        self, tasks: Sequence[Task], batch: Batch, lines: Iterable[dict[str, Any]]
-    ) -> list[dict[str, Any]]:
-        """Take what the tasks' updates learnt from; give their metrics with what it adds."""
-        more = []
-        for task, part, line in zip(tasks, batch.parts(), lines, strict=True):
-            rows = rows_of(task, part, self._names, self._marks)
-            if self._file is not None and self._keep and rows:
-                text = "\n".join(json.dumps(finite(row), ensure_ascii=False) for row in rows)
-                # What a model says may hold half of a pair of surrogates, which has no UTF-8.
-                self._file.write(text.encode("utf-8", "replace"))
-            self._told(rows)
-            if self._hacking is not None and (ends := at_ends(rows, self._names, self._ordinary)):
-                line = self._hacking.judged(line | {"ends": ends})
-            more.append(line)
-        return more
+    def add(self, rows: Sequence[Row], line: dict[str, Any]) -> dict[str, Any]:
+        """Take what an update learnt from; give its metrics with what the answers add."""
+        if self._file is not None and self._keep and rows:
+            text = "\n".join(json.dumps(finite(row), ensure_ascii=False) for row in rows)
+            # What a model says may hold half of a pair of surrogates, which has no UTF-8.
+            self._file.write(text.encode("utf-8", "replace"))
+        self._told(list(rows))
+        if self._hacking is not None and (ends := at_ends(rows, self._names, self._ordinary)):
+            line = self._hacking.judged(line | {"ends": ends})
+        return line
 
     def sync(self) -> int:
         """Bring what was written to the disk; give the file's length."""

@@ -31,11 +31,13 @@ class Display:
 
     Args:
         console: default: that of stderr, live where it is a terminal.
+        quiet: show nothing: another process of the run does.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
+        self._console, self._quiet = console or Console(stderr=True, quiet=quiet), quiet
         self._live = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._live &= not quiet
         whole = Column(no_wrap=True)
         self._bar = Progress(
             TextColumn("[bold]{task.description}", table_column=whole),
@@ -90,6 +92,8 @@ class Display:
 
     def stage(self, text: str) -> None:
         """Show what is being done before the first update; of one stage, each of its steps."""
+        if self._quiet:
+            return
         text = printable(text)
         self._line = Text(text)
         name, now = text.partition(":")[0], time.monotonic()

@@ -16,6 +16,7 @@ with v = ∇L_meta, taken at θ′ (taken at θ it belongs to another point: 8 %
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +89,7 @@ def hypergradient(
     micro_tokens: int,
     held_out_R: Tensor | None = None,
     recompute: bool = False,
+    shared: sequences.Shared = sequences.ALONE,
 ) -> tuple[Tensor, dict[str, float]]:
     """Give ∂L_meta/∂a_i (R,), and metrics. `(a_R * it).sum()` is then a surrogate for `NetTrainer`.
 
@@ -101,6 +103,7 @@ def hypergradient(
         held_out: kept rows at drawn preferences, of which nothing is in `inner`.
         eta: η, of the look-ahead; a step that the policy would really make.
         held_out_R: c_j, by default 1.
+        shared: which parts of the passes this process takes, where there are several.
 
     The policy's parameters are moved meanwhile, and are the same bits afterwards, also when
     something raises; their `.grad` is left alone.
@@ -119,17 +122,18 @@ def hypergradient(
         held_out_R = torch.ones(len(held_out.group_R), device=device)
     checks.shape("held_out_R", held_out_R, (len(held_out.group_R),))
     out_R = torch.zeros(rows, dtype=a_R.dtype, device=device)
+    passes: Any = {"micro_tokens": micro_tokens, "shared": shared}
     parameters: list[Tensor] = list(policy.trainable)
     theta = [p.detach().clone() for p in parameters]
     try:
         _, ascent = sequences.gradient(
-            policy, inner, a_R, temperature, micro_tokens=micro_tokens, recompute=recompute
+            policy, inner, a_R, temperature, recompute=recompute, **passes
         )
         _place(parameters, theta, ascent, eta)
         del ascent
         share_R = -held_out_R / len(held_out_R)
         loss, v = sequences.gradient(
-            policy, held_out, share_R, temperature, micro_tokens=micro_tokens, recompute=recompute
+            policy, held_out, share_R, temperature, recompute=recompute, **passes
         )
         norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(v))))
         if not norm < float("inf"):
@@ -138,9 +142,7 @@ def hypergradient(
             ends = []
             for epsilon in (_REACH / norm, -_REACH / norm):
                 _place(parameters, theta, v, epsilon)
-                ends.append(
-                    sequences.logp(policy.network, inner, temperature, micro_tokens=micro_tokens)
-                )
+                ends.append(sequences.logp(policy.network, inner, temperature, **passes))
             # ℓ = −log π takes the sign away.
             out_R += eta * (ends[0] - ends[1]) * (norm / (2 * _REACH))
     finally:

@@ -25,6 +25,7 @@ from meal_fast.models.policy import Policy
 
 from .batch import Batch, Hindsight
 from .hypergradient import NotFinite, coefficients, hypergradient
+from .losses.sequences import ALONE, Shared
 from .net_trainer import NetTrainer
 from .preference_net import Features, PreferenceNet
 
@@ -32,8 +33,16 @@ from .preference_net import Features, PreferenceNet
 class NetUpdate:
     """Hold the net, what it reads prompts by, and the number of the next policy update."""
 
-    def __init__(self, policy: Policy, scales: Scales, config: Config, score: Score) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        scales: Scales,
+        config: Config,
+        score: Score,
+        shared: Shared = ALONE,
+    ) -> None:
         self.policy, self.scales, self.config, self.kind = policy, scales, config, score
+        self.shared = shared  # who takes which part of the hypergradient's passes
         options = config.meal
         self.features = Features(policy, room=options.buffer)
         width = policy.network.weight.shape[1]
@@ -108,6 +117,7 @@ class NetUpdate:
                 micro_tokens=self.config.grpo.micro_tokens,
                 held_out_R=1.0 / held_out.mask_RT.sum(1),
                 recompute=self.config.grpo.recompute,
+                shared=self.shared,
             )
         except NotFinite as error:
             warnings.warn(f"preference net: {error}; its step is skipped", stacklevel=2)

@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from meal_fast.config.config import GRPOConfig, MetaConfig
 from meal_fast.data.preferences import Preference
 
-Drawn = list[tuple[int, Preference]]  # tasks of a meta-step: number, preference
+from .distributed import ALONE, Drawn, Mesh
+from .parts import moved
+from .tree_sum import TreeSum
+
 AdamState = dict[str, list[Tensor]]  # step, exp_avg, exp_avg_sq: one tensor a parameter
 
 
@@ -28,10 +31,14 @@ class Joint:
     """Run no outer loop: every inner update moves the policy, Adam's state goes on."""
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], meta: MetaConfig, inner: GRPOConfig
+        self,
+        parameters: Sequence[nn.Parameter],
+        meta: MetaConfig,
+        inner: GRPOConfig,
+        mesh: Mesh = ALONE,
     ) -> None:
         self.parameters: list[Tensor] = list(parameters)
-        self.meta = meta
+        self.meta, self.mesh = meta, mesh
         betas = (0.0, 0.999) if self._momentum_free() else (0.9, 0.999)
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=inner.lr, betas=betas, weight_decay=inner.weight_decay, fused=True
@@ -52,22 +59,23 @@ class Joint:
         """Give the factors of tasks that go at once; empty where the policy's own are trained."""
         return ()
 
-    def begin(self) -> None:
-        """Prepare for the tasks of a meta-step."""
+    def begin(self, shares: Sequence[Drawn]) -> None:
+        """Prepare for the tasks of a meta-step, as the groups share them."""
 
-    def in_batches(self, preferences: Sequence[Preference]) -> Iterator[Drawn]:
-        """Give a meta-step's tasks, numbered, as many together as go at once."""
-        drawn, n = list(enumerate(preferences)), len(self.lanes)
+    def in_batches(self, drawn: Drawn) -> Iterator[Drawn]:
+        """Give tasks of a meta-step, as many together as go at once."""
+        n = len(self.lanes)
         return (drawn[first : first + n] for first in range(0, len(drawn), n))
 
     @contextmanager
     def tasks(self, drawn: Drawn) -> Iterator[None]:
         """Put each task's parameters and Adam state in place, and take up what became of them."""
-        for lane, (_, w) in zip(self.lanes, drawn, strict=True):
+        lanes = self.lanes[: len(drawn)]
+        for lane, (_, w) in zip(lanes, drawn, strict=True):
             lane.begin_task(w)
         yield
-        for lane, (_, w) in zip(self.lanes, drawn, strict=True):
-            lane.end_task(w)
+        for lane, (number, w) in zip(lanes, drawn, strict=True):
+            lane.end_task(number, w)
 
     def begin_task(self, w: Preference) -> None:
         """Prepare for the inner updates of one preference."""
@@ -106,7 +114,7 @@ class Joint:
         if state and float(state["step"]) == 0:
             self.optimizer.state.clear()
 
-    def end_task(self, w: Preference) -> None:
+    def end_task(self, number: int, w: Preference) -> None:
         """Take up what became of them."""
 
     def end(self, progress: float) -> dict[str, float]:
@@ -154,26 +162,32 @@ class Reptile(Joint):
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], meta: MetaConfig, inner: GRPOConfig
+        self,
+        parameters: Sequence[nn.Parameter],
+        meta: MetaConfig,
+        inner: GRPOConfig,
+        mesh: Mesh = ALONE,
     ) -> None:
         if meta.n_inner < 2:
             raise ValueError(
                 f"meta.n_inner={meta.n_inner}: Reptile needs at least 2 inner updates; "
                 "with 1 it is joint training"
             )
-        super().__init__(parameters, meta, inner)
+        super().__init__(parameters, meta, inner, mesh)
         self._theta: list[Tensor] = []
         self._start: AdamState = {}
-        self._ends: list[AdamState] = []
-        self._deltas: list[list[Tensor]] = []
+        self._shares: Sequence[Drawn] = ()
+        self._tree = TreeSum(1)
         self._by_preference: dict[Preference, AdamState] = {}
+        self._ran: list[Preference] = []  # in this meta-step and this group
 
     def _momentum_free(self) -> bool:
         return self.meta.adam == "persist_v"
 
-    def begin(self) -> None:
+    def begin(self, shares: Sequence[Drawn]) -> None:
         self._theta = [p.detach().clone() for p in self.parameters]
-        self._start, self._ends, self._deltas = self._adam(), [], []
+        self._start, self._shares, self._ran = self._adam(), shares, []
+        self._tree = TreeSum(sum(map(len, shares)))
 
     @torch.no_grad()
     def begin_task(self, w: Preference) -> None:
@@ -186,37 +200,61 @@ class Reptile(Joint):
         self._set_adam(adam)
 
     @torch.no_grad()
-    def end_task(self, w: Preference) -> None:
-        self._deltas.append(list(torch._foreach_sub(self.parameters, self._theta)))
-        if self.meta.adam == "persist_v":
-            self._ends.append(self._adam())
+    def end_task(self, number: int, w: Preference) -> None:
+        """Add the task's delta to those of its neighbours, and v; per_preference: keep its Adam."""
+        delta = list(torch._foreach_sub(self.parameters, self._theta))
+        adam = self._adam()
+        size = float(_norm(delta))
+        said = [size, size * size, float(bool(adam)), float(adam["step"][0]) if adam else 0.0]
+        told = torch.tensor(said, dtype=torch.float64, device=delta[0].device)
+        v: list[Tensor] = []
+        if self.meta.adam == "persist_v":  # a task of skipped updates has none
+            v = adam["exp_avg_sq"] if adam else [torch.zeros_like(x) for x in delta]
         elif self.meta.adam == "per_preference":
-            self._by_preference[w] = self._adam()
+            self._by_preference[w] = adam
+            self._ran.append(w)
+        self._tree.add(number, [told, *delta, *v])
 
     @torch.no_grad()
     def end(self, progress: float) -> dict[str, float]:
-        deltas = self._deltas
+        n, shares, like = len(self.parameters), self._shares, self._theta
+        tasks = sum(map(len, shares))
+        told = torch.empty(4, dtype=torch.float64, device=like[0].device)
+        v = like if self.meta.adam == "persist_v" else []
+        told, *summed = self.mesh.summed_across(self._tree, shares, [told, *like, *v])
+        mean = list(torch._foreach_div(summed[:n], tasks))
+        sizes, squares, learned, steps = told.tolist()
         epsilon = self.meta.epsilon * (1.0 - progress)
-        mean = [torch.stack(parts).mean(0) for parts in zip(*deltas, strict=True)]
-        norm = float(_norm(mean)) * epsilon
+        whole = float(_norm(mean))
+        norm = whole * epsilon
         if self.meta.max_delta and norm > self.meta.max_delta:
             epsilon *= self.meta.max_delta / norm
         torch._foreach_copy_(self.parameters, self._theta)
         torch._foreach_add_(self.parameters, mean, alpha=epsilon)
-        self._ends = [end for end in self._ends if end]  # a task of skipped updates has none
-        if self._ends:
-            merged = {
-                name: [torch.stack(parts).mean(0) for parts in zip(*per_task, strict=True)]
-                for name in self._ends[0]
-                for per_task in [[end[name] for end in self._ends]]
-            }
-            self._set_adam(merged)
+        if v and learned:
+            average = list(torch._foreach_div(summed[n:], learned))
+            step = torch.tensor(steps / learned, dtype=torch.float32)
+            self._set_adam(
+                {
+                    "step": [step.to(x.device) for x in average],
+                    "exp_avg": [torch.zeros_like(x) for x in average],  # beta_1 is 0
+                    "exp_avg_sq": average,
+                }
+            )
+        if self.meta.adam == "per_preference" and self.mesh.layout.groups > 1:
+            self._exchange()
         metrics = {"delta_norm": norm, "epsilon": epsilon}
-        if len(deltas) > 1:
-            dots = [(a * b).sum() for a, b in zip(deltas[0], deltas[1], strict=True)]
-            dot, size = float(torch.stack(dots).sum()), float(_norm(deltas[0]) * _norm(deltas[1]))
-            metrics["delta_cosine"] = dot / size if size else 0.0
+        if tasks > 1:
+            between = sizes * sizes - squares  # sum over pairs of |a| |b|, and of a . b below
+            dot = (whole * tasks) ** 2 - squares
+            metrics["delta_cosine"] = dot / between if between else 0.0
         return metrics
+
+    def _exchange(self) -> None:
+        """Give the other groups what Adam has of the preferences that were learnt here."""
+        mine = {w: self._by_preference[w] for w in self._ran}
+        for theirs in self.mesh.across_groups(lambda: moved(mine, "cpu")):
+            self._by_preference |= {w: s for w, s in theirs.items() if w not in mine}
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "by_preference": self._by_preference}
@@ -236,12 +274,17 @@ class ParallelReptile(Reptile):
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], meta: MetaConfig, inner: GRPOConfig
+        self,
+        parameters: Sequence[nn.Parameter],
+        meta: MetaConfig,
+        inner: GRPOConfig,
+        mesh: Mesh = ALONE,
     ) -> None:
-        super().__init__(parameters, meta, inner)
+        super().__init__(parameters, meta, inner, mesh)
+        at_once = max(len(mesh.layout.tasks(g, meta.tasks)) for g in range(mesh.layout.groups))
         self._lanes = [
-            Reptile([nn.Parameter(p.detach().clone()) for p in parameters], meta, inner)
-            for _ in range(meta.tasks)
+            Reptile([nn.Parameter(p.detach().clone()) for p in parameters], meta, inner, mesh)
+            for _ in range(at_once)
         ]
 
     @property
@@ -252,13 +295,13 @@ class ParallelReptile(Reptile):
     def stack(self) -> Sequence[Sequence[Tensor]]:
         return [lane.parameters for lane in self._lanes]
 
-    def begin(self) -> None:
-        super().begin()
-        for lane in self._lanes:  # they start from one snapshot, and add to one list of deltas
+    def begin(self, shares: Sequence[Drawn]) -> None:
+        super().begin(shares)
+        for lane in self._lanes:  # they start from one snapshot, and add to one sum of deltas
             lane._theta, lane._start, lane._by_preference = (
                 self._theta, self._start, self._by_preference,
             )  # fmt: skip
-            lane._ends, lane._deltas = self._ends, self._deltas
+            lane._tree, lane._ran = self._tree, self._ran
 
 
 class Separate(Joint):
@@ -270,12 +313,21 @@ class Separate(Joint):
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], meta: MetaConfig, inner: GRPOConfig
+        self,
+        parameters: Sequence[nn.Parameter],
+        meta: MetaConfig,
+        inner: GRPOConfig,
+        mesh: Mesh = ALONE,
     ) -> None:
-        super().__init__(parameters, meta, inner)
+        super().__init__(parameters, meta, inner, mesh)
         self._first = [p.detach().clone() for p in self.parameters]
         self._theta: dict[Preference, list[Tensor]] = {}
         self._of: dict[Preference, AdamState] = {}
+        self._shares: Sequence[Drawn] = ()
+        self._tree = TreeSum(1)
+
+    def begin(self, shares: Sequence[Drawn]) -> None:
+        self._shares, self._tree = shares, TreeSum(sum(map(len, shares)))
 
     @torch.no_grad()
     def begin_task(self, w: Preference) -> None:
@@ -283,21 +335,42 @@ class Separate(Joint):
         self._set_adam(self._of.get(w, {}))
 
     @torch.no_grad()
-    def end_task(self, w: Preference) -> None:
+    def end_task(self, number: int, w: Preference) -> None:
         self._theta[w] = [p.detach().clone() for p in self.parameters]
         self._of[w] = self._adam()
+        away = list(torch._foreach_sub(self.parameters, self._first))
+        square = _norm(away).double().square().reshape(1)
+        self._tree.add(number, [square, *away])
 
     @torch.no_grad()
     def end(self, progress: float) -> dict[str, float]:
-        same = zip(*self._theta.values(), strict=True)
-        variances = [torch.stack(parts).var(0, correction=0).sum() for parts in same]
-        return {"spread": float(torch.stack(variances).sum().sqrt())}
+        """Say how far the models are from their mean, by how far they are from where they began."""
+        models = sum(map(len, self._shares))
+        square = torch.empty(1, dtype=torch.float64, device=self._first[0].device)
+        like = [square, *self._first]
+        square, *away = self.mesh.summed_across(self._tree, self._shares, like)
+        mean = float(_norm(away)) / models
+        return {"spread": max(float(square) / models - mean * mean, 0.0) ** 0.5}
+
+    def _everybody(self) -> tuple[dict[Preference, list[Tensor]], dict[Preference, AdamState]]:
+        """Give the models and Adam states of all groups, each from the group that trains it."""
+        theta, adam = dict(self._theta), dict(self._of)
+        if self.mesh.layout.groups == 1 or not self._shares:  # all are here, trained or loaded
+            return theta, adam
+        held = {w: (theta[w], adam[w]) for _, w in self._shares[self.mesh.number]}
+        for theirs in self.mesh.across_groups(lambda: moved(held, "cpu")):
+            theta |= {w: found for w, (found, _) in theirs.items() if w not in held}
+            adam |= {w: found for w, (_, found) in theirs.items() if w not in held}
+        order = [w for share in self._shares for _, w in share]
+        return {w: theta[w] for w in order}, {w: adam[w] for w in order}
 
     def models(self) -> dict[Preference, list[Tensor]]:
-        return dict(self._theta)
+        theta, _ = self._everybody()
+        return theta
 
     def state(self) -> dict[str, Any]:
-        return {"models": self._theta, "adam": self._of}
+        theta, adam = self._everybody()
+        return {"models": theta, "adam": adam}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._theta = {

@@ -6,14 +6,15 @@ import dataclasses
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from meal_fast.common import write_atomic
+from meal_fast.common import require, write_atomic
 from meal_fast.config.config import Config
 from meal_fast.config.run_dir import (
     as_saved,
@@ -26,6 +27,7 @@ from meal_fast.config.run_lock import lock
 from meal_fast.config.sealed import break_seal
 from meal_fast.data.devices import device_of, settled
 from meal_fast.data.objectives import Objectives, load_objectives
+from meal_fast.data.preferences import Preference
 from meal_fast.data.prompts import by_turns, load_prompts
 from meal_fast.data.reward_statistics import Scales
 from meal_fast.models.chat_template import keep_template, kept_template
@@ -44,10 +46,11 @@ from .checkpoint import (
     write_policy,
 )
 from .collectors.base import collected
-from .completions import Completions, Row
+from .completions import Completions, Row, rows_of
+from .distributed import ALONE, Drawn, Grace, Mesh, check_shared
+from .journal import Done, Journal, done
 from .lessons import check_sources
 from .metrics import Clock, MetricsLog, of_responses
-from .outer import Drawn
 from .recipes import recipe_of
 from .reward_hacking import RewardHacking, own_marks
 from .skips import Skips
@@ -74,76 +77,106 @@ class Trainer:
         on_answers: Callable[[list[Row]], None] | None = None,
         tell: Callable[[str], None] = lambda stage: None,
         ahead: Callable[[Policy, Config], None] = lambda policy, config: None,
+        mesh: Mesh = ALONE,
     ) -> None:
-        self.out = out
+        self.out, self.mesh = out, mesh
         self.on_update = on_update or (lambda metrics: None)
         self.on_answers = on_answers or (lambda rows: None)
         self.tell, self.ahead = tell, ahead
         self.stop_requested = False
-        check_folder(config, out, resume)
+        mesh.agreed(lambda: check_folder(config, out, resume))
         # Given back when the training ends, or the trainer is dropped.
-        self._unlock = weakref.finalize(self, lock(out, "training").release)
+        self._unlock = weakref.finalize(self, lambda: None)
+        mesh.agreed(self._lock)
         try:
             self._begin(config, resume)
         except BaseException:
             self._unlock()
             raise
 
+    def _lock(self) -> None:
+        if self.mesh.main:
+            self._unlock = weakref.finalize(self, lock(self.out, "training").release)
+
     def _begin(self, config: Config, resume: bool) -> None:
         """Load everything, and come to the first update."""
-        out, tell = self.out, self.tell
+        out, tell, mesh = self.out, self.tell, self.mesh
         held = read_config(out) if resume and (out / "config.json").is_file() else None
         config = config if held is None else as_saved(config, held)
-        checkpoint = open_run(config, out, resume)
+        parts, remedy = mesh.layout.virtual, "the run's own number of parts; start it as it was"
+        require(config.mesh.virtual in (0, parts), "mesh.virtual", parts, remedy)
+        checkpoint = mesh.agreed(lambda: open_run(config, out, resume), first=True)
         shared = shared_statistics(config) if checkpoint is None else None
-        self.config = config = self._load(config)
-        out.mkdir(parents=True, exist_ok=True)
-        if checkpoint is None:
-            write_config(out, config)
-        keep_template(out, self.policy.base_template)
+        self.config = mesh.agreed(lambda: self._load(config), first=True)
+        config = self.config
+        mesh.agreed(lambda: self._write_start(checkpoint is None))
+        mesh.agreed(lambda: check_shared(out))
         if config.warmup.steps:
-            warm_up(self.policy, self.objectives, self.prompts, config, out, tell)
-        self.outer = self.recipe.outer(self.policy.trainable, config.meta, config.grpo)
+            args = self.policy, self.objectives, self.prompts, config, out, tell
+            mesh.agreed(lambda: warm_up(*args), first=True)
+        self.outer = self.recipe.outer(self.policy.trainable, config.meta, config.grpo, mesh)
         if checkpoint is None:
-            scales = self._scales(shared)
+            scales = mesh.main_alone(lambda: self._scales(shared))
         else:
-            if held is not None:
+            if held is not None and mesh.main:
                 note_threads(out, held, self.config.threads)
             scales = Scales.load(out / "statistics.json")
         self.collector = self.recipe.collector(
-            self.policy, self.objectives, scales, self.config, self.recipe.spec.score
+            self.policy, self.objectives, scales, config, self.recipe.spec.score, mesh
         )
         self.net = self.collector.net  # Meal's; None: there is no net to train
-        self.skips = Skips(self.config.grpo, by_model=bool(self.recipe.spec.models))
+        self.skips = Skips(config.grpo, by_model=bool(self.recipe.spec.models))
         self.step = 0  # meta-steps done
-        self.tokens = 0  # generated
+        self.tokens = 0  # generated, in these
         if checkpoint is not None:
             self.outer.load_state(checkpoint["outer"])
             self.collector.load_state(checkpoint["experience"])
             self.step, self.tokens = checkpoint["step"], checkpoint["tokens"]
-        self.log = MetricsLog(
-            out / "metrics.jsonl",
-            written=0 if checkpoint is None else checkpoint["metrics_bytes"],
+        self.journal = Journal(
+            self.skips,
+            self.tokens,
+            config.meta.progress,
+            self._files(checkpoint or {}) if mesh.main else None,
+            wait=mesh.layout.groups > 1,
+        )
+        tell("the first update")
+
+    def _write_start(self, new: bool) -> None:
+        """Write what a run begins with, on the main process."""
+        if self.mesh.main:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if new:
+                write_config(self.out, self.config)
+            keep_template(self.out, self.policy.base_template)
+
+    def _files(self, checkpoint: Mapping[str, Any]) -> tuple[MetricsLog, Completions]:
+        """Open what the updates are told in, as long as they were at the checkpoint."""
+        log = MetricsLog(
+            self.out / "metrics.jsonl",
+            written=checkpoint.get("metrics_bytes", 0),
             first=self.done,
             in_step=self.config.meta.tasks * self.config.meta.n_inner,
             told=lambda line: self.on_update(line),
         )
-        self.completions = Completions(
-            out,
-            config.names,
-            config.evaluation.marks,
-            written=0 if checkpoint is None else checkpoint.get("completions_bytes", 0),
-            keep=config.completions,
+        completions = Completions(
+            self.out,
+            self.config.names,
+            written=checkpoint.get("completions_bytes", 0),
+            keep=self.config.completions,
             hacking=self._hacking(),
             told=lambda rows: self.on_answers(rows),
             ordinary=frozenset(p.id for p in self.benign),
         )
-        tell("the first update")
+        return log, completions
 
     def _load(self, config: Config) -> Config:
         """Load policy, prompts and objectives; give the config as this machine has it."""
-        threads, policy = use_threads(config.threads), settled(config.policy)
-        config = dataclasses.replace(config, threads=threads, policy=policy)
+        threads = use_threads(config.threads or self.mesh.threads)
+        # The layout is this start's; into how many parts an update is cut, the run's.
+        mesh = dataclasses.replace(config.mesh, groups=0, data=0, virtual=self.mesh.layout.virtual)
+        config = dataclasses.replace(
+            config, threads=threads, policy=settled(config.policy), mesh=mesh
+        )
         self.recipe = recipe_of(config)
         self.recipe.collector.check(config)
         if config.warmup.steps:
@@ -232,12 +265,14 @@ class Trainer:
         return self.config.meta.progress(update, self.tokens)
 
     def train(self) -> bool:
-        """Run to the end (True), or to the end of the meta-step in which a stop was requested."""
+        """Run to the end (True), or to the end of the meta-step in which a stop was requested.
+
+        Raises GivenUp where that would have taken too long; the last checkpoint is then good.
+        """
         try:
             return self._train()
         finally:
-            self.log.close()
-            self.completions.close()
+            self.journal.close()
             self._unlock()
 
     def _train(self) -> bool:
@@ -245,6 +280,7 @@ class Trainer:
         while not self.finished:
             self.meta_step()
             self.step += 1
+            self.stop_requested = self.mesh.any(self.stop_requested)
             due = self.step % self.config.checkpoint_every == 0
             if due or self.stop_requested or self.finished or self.skips.too_many:
                 self.save_checkpoint()
@@ -255,20 +291,35 @@ class Trainer:
                 break
         if saved != self.step:
             self.save_checkpoint()
+        models = self.outer.models()
+        self.mesh.agreed(lambda: self._write_end(models) if self.mesh.main else None)
+        return self.finished
+
+    def _write_end(self, models: Mapping[Preference, Sequence[Tensor]]) -> None:
         break_seal(self.out)
         self.collector.save(self.out)
-        progress = self.progress(self.done)
-        write_policy(self.out, self.policy, self.config, self.outer.models(), progress)
-        return self.finished
+        write_policy(self.out, self.policy, self.config, models, self.progress(self.done))
 
     def meta_step(self) -> None:
         """Take one step of the outer loop: each preference's inner updates start from one theta."""
         preferences = self.recipe.preferences(self.config, self.step)
         progress = self.progress(self.done)
-        self.outer.begin()  # keep theta
-        for drawn in self.outer.in_batches(preferences):  # one task, or all as stacked adapters
+        shares = self.mesh.shares(preferences, together=self.config.meta.adam == "per_preference")
+        self.outer.begin(shares)  # keep theta
+        groups = self.mesh.across_groups(lambda: self._inner_updates(shares[self.mesh.number]))
+        self.journal.told_of(groups, at_once=self.config.meta.parallel)
+        told = self.outer.end(progress)  # theta += epsilon * mean(deltas)
+        self.journal.end_step(told)
+        self.tokens = self.journal.tokens
+
+    def _inner_updates(self, mine: Drawn) -> list[Done]:
+        """Take the inner updates of this group's tasks; give those that are not told of yet."""
+        n_inner = self.config.meta.n_inner
+        grace = Grace(self.mesh, sum(n_inner for _ in self.outer.in_batches(mine)))
+        for drawn in self.outer.in_batches(mine):  # one task, or all as stacked adapters
             with self.outer.tasks(drawn):  # theta and Adam's state in; the deltas out
-                for inner in range(self.config.meta.n_inner):
+                for inner in range(n_inner):
+                    grace.check(self.stop_requested)
                     clock, tasks = Clock(), self.tasks(drawn, inner)
                     # At first all tasks are the policy itself, whose factors can be multiplied out.
                     with self.policy.stacked(self.outer.stack if inner else ()):
@@ -277,11 +328,8 @@ class Trainer:
                     collecting = clock.lap()
                     of_net = self.net.update(batch) if self.net else {}  # Meal's outer level
                     learned = self.update_policy(batch, tasks)  # loss, backward, clip, AdamW
-                    self.tokens += batch.tokens
-                    lines = self._lines(tasks, batch, learned, of_net)
-                    lines = self.completions.add(tasks, batch, lines)
-                    self.log.add(_timed(lines, batch, collecting, clock.lap()))
-        self.log.end_step(self.outer.end(progress))  # theta += epsilon * mean(deltas)
+                    self.journal.add(self._done(tasks, batch, learned, of_net, collecting, clock))
+        return self.journal.held
 
     def tasks(self, drawn: Drawn, inner: int) -> list[Task]:
         """Say what an inner update of some of the meta-step's tasks is asked for."""
@@ -309,13 +357,12 @@ class Trainer:
         """
         if not len(batch.rolled.group_R):
             return [{} for _ in tasks]
-        options, temperature = self.config.grpo, self.config.rollout.temperature
-        lanes, left_out = self.outer.lanes, torch.zeros(len(tasks), device=self.policy.device)
+        options = self.config.grpo
+        lanes = self.outer.lanes[: len(tasks)]
+        left_out = torch.zeros(len(tasks), device=self.policy.device)
         for _ in range(options.epochs):
             with self.policy.stacked(self.outer.stack):
-                learned = self.recipe.loss(
-                    self.policy, batch.rolled, batch.scored, options, temperature
-                )
+                learned = self._gradients(batch)
             norms = []
             for lane, task, loss in zip(lanes, tasks, learned["loss"].reshape(-1), strict=True):
                 lane.watch(loss)
@@ -330,54 +377,64 @@ class Trainer:
                 lane.settle()
         return found
 
-    def _lines(
+    def _gradients(self, batch: Batch) -> dict[str, Tensor]:
+        """Leave the loss's gradient in the parameters; give its metrics.
+
+        Of several parts each is differentiated by itself, and they are added up in one order.
+        """
+        options, temperature = self.config.grpo, self.config.rollout.temperature
+        of = self.policy, batch.rolled, batch.scored, options, temperature
+        if self.mesh.layout.virtual == 1:
+            return self.recipe.loss(*of)
+        trained = [p for lane in self.outer.lanes for p in lane.parameters]
+        parts: dict[int, list[Tensor]] = {}
+        learned: dict[str, Tensor] = {}
+        for part in self.mesh.parts:
+            learned = self.recipe.loss(*of, part)
+            told = torch.stack([value.detach().double() for value in learned.values()])
+            # A part without a row has no gradient.
+            parts[part.number] = [
+                told, *(torch.zeros_like(p) if p.grad is None else p.grad for p in trained)
+            ]  # fmt: skip
+            for p in trained:
+                p.grad = None
+        told, *gradients = self.mesh.summed(parts)
+        for p, gradient in zip(trained, gradients, strict=True):
+            p.grad = gradient
+        return {name: x.to(learned[name].dtype) for name, x in zip(learned, told, strict=True)}
+
+    def _done(
         self,
         tasks: Sequence[Task],
         batch: Batch,
         learned: Sequence[dict[str, float]],
         of_net: dict[str, float],
-    ) -> list[dict[str, Any]]:
-        """Give what the updates say of themselves, task by task."""
-        names, scales = self.config.names, self.collector.scales
-        for task, metrics in zip(tasks, learned, strict=True):
-            if not metrics:  # no step: Adam's state stays as it is
-                said = f"update {task.update}: no response was kept; it is skipped"
-                warnings.warn(said, stacklevel=2)
-        return [
-            {
-                "update": task.update,
-                "meta_step": task.step,
-                "task": task.number,
-                "inner": task.inner,
-                "progress": self.progress(task.update + 1),
-                "w": task.preference,
-                **(self.skips.said(task, metrics) or {"skipped": True}),
-                "lr": task.lr,
-                **of_responses(part, names, scales, partial=self.objectives.partial),
-                **of_net,
-            }
-            for task, part, metrics in zip(tasks, batch.parts(), learned, strict=True)
+        collecting: float,
+        clock: Clock,
+    ) -> list[Done]:
+        """Say what an inner update was, task by task."""
+        config, parts = self.config, batch.parts()
+        scales, partial = self.collector.scales, self.objectives.partial
+        more = [of_responses(p, config.names, scales, partial=partial) | of_net for p in parts]
+        marks = config.evaluation.marks
+        rows = [
+            rows_of(task, part, config.names, marks) if self.mesh.leads else []
+            for task, part in zip(tasks, parts, strict=True)
         ]
+        times = {"rollout": batch.rolled.seconds, "collecting": collecting, "learning": clock.lap()}
+        return done(tasks, parts, learned, more, rows, **times)
 
     def save_checkpoint(self) -> None:
         """Write everything that the rest of the run depends on."""
+        if not self.recipe.spec.models:  # of which groups have different ones
+            theta = sum(p.detach().double().sum() for p in self.policy.trainable)
+            self.mesh.same(repr(float(theta)), f"meta-step {self.step}: the sum of all parameters")
         state = {
             "step": self.step,
             "tokens": self.tokens,
-            "metrics_bytes": self.log.sync(),
-            "completions_bytes": self.completions.sync(),
-            "files": self.log.digest | self.completions.digest,
+            **self.journal.sync(),
             "outer": self.outer.state(),
             "experience": self.collector.state(),  # the name that runs have been saved with
         }
-        write_checkpoint(self.out, state, self.config)
-
-
-def _timed(
-    lines: Sequence[dict[str, Any]], batch: Batch, collecting: float, learning: float
-) -> list[dict[str, Any]]:
-    """Add seconds to lines: of what goes at once, equal shares."""
-    n, rollout = len(lines), batch.rolled.seconds / len(lines)
-    reward = max(collecting / n - rollout, 0.0)
-    seconds = {"rollout": rollout, "reward": reward, "learn": learning / n}
-    return [line | {"seconds": seconds} for line in lines]
+        write = partial(write_checkpoint, self.out, state, self.config)
+        self.mesh.agreed(lambda: write() if self.mesh.main else None)

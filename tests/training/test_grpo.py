@@ -14,8 +14,8 @@ from meal_fast.models.policy import load_policy
 from meal_fast.ops import policy_loss_from_logp
 from meal_fast.ops.gemm import lora_linear
 from meal_fast.rollout import Request, rollout
-from meal_fast.training.losses.grpo import grpo, micro_batches, most_telling, packed
-from meal_fast.training.losses.sequences import token_logp_RT
+from meal_fast.training.losses.grpo import grpo, most_telling
+from meal_fast.training.losses.sequences import micro_batches, packed, token_logp_RT
 from tests.helpers.run_folder import tiny_config, tiny_policy
 
 TEMPERATURE = 0.9

@@ -23,8 +23,8 @@ from meal_fast.models.pblora import Adapter, Bilinear
 from meal_fast.models.policy import GUIDE, Policy, load_policy
 from meal_fast.rollout import Request, Sampling, engine, rollout
 from meal_fast.training.collectors.base import BaseSamples
-from meal_fast.training.losses.grpo import packed
 from meal_fast.training.losses.parm import orders, pair_loss, parm
+from meal_fast.training.losses.sequences import packed
 from meal_fast.training.trainer import Trainer
 from tests.helpers.models import small_model
 from tests.helpers.processes import assert_same_runs, refused, stopped, train_here, updates

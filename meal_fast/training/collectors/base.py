@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,17 +23,22 @@ from meal_fast.data_types import Rollout, Scored, rng_seed
 from meal_fast.models.policy import Network, Policy
 from meal_fast.models.shared_prefix import to_device
 from meal_fast.rollout import Request, backend
+from meal_fast.rollout.sequence import told_apart
 from meal_fast.training.batch import Batch, RngKey, Task
+from meal_fast.training.distributed import ALONE, Mesh
 from meal_fast.training.net_update import NetUpdate
+from meal_fast.training.parts import moved, positions, together
 from meal_fast.training.sampled import sampled
+
+T = TypeVar("T")
 
 
 def collected(collector: Sampled, objectives: Objectives, tasks: Sequence[Task]) -> Batch:
     """Collect, and note in the batch's log how many rows reward models had to cut."""
     objectives.counts()  # of calibration and evaluation, which no update is told of
+    collector.counts.clear()
     batch = collector.collect(tasks)
-    counts = objectives.counts()
-    return replace(batch, counts=counts) if counts else batch
+    return replace(batch, counts=dict(collector.counts)) if collector.counts else batch
 
 
 class Sampled:
@@ -43,10 +48,17 @@ class Sampled:
     net: NetUpdate | None = None  # what Meal trains beside the policy
 
     def __init__(
-        self, policy: Policy, objectives: Objectives, scales: Scales, config: Config, score: Score
+        self,
+        policy: Policy,
+        objectives: Objectives,
+        scales: Scales,
+        config: Config,
+        score: Score,
+        mesh: Mesh = ALONE,
     ) -> None:
         self.policy, self.objectives, self.scales = policy, objectives, scales
-        self.config, self.kind = config, score
+        self.config, self.kind, self.mesh = config, score, mesh
+        self.counts: dict[str, dict[str, int]] = {}  # of rows that were cut
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -102,16 +114,57 @@ class Sampled:
     def _all_of(
         self, requests: Sequence[Request], rng_key: RngKey, network: Network | None = None
     ) -> Batch:
-        learnt = network is None and spec_of(self.config).loss == "grpo"
-        rolled = sampled(self.policy, requests, self.config, rng_key, network, learnt=learnt)
-        reward_RK = self._rewards(rolled)
+        rolled, reward_RK = self.drawn(requests, rng_key, network)
         scored = self.score(reward_RK, rolled, partial=self.objectives.partial)
         return Batch(rolled, scored, reward_RK, sum(rolled.lengths))
 
-    def _rewards(self, rolled: Rollout) -> Tensor:
-        """Give raw rewards (R, K), where the rollout is."""
-        texts = [rolled.prompts[g].text for g in rolled.groups]
-        return self.objectives.rewards(texts, rolled.texts)
+    def drawn(
+        self, requests: Sequence[Request], rng_key: RngKey, network: Network | None = None
+    ) -> tuple[Rollout, Tensor]:
+        """Sample and score: part by part, each process its own, and every process has it all.
+
+        Gives the rollout and its raw rewards (R, K), where it is.
+        """
+
+        learnt = network is None and spec_of(self.config).loss == "grpo"
+
+        def draw(own: Sequence[Request]) -> tuple[Rollout, Tensor]:
+            rolled = sampled(self.policy, own, self.config, rng_key, network, learnt=learnt)
+            texts = [rolled.prompts[g].text for g in rolled.groups]
+            return rolled, self.objectives.rewards(texts, rolled.texts)
+
+        places, parts = self.in_parts(requests, draw)
+        rolled, order_R = together([part for part, _ in parts], places)
+        rewards = [reward_RK for _, reward_RK in parts]
+        return rolled, rewards[0] if len(rewards) == 1 else torch.cat(rewards)[order_R]
+
+    def in_parts(
+        self, requests: Sequence[Request], draw: Callable[[Sequence[Request]], T]
+    ) -> tuple[list[list[int]], list[T]]:
+        """Draw every part of an update's requests by itself, each process its own.
+
+        Gives each part's places in `requests`, and what was drawn for it, on every process. What
+        one process fails at, all fail at.
+        """
+        virtual, device = self.mesh.layout.virtual, self.policy.device
+        apart = told_apart(requests) if virtual > 1 else requests
+        places = positions(apart, virtual)
+
+        def mine() -> tuple[list[T], dict[str, dict[str, int]], bool]:
+            found = [draw([apart[i] for i in places[part]]) for part in self.mesh.shards]
+            return found, self.objectives.counts(), self.objectives.partial
+
+        if self.mesh.layout.parts == 1:
+            found = [mine()]
+        else:
+            found = moved(self.mesh.in_group(lambda: moved(mine(), "cpu")), device)
+        for _, counts, partial in found:
+            self.objectives.partial |= partial
+            for what, of_names in counts.items():
+                held = self.counts.setdefault(what, {})
+                for name, n in of_names.items():
+                    held[name] = held.get(name, 0) + n
+        return places, [part for parts, _, _ in found for part in parts]
 
     def score(self, reward_RK: Tensor, rolled: Rollout, *, partial: bool = False) -> Scored:
         """Give scores and group-relative advantages of a rollout's rewards, which it normalises.

@@ -45,9 +45,12 @@ from meal_fast.rollout.rejection_rules import (
     ray_preference,
     realized_preference,
 )
+from meal_fast.rollout.rejection_sampler import Kept, together_log
 from meal_fast.training.batch import Batch, Hindsight, RngKey, Task
+from meal_fast.training.distributed import ALONE, Mesh
 from meal_fast.training.net_trainer import acceptance_weights, learned_preference
 from meal_fast.training.net_update import NetUpdate
+from meal_fast.training.parts import together
 
 from .base import Sampled
 
@@ -58,11 +61,17 @@ class Meal(Sampled):
     standardizes: ClassVar[bool] = True
 
     def __init__(
-        self, policy: Policy, objectives: Objectives, scales: Scales, config: Config, score: Score
+        self,
+        policy: Policy,
+        objectives: Objectives,
+        scales: Scales,
+        config: Config,
+        score: Score,
+        mesh: Mesh = ALONE,
     ) -> None:
-        super().__init__(policy, objectives, scales, config, score)
+        super().__init__(policy, objectives, scales, config, score, mesh)
         if config.meal.rho < 1:  # else every preference is drawn: the static baseline has no net
-            self.net = NetUpdate(policy, scales, config, score)
+            self.net = NetUpdate(policy, scales, config, score, mesh)
 
     def collect(self, tasks: Sequence[Task]) -> Batch:
         (task,) = tasks
@@ -112,21 +121,25 @@ class Meal(Sampled):
     def _kept_rows(self, requests: Sequence[Request], rng_key: RngKey) -> Batch:
         options = self.config.rollout
         sampling = Sampling(options.max_new_tokens, options.temperature, self.config.seed, rng_key)
-        with open_backend(
-            options.backend,
-            self.policy,
-            max_cache_bytes=options.max_cache_bytes,
-            join=True,
-            needs=("rejection",),
-        ) as sampler:
-            kept = rejection_sample(
-                sampler,
-                requests,
-                sampling,
-                self.config.rejection,
-                self.objectives.rewards,
-                self._judge,
-            )
+
+        def draw(own: Sequence[Request]) -> Kept:
+            with open_backend(
+                options.backend,
+                self.policy,
+                max_cache_bytes=options.max_cache_bytes,
+                join=True,
+                needs=("rejection",),
+            ) as sampler:
+                return rejection_sample(
+                    sampler,
+                    own,
+                    sampling,
+                    self.config.rejection,
+                    self.objectives.rewards,
+                    self._judge,
+                )
+
+        kept = kept_together(*self.in_parts(requests, draw))
         rolled, w_hat_RK = kept.rollout, kept.w_hat_RK
         assert w_hat_RK is not None
         log: dict[str, Any] = {"w": rolled.condition_RK.mean(0).tolist()} | kept.log
@@ -188,6 +201,25 @@ class Meal(Sampled):
         """Give w* (R, K), the preferences that rows are to be learnt under."""
         options = self.config.meal
         return learned_preference(rolled.condition_RK, w_hat_RK, options.lam, options.mode)
+
+
+def kept_together(places: Sequence[Sequence[int]], parts: Sequence[Kept]) -> Kept:
+    """Make one of what was kept of an update's parts."""
+    if len(parts) == 1:
+        return parts[0]
+    rolled, order_R = together([part.rollout for part in parts], places)
+
+    def of_rows(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])[order_R]
+
+    return Kept(
+        rollout=rolled,
+        reward_RK=of_rows("reward_RK"),
+        score_R=of_rows("score_R"),
+        w_hat_RK=None if parts[0].w_hat_RK is None else of_rows("w_hat_RK"),
+        ended_RK=torch.cat([part.ended_RK for part in parts]),
+        log=together_log([part.log for part in parts]),
+    )
 
 
 def relabelled(

@@ -45,7 +45,7 @@ from meal_fast.rollout import Request
 from meal_fast.rollout.fitting import context_room
 from meal_fast.rollout.sequence import Drawn, as_drawn, gathered
 from meal_fast.training.batch import Batch, Task
-from meal_fast.training.sampled import sampled
+from meal_fast.training.distributed import ALONE, Mesh
 
 from .base import Sampled
 
@@ -65,9 +65,15 @@ class RiC(Sampled):
     standardizes: ClassVar[bool] = True
 
     def __init__(
-        self, policy: Policy, objectives: Objectives, scales: Scales, config: Config, score: Score
+        self,
+        policy: Policy,
+        objectives: Objectives,
+        scales: Scales,
+        config: Config,
+        score: Score,
+        mesh: Mesh = ALONE,
     ) -> None:
-        super().__init__(policy, objectives, scales, config, score)
+        super().__init__(policy, objectives, scales, config, score, mesh)
         if scales.standard is None:
             raise ValueError(
                 "RiC statistics missing: statistics.json has no 'standard', by which rewards are "
@@ -123,11 +129,12 @@ class RiC(Sampled):
     def _offline(self, task: Task) -> Batch:
         if self.data:
             rolled = self._given(task.update)
+            texts = [rolled.prompts[g].text for g in rolled.groups]
+            reward_RK = self.objectives.rewards(texts, rolled.texts)
         else:
             requests = [Request(p, None, self.config.rollout.samples) for p in task.prompts]
             with self.policy.reference() as base:
-                rolled = sampled(self.policy, requests, self.config, task.rng_key, base)
-        reward_RK = self._rewards(rolled)
+                rolled, reward_RK = self.drawn(requests, task.rng_key, base)
         answers = answers_of(rolled, reward_RK)
         self.offline = (self.offline + answers)[-self.config.ric.buffer :]
         batch = self._taught(answers, rolled, reward_RK, {"online": False})
@@ -160,8 +167,7 @@ class RiC(Sampled):
             # Equal goals are one request: two would be asked with the same key, and answer alike.
             for g, count in Counter(goals[i * samples : (i + 1) * samples]).items()
         ]
-        rolled = sampled(self.policy, requests, self.config, task.rng_key)
-        reward_RK = self._rewards(rolled)
+        rolled, reward_RK = self.drawn(requests, task.rng_key)
         answers = answers_of(rolled, reward_RK)
         kept_R = above(self.standardized(answers), options.quantile).tolist()
         kept = [a for a, keep in zip(answers, kept_R, strict=True) if keep]

@@ -19,13 +19,20 @@ from meal_fast.config.config import GRPOConfig
 from meal_fast.data_types import Rollout, Scored
 from meal_fast.models.policy import Policy
 
-from .sequences import by_task, check_pairs, micro_batches, packed, row_sums, token_logp
+from .sequences import WHOLE, Part, by_task, check_pairs, packed, row_sums, runs, token_logp
 
 
 def dpo(
-    policy: Policy, rollout: Rollout, scored: Scored, config: GRPOConfig, temperature: float
+    policy: Policy,
+    rollout: Rollout,
+    scored: Scored,
+    config: GRPOConfig,
+    temperature: float,
+    part: Part = WHOLE,
 ) -> dict[str, Tensor]:
     """Add the gradient of the step's loss to the policy's parameters; give metrics (scalars).
+
+    Of a part: its share of both.
 
     A rollout of several tasks' adapters goes through the stacked policy at once; each task has its
     own loss, and the metrics are (tasks,).
@@ -42,13 +49,13 @@ def dpo(
     ordered = sign_P.tolist()  # the one time that the device is waited for
     pairs_of = [sign_P[_pairs(rows)].abs().sum() for rows in rollout.tasks]
     batches = [
-        (rows, packed(rollout, rows))
-        for rows in micro_batches(rollout, config.micro_tokens, unit=2)
+        (run, packed(rollout, run.rows)) for run in runs(rollout, config.micro_tokens, part, unit=2)
     ]
     with policy.reference() as reference, torch.no_grad():
         references = [token_logp(reference, rollout, batch, temperature) for _, batch in batches]
     made: list[list[dict[str, Tensor]]] = [[] for _ in pairs_of]  # of each task its runs'
-    for (rows, batch), reference_N in zip(batches, references, strict=True):
+    for (run, batch), reference_N in zip(batches, references, strict=True):
+        rows = run.rows
         with policy.recomputing(config.recompute):
             logp_N = token_logp(policy.network, rollout, batch, temperature)
         gap_N = logp_N - reference_N
@@ -59,21 +66,26 @@ def dpo(
             sign, h = sign_P[_pairs(own)], h_P2[_pairs(own, rows.start)]
             margin_P = config.beta * sign * (h[:, 0] - h[:, 1])
             loss = -(sign.abs() * F.logsigmoid(margin_P)).sum() / pairs
-            if any(ordered[_pairs(own)]):
+            if part.even or any(ordered[_pairs(own)]):
                 losses.append(loss)
             own_N, margin_P = gap_N[at].detach(), margin_P.detach()
-            made[task].append(
-                {
-                    "loss": loss.detach(),
-                    "margin": margin_P.sum() / pairs,
-                    "accuracy": (margin_P > 0).sum() / pairs,
-                    "kl": ((-own_N).expm1() + own_N).sum(),
-                    "tokens": loss.new_full((), len(own_N)),
-                }
-            )
+            said = {
+                "loss": loss.detach(),
+                "margin": margin_P.sum() / pairs,
+                "accuracy": (margin_P > 0).sum() / pairs,
+                "kl": ((-own_N).expm1() + own_N).sum(),
+                "tokens": loss.new_full((), len(own_N)),
+            }
+            none = {name: torch.zeros_like(value) for name, value in said.items()}
+            made[task].append(none if run.dummy else said)
         if losses:
-            torch.stack(losses).sum().backward()
-    totals = [_whole(runs, pairs) for runs, pairs in zip(made, pairs_of, strict=True)]
+            run.counted(torch.stack(losses).sum()).backward()
+    counts = [sum(rollout.lengths[rows]) for rows in rollout.tasks]
+    first = part.number == 0  # which tells what is of no part
+    totals = [
+        _whole(found or [none], pairs if first else torch.zeros_like(pairs), n)
+        for found, pairs, n in zip(made, pairs_of, counts, strict=True)
+    ]
     if len(totals) == 1:
         return totals[0]
     return {name: torch.stack([total[name] for total in totals]) for name in totals[0]}
@@ -84,8 +96,8 @@ def _pairs(rows: slice | range, first: int = 0) -> slice:
     return slice((rows.start - first) // 2, (rows.stop - first) // 2)
 
 
-def _whole(runs: list[dict[str, Tensor]], pairs: Tensor) -> dict[str, Tensor]:
-    """Give a task's metrics of the whole step from its runs'."""
+def _whole(runs: list[dict[str, Tensor]], pairs: Tensor, tokens: int) -> dict[str, Tensor]:
+    """Give a task's metrics of the whole step from its runs'; tokens: of the whole step."""
     zero = torch.zeros_like(pairs)
     totals = {name: sum((run[name] for run in runs), zero) for name in runs[0]}
-    return totals | {"kl": totals["kl"] / totals["tokens"], "pairs": pairs}
+    return totals | {"kl": totals["kl"] / max(tokens, 1), "pairs": pairs}

@@ -22,13 +22,15 @@ from meal_fast.models import shared_prefix
 from meal_fast.models.policy import Network, Policy
 
 from .sequences import (
+    WHOLE,
+    Part,
     by_task,
     divisor,
     hidden,
-    micro_batches,
     of_rows,
     of_tokens,
     packed,
+    runs,
     token_logp,
 )
 
@@ -38,9 +40,16 @@ OF_TOKENS = {"ref_logp", "ref_hidden"}  # of what the loss needs of the referenc
 
 
 def grpo(
-    policy: Policy, rollout: Rollout, scored: Scored, config: GRPOConfig, temperature: float
+    policy: Policy,
+    rollout: Rollout,
+    scored: Scored,
+    config: GRPOConfig,
+    temperature: float,
+    part: Part = WHOLE,
 ) -> dict[str, Tensor]:
     """Add the gradient of the step's loss to the policy's parameters; give metrics (scalars).
+
+    Of a part: its share of both.
 
     The rollout's own log-probabilities are the behaviour policy's (logp_old). With beta > 0 the
     reference model sees the same tokens first, before anything is kept for the gradient. Rows that
@@ -65,9 +74,7 @@ def grpo(
     advantage_R, unsound = _finite(scored.advantage_R, rollout.tasks)
     normalizers = [divisor(rollout, config.reduce, rows) for rows in rollout.tasks]
     made: list[list[dict[str, Tensor]]] = [[] for _ in normalizers]  # of each task its runs'
-    batches = [
-        (rows, packed(rollout, rows)) for rows in micro_batches(rollout, config.micro_tokens)
-    ]
+    batches = [(run, packed(rollout, run.rows)) for run in runs(rollout, config.micro_tokens, part)]
     references: list[dict[str, Any]] = [{} for _ in batches]
     if config.beta > 0:
         with policy.reference() as reference, torch.no_grad():
@@ -75,8 +82,8 @@ def grpo(
                 _of_reference(reference, rollout, batch, config.kl, temperature)
                 for _, batch in batches
             ]
-    for (rows, batch), extra in zip(batches, references, strict=True):
-        network = policy.network
+    for (run, batch), extra in zip(batches, references, strict=True):
+        network, rows = policy.network, run.rows
         with policy.recomputing(config.recompute):
             hidden_MD = hidden(network, batch)
         tokens = {
@@ -110,11 +117,14 @@ def grpo(
                 **extra,
             )
             losses.append(loss)
+            said = metrics | {"loss": loss.detach()}
             if gap_M is not None:
-                metrics = metrics | _of_gap(gap_M[at], config.importance_cap)
-            made[task].append(metrics | {"loss": loss.detach()})
-        torch.stack(losses).sum().backward()
-    totals = [_whole(runs) for runs in made]
+                said |= _of_gap(gap_M[at], config.importance_cap)
+            none = {name: torch.zeros_like(value) for name, value in said.items()}
+            made[task].append(none if run.dummy else said)
+        run.counted(torch.stack(losses).sum()).backward()
+    counts = [sum(rollout.lengths[rows]) for rows in rollout.tasks]
+    totals = [_whole(found or [none], n) for found, n in zip(made, counts, strict=True)]
     for task in unsound:
         totals[task]["loss"] = torch.full_like(totals[task]["loss"], math.nan)
     if len(totals) == 1:
@@ -155,8 +165,11 @@ def _finite(advantage_R: Tensor, tasks: Sequence[slice]) -> tuple[Tensor, list[i
     return advantage_R.nan_to_num(0.0, 0.0, 0.0), unsound
 
 
-def _whole(runs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Give the step's metrics from its runs', as few tensors: SUMMED, and means over the tokens."""
+def _whole(runs: list[dict[str, Tensor]], tokens: int) -> dict[str, Tensor]:
+    """Give the step's metrics from its runs', as few tensors: SUMMED, and means over the tokens.
+
+    tokens: of the whole step, of which these runs may be a part.
+    """
     names = sorted(runs[0], key=lambda name: name not in SUMMED)
     first = sum(name in SUMMED for name in names)
     total: Tensor | float = 0.0
@@ -165,7 +178,7 @@ def _whole(runs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         values[first:] *= run["tokens"]
         total = total + values
     assert isinstance(total, Tensor)
-    total[first:] /= total[names.index("tokens")].clamp(min=1)
+    total[first:] /= max(tokens, 1)
     return dict(zip(names, total.unbind(), strict=True))
 
 

@@ -20,7 +20,7 @@ from meal_fast.config.config import GRPOConfig
 from meal_fast.data_types import Rollout, Scored
 from meal_fast.models.policy import Policy
 
-from .sequences import check_pairs, micro_batches, packed, row_sums, token_logp
+from .sequences import WHOLE, Part, check_pairs, packed, row_sums, runs, token_logp
 
 
 def parm(
@@ -29,10 +29,13 @@ def parm(
     scored: Scored,
     config: GRPOConfig,
     temperature: float,
+    part: Part = WHOLE,
     *,
     beta_r: float,
 ) -> dict[str, Tensor]:
     """Add the gradient of the step's loss to the guide's parameters; give metrics (scalars).
+
+    Of a part: its share of both.
 
     `margin` is the mean of beta_r [r_w(y+_k) - r_w(y-_k)] over ordered pairs and objectives,
     weighted by w_k, `accuracy` the share of them, so weighted, where it is positive, and `pairs`
@@ -57,7 +60,8 @@ def parm(
     weight = share_PK.sum().clamp(min=1e-9)
     zero = torch.zeros((), device=device)
     totals = dict.fromkeys(("loss", "margin", "accuracy"), zero)
-    for rows in micro_batches(rollout, config.micro_tokens, unit=2):
+    for run in runs(rollout, config.micro_tokens, part, unit=2):
+        rows = run.rows
         batch = packed(rollout, rows)
         pairs = slice(rows.start // 2, rows.stop // 2)
         w_BK = w_RK.new_zeros(batch.shape_BPRS[0], w_RK.shape[1])
@@ -68,15 +72,18 @@ def parm(
                 logp_N = token_logp(policy.network, rollout, batch, temperature=1.0)
             r_P2 = row_sums(logp_N, rows, batch).view(-1, 2)
             loss, margin_PK = pair_loss(r_P2, sign_PK[pairs], share_PK[pairs], beta_r)
-            if any(ordered[pairs]):
-                loss.backward()
+            if part.even or any(ordered[pairs]):
+                run.counted(loss).backward()
+        if run.dummy:
+            continue
         more = {
             "loss": loss.detach(),
             "margin": (share_PK[pairs] * margin_PK).sum() / weight,
             "accuracy": (share_PK[pairs] * (margin_PK > 0)).sum() / weight,
         }
         totals = {name: totals[name] + value for name, value in more.items()}
-    return totals | {"pairs": sign_PK.any(1).sum()}
+    pairs_P = sign_PK.any(1) if part.number == 0 else zero  # of no part: the first one tells it
+    return totals | {"pairs": pairs_P.sum()}
 
 
 def orders(reward_RK: Tensor, w_RK: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,12 @@ caller keeps such rows together and takes `logp_rows` of them.
 
 from __future__ import annotations
 
+import dataclasses
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +27,35 @@ from meal_fast.models import shared_prefix
 from meal_fast.models.policy import Network, Policy
 from meal_fast.models.sizes import ON_A_CPU
 from meal_fast.ops import checks
+
+
+@dataclass(frozen=True)
+class Part:
+    """Say which of an update's `of` parts of rows a pass over it differentiates; by default all.
+
+    Losses, and what they tell, add up over the parts: each divides by what the whole update has.
+    `even`: each part takes as many passes forward and back as any other, whatever is in it, since
+    processes that hold a model together must; what is too many counts nothing.
+    """
+
+    number: int = 0
+    of: int = 1
+    even: bool = False
+
+
+WHOLE = Part()
+
+
+@dataclass(frozen=True)
+class Run:
+    """Hold the rows of one pass; `dummy`: it is made for company, and counts nothing."""
+
+    rows: range
+    dummy: bool = False
+
+    def counted(self, loss: Tensor) -> Tensor:
+        """Give what the gradient is taken of."""
+        return loss * 0.0 if self.dummy else loss
 
 
 def hidden(network: Network, batch: shared_prefix.Packed) -> Tensor:
@@ -134,23 +166,56 @@ def packed(rollout: Rollout, rows: Sequence[int]) -> shared_prefix.Packed:
     )
 
 
-def micro_batches(rollout: Rollout, budget: int, *, unit: int = 1) -> Iterator[range]:
+def rows_of(rollout: Rollout, part: Part) -> range:
+    """Give the rows of a part: whole groups, neighbours, as many tokens as other parts' about."""
+    if part.of == 1:
+        return range(len(rollout.groups))
+    tokens = Counter[int]()
+    for group, length in zip(rollout.groups, rollout.lengths, strict=True):
+        tokens[group] += length
+    total, before = max(sum(tokens.values()), 1), 0
+    of_group = {}
+    for group, own in tokens.items():  # in their order
+        of_group[group] = min((2 * before + own) * part.of // (2 * total), part.of - 1)
+        before += own
+    parts = [of_group[group] for group in rollout.groups]
+    return range(bisect_left(parts, part.number), bisect_right(parts, part.number))
+
+
+def runs(rollout: Rollout, budget: int, part: Part = WHOLE, *, unit: int = 1) -> list[Run]:
+    """Split a part's rows into runs, as `micro_batches` does; one at least, if only a dummy."""
+
+    def real(number: int) -> list[Run]:
+        rows = rows_of(rollout, dataclasses.replace(part, number=number))
+        return [Run(run) for run in micro_batches(rollout, budget, unit=unit, rows=rows)]
+
+    mine = real(part.number)
+    most = max(len(real(number)) for number in range(part.of)) if part.even else 1
+    return mine + [Run(range(unit), dummy=True)] * (most - len(mine))
+
+
+def micro_batches(
+    rollout: Rollout, budget: int, *, unit: int = 1, rows: range | None = None
+) -> Iterator[range]:
     """Split into runs of rows of at most `budget` tokens, as memory counts them: `Size`.
 
     Rows are taken `unit` at a time, and a unit is never split, so one that is longer than the
-    budget goes alone. A budget of 0 is that of a CPU; a run has settled on its device's.
+    budget goes alone. A budget of 0 is that of a CPU; a run has settled on its device's. `rows`:
+    neighbours, all by default.
     """
     budget = budget or ON_A_CPU.micro_tokens
-    count, start, size, held = len(rollout.groups), 0, Size(), -1
-    for row in range(0, count, unit):
-        end, group = min(row + unit, count), rollout.groups[row]
+    whole = range(len(rollout.groups)) if rows is None else rows
+    start, size, held = whole.start, Size(), -1
+    for row in range(whole.start, whole.stop, unit):
+        end, group = min(row + unit, whole.stop), rollout.groups[row]
         lengths, prefix = rollout.lengths[row:end], len(rollout.prefix[group])
         grown = size.and_rows(lengths, 0 if group == held else prefix)
         if row > start and grown.tokens > budget:
             yield range(start, row)
             start, grown = row, Size().and_rows(lengths, prefix)
         size, held = grown, group
-    yield range(start, count)
+    if whole:
+        yield range(start, whole.stop)
 
 
 @dataclass(frozen=True)
@@ -203,6 +268,30 @@ def logp_rows(
     return padded.view(len(rows), width).sum(1)
 
 
+class Shared(Protocol):
+    """Who differentiates which parts of an update: one process all of it, or several."""
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        """Give this process's."""
+
+    def summed(self, parts: dict[int, list[Tensor]]) -> list[Tensor]:
+        """Add up what every part has, by number; what is handed over is changed."""
+
+
+class Alone:
+    """Differentiate the whole update."""
+
+    parts: Sequence[Part] = (WHOLE,)
+
+    def summed(self, parts: dict[int, list[Tensor]]) -> list[Tensor]:
+        """Give the one part's."""
+        return parts[0]
+
+
+ALONE = Alone()
+
+
 @torch.no_grad()
 def logp(
     network: Network,
@@ -210,10 +299,20 @@ def logp(
     temperature: float,
     *,
     micro_tokens: int,
+    shared: Shared = ALONE,
 ) -> Tensor:
     """Give logp (R,) of all responses, micro-batch by micro-batch, no gradient."""
-    runs = micro_batches(rollout, micro_tokens)
-    return torch.cat([logp_rows(network, rollout, run, temperature) for run in runs])
+    parts = {}
+    for part in shared.parts:
+        found = []
+        values_R = torch.zeros(len(rollout.groups), device=rollout.tokens_RT.device)
+        for run in runs(rollout, micro_tokens, part):
+            found.append(logp_rows(network, rollout, run.rows, temperature))
+            if not run.dummy:
+                values_R = values_R.to(found[-1].dtype)
+                values_R[run.rows.start : run.rows.stop] = found[-1]
+        parts[part.number] = [values_R]
+    return shared.summed(parts)[0]
 
 
 def gradient(
@@ -224,6 +323,7 @@ def gradient(
     *,
     micro_tokens: int,
     recompute: bool = False,
+    shared: Shared = ALONE,
 ) -> tuple[Tensor, list[Tensor]]:
     """Give Σ_i c_i logp_i under the policy, and its gradient, a tensor a trainable parameter.
 
@@ -239,14 +339,20 @@ def gradient(
     require(len(rollout.group_R) >= 1, "rollout", "no rows", "nothing to learn from")
     checks.shape("coefficient_R", coefficient_R, (len(rollout.group_R),))
     coefficient_R = coefficient_R.detach().to(rollout.tokens_RT.device)
-    total = torch.zeros((), device=coefficient_R.device)
-    gradients = [torch.zeros_like(p) for p in policy.trainable]
-    for rows in micro_batches(rollout, micro_tokens):
-        with policy.recomputing(recompute):
-            logp_R = logp_rows(policy.network, rollout, rows, temperature)
-        value = (coefficient_R[rows.start : rows.stop].to(logp_R.dtype) * logp_R).sum()
-        # materialize_grads: a task, or a layer, that these rows do not reach.
-        made = torch.autograd.grad(value, policy.trainable, materialize_grads=True)
-        torch._foreach_add_(gradients, list(made))
-        total = total + value.detach()
+    parts = {}
+    for part in shared.parts:
+        total = torch.zeros((), device=coefficient_R.device)
+        gradients = [torch.zeros_like(p) for p in policy.trainable]
+        for run in runs(rollout, micro_tokens, part):
+            rows = run.rows
+            with policy.recomputing(recompute):
+                logp_R = logp_rows(policy.network, rollout, rows, temperature)
+            value = (coefficient_R[rows.start : rows.stop].to(logp_R.dtype) * logp_R).sum()
+            value = run.counted(value)
+            # materialize_grads: a task, or a layer, that these rows do not reach.
+            made = torch.autograd.grad(value, policy.trainable, materialize_grads=True)
+            torch._foreach_add_(gradients, list(made))
+            total = total + value.detach()
+        parts[part.number] = [total, *gradients]
+    total, *gradients = shared.summed(parts)
     return total, gradients

@@ -17,13 +17,20 @@ from meal_fast.config.config import GRPOConfig
 from meal_fast.data_types import Rollout, Weighted
 from meal_fast.models.policy import Policy
 
-from .sequences import divisor, micro_batches, of_rows, packed, token_logp
+from .sequences import WHOLE, Part, divisor, of_rows, packed, runs, token_logp
 
 
 def sft(
-    policy: Policy, rollout: Rollout, scored: Weighted, config: GRPOConfig, temperature: float
+    policy: Policy,
+    rollout: Rollout,
+    scored: Weighted,
+    config: GRPOConfig,
+    temperature: float,
+    part: Part = WHOLE,
 ) -> dict[str, Tensor]:
     """Add the gradient of the step's loss to the policy's parameters; give metrics (scalars).
+
+    Of a part: its share of both.
 
     `nll` is the mean negative log-likelihood of a kept token; `kl` the mean of the estimator over
     them, 0 without beta. Raises ValueError for `kl="exact"`, which this learner does not compute.
@@ -31,9 +38,7 @@ def sft(
     if config.kl == "exact" and config.beta > 0:
         raise ValueError("grpo.kl='exact': not with kept responses; use k1, k2 or k3")
     normalizer = divisor(rollout, config.reduce)
-    batches = [
-        (rows, packed(rollout, rows)) for rows in micro_batches(rollout, config.micro_tokens)
-    ]
+    batches = [(run, packed(rollout, run.rows)) for run in runs(rollout, config.micro_tokens, part)]
     references: list[Tensor | None] = [None] * len(batches)
     if config.beta > 0:
         with policy.reference() as reference, torch.no_grad():
@@ -41,7 +46,8 @@ def sft(
                 token_logp(reference, rollout, batch, temperature) for _, batch in batches
             ]
     totals: dict[str, Tensor] = {}
-    for (rows, batch), reference_N in zip(batches, references, strict=True):
+    for (run, batch), reference_N in zip(batches, references, strict=True):
+        rows = run.rows
         with policy.recomputing(config.recompute):
             logp_N = token_logp(policy.network, rollout, batch, temperature)
         weight_N = of_rows(scored.loss_weight_R, rows, batch)
@@ -56,7 +62,7 @@ def sft(
             reduce=config.reduce,
             normalizer=normalizer,
         )
-        loss.backward()
+        run.counted(loss).backward()
         # The op's policy term is -a_i: right in its gradient, and no likelihood.
         nll_N, count = -logp_N.detach(), len(logp_N)
         length_N = of_rows(rollout.mask_RT.sum(1), rows, batch)
@@ -67,5 +73,8 @@ def sft(
             "nll": nll_N.sum(),
             "kl": metrics.get("kl", nll_N.new_zeros(())) * count,
         }
+        if run.dummy:
+            more = {name: torch.zeros_like(value) for name, value in more.items()}
         totals = {name: totals.get(name, 0.0) + value for name, value in more.items()}
-    return totals | {name: totals[name] / totals["tokens"] for name in ("nll", "kl")}
+    tokens = max(sum(rollout.lengths), 1)
+    return totals | {name: totals[name] / tokens for name in ("nll", "kl")}
