@@ -128,9 +128,15 @@ class Joint:
         """Give the parameters by preference; empty where one model serves all preferences."""
         return {}
 
-    def state(self) -> dict[str, Any]:
-        """Give everything that the next meta-step depends on."""
-        return {"theta": [p.detach().clone() for p in self.parameters], "adam": self._adam()}
+    def state(self, *, copies: bool = True) -> dict[str, Any]:
+        """Give everything that the next meta-step depends on.
+
+        copies: for later; else what is given changes with the next step.
+        """
+        theta = [p.detach() for p in self.parameters]
+        if copies:
+            theta = [p.clone() for p in theta]
+        return {"theta": theta, "adam": self._adam(copies=copies)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave."""
@@ -139,10 +145,12 @@ class Joint:
                 parameter.copy_(value)
         self._set_adam(state["adam"])
 
-    def _adam(self) -> AdamState:
+    def _adam(self, *, copies: bool = True) -> AdamState:
         held = [self.optimizer.state[p] for p in self.parameters]
-        names = ("step", "exp_avg", "exp_avg_sq")
-        return {n: [s[n].clone() for s in held] for n in names} if held[0] else {}
+        if not held[0]:
+            return {}
+        found = {n: [s[n] for s in held] for n in ("step", "exp_avg", "exp_avg_sq")}
+        return {n: [x.clone() for x in xs] for n, xs in found.items()} if copies else found
 
     def _set_adam(self, adam: AdamState) -> None:
         self.optimizer.state.clear()
@@ -256,8 +264,8 @@ class Reptile(Joint):
         for theirs in self.mesh.across_groups(lambda: moved(mine, "cpu")):
             self._by_preference |= {w: s for w, s in theirs.items() if w not in mine}
 
-    def state(self) -> dict[str, Any]:
-        return {**super().state(), "by_preference": self._by_preference}
+    def state(self, *, copies: bool = True) -> dict[str, Any]:
+        return {**super().state(copies=copies), "by_preference": self._by_preference}
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
@@ -368,7 +376,7 @@ class Separate(Joint):
         theta, _ = self._everybody()
         return theta
 
-    def state(self) -> dict[str, Any]:
+    def state(self, *, copies: bool = True) -> dict[str, Any]:
         theta, adam = self._everybody()
         return {"models": theta, "adam": adam}
 

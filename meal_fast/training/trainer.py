@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from meal_fast.common import require, write_atomic
@@ -37,20 +36,15 @@ from meal_fast.rollout.fitting import fitting
 
 from .batch import Batch, Task
 from .calibration import calibrate
-from .checkpoint import (
-    check_space,
-    note_threads,
-    open_run,
-    write_checkpoint,
-    write_config,
-    write_policy,
-)
+from .checkpoint import Checkpoints, check_space, note_threads, write_config, write_policy
+from .checkpoint_saved import Saved
 from .collectors.base import collected
 from .completions import Completions, Row, rows_of
 from .distributed import ALONE, Drawn, Grace, Mesh, check_shared
 from .journal import Done, Journal, done
 from .lessons import check_sources
 from .metrics import Clock, MetricsLog, of_responses
+from .policy_update import PolicyUpdate
 from .recipes import recipe_of
 from .reward_hacking import RewardHacking, own_marks
 from .skips import Skips
@@ -83,7 +77,8 @@ class Trainer:
         self.on_update = on_update or (lambda metrics: None)
         self.on_answers = on_answers or (lambda rows: None)
         self.tell, self.ahead = tell, ahead
-        self.stop_requested = False
+        self.stop_requested = False  # of this process
+        self.stopped = False  # of any, when all were told so
         mesh.agreed(lambda: check_folder(config, out, resume))
         # Given back when the training ends, or the trainer is dropped.
         self._unlock = weakref.finalize(self, lambda: None)
@@ -105,7 +100,8 @@ class Trainer:
         config = config if held is None else as_saved(config, held)
         parts, remedy = mesh.layout.virtual, "the run's own number of parts; start it as it was"
         require(config.mesh.virtual in (0, parts), "mesh.virtual", parts, remedy)
-        checkpoint = mesh.agreed(lambda: open_run(config, out, resume), first=True)
+        self.checkpoints = Checkpoints(out, mesh)
+        checkpoint = self.checkpoints.open(config) if resume else None
         shared = shared_statistics(config) if checkpoint is None else None
         self.config = mesh.agreed(lambda: self._load(config), first=True)
         config = self.config
@@ -124,19 +120,21 @@ class Trainer:
         self.collector = self.recipe.collector(
             self.policy, self.objectives, scales, config, self.recipe.spec.score, mesh
         )
+        self.update_policy = PolicyUpdate(self.policy, self.outer, self.recipe.loss, config, mesh)
         self.net = self.collector.net  # Meal's; None: there is no net to train
         self.skips = Skips(config.grpo, by_model=bool(self.recipe.spec.models))
         self.step = 0  # meta-steps done
         self.tokens = 0  # generated, in these
         if checkpoint is not None:
-            self.outer.load_state(checkpoint["outer"])
-            self.collector.load_state(checkpoint["experience"])
-            self.step, self.tokens = checkpoint["step"], checkpoint["tokens"]
+            state = checkpoint.load()
+            self.outer.load_state(state["outer"])
+            self.collector.load_state(state["experience"])
+            self.step, self.tokens = checkpoint.step, checkpoint.tokens
         self.journal = Journal(
             self.skips,
             self.tokens,
             config.meta.progress,
-            self._files(checkpoint or {}) if mesh.main else None,
+            self._files(checkpoint) if mesh.main else None,
             wait=mesh.layout.groups > 1,
         )
         tell("the first update")
@@ -149,11 +147,11 @@ class Trainer:
                 write_config(self.out, self.config)
             keep_template(self.out, self.policy.base_template)
 
-    def _files(self, checkpoint: Mapping[str, Any]) -> tuple[MetricsLog, Completions]:
+    def _files(self, checkpoint: Saved | None) -> tuple[MetricsLog, Completions]:
         """Open what the updates are told in, as long as they were at the checkpoint."""
         log = MetricsLog(
             self.out / "metrics.jsonl",
-            written=checkpoint.get("metrics_bytes", 0),
+            written=checkpoint.metrics_bytes if checkpoint else 0,
             first=self.done,
             in_step=self.config.meta.tasks * self.config.meta.n_inner,
             told=lambda line: self.on_update(line),
@@ -161,7 +159,7 @@ class Trainer:
         completions = Completions(
             self.out,
             self.config.names,
-            written=checkpoint.get("completions_bytes", 0),
+            written=checkpoint.completions_bytes if checkpoint else 0,
             keep=self.config.completions,
             hacking=self._hacking(),
             told=lambda rows: self.on_answers(rows),
@@ -272,27 +270,28 @@ class Trainer:
         try:
             return self._train()
         finally:
+            self.checkpoints.close()
             self.journal.close()
             self._unlock()
 
     def _train(self) -> bool:
-        saved = self.step if (self.out / "checkpoint.pt").exists() else -1
         while not self.finished:
             self.meta_step()
             self.step += 1
-            self.stop_requested = self.mesh.any(self.stop_requested)
+            stop = self.mesh.any(self.stop_requested)  # one that comes meanwhile is for the next
             due = self.step % self.config.checkpoint_every == 0
-            if due or self.stop_requested or self.finished or self.skips.too_many:
+            if due or stop or self.finished or self.skips.too_many:
                 self.save_checkpoint()
-                saved = self.step
             if self.skips.too_many:
                 raise ValueError(f"{self.skips.too_many}; what was learnt before is saved")
-            if self.stop_requested:
+            if stop:
                 break
-        if saved != self.step:
+        if self.checkpoints.latest != self.step:
             self.save_checkpoint()
+        self.checkpoints.finish()
         models = self.outer.models()
         self.mesh.agreed(lambda: self._write_end(models) if self.mesh.main else None)
+        self.stopped = self.mesh.any(self.stop_requested)
         return self.finished
 
     def _write_end(self, models: Mapping[Preference, Sequence[Tensor]]) -> None:
@@ -350,59 +349,6 @@ class Trainer:
             tasks.append(Task(update, step, number, inner, w, prompts, rng_key, progress, lr))
         return tasks
 
-    def update_policy(self, batch: Batch, tasks: Sequence[Task]) -> list[dict[str, float]]:
-        """Take Adam's steps along the loss's gradient, `grpo.epochs` of them, for every task.
-
-        Give the last one's metrics, task by task; empty, and no step, where there is no response.
-        """
-        if not len(batch.rolled.group_R):
-            return [{} for _ in tasks]
-        options = self.config.grpo
-        lanes = self.outer.lanes[: len(tasks)]
-        left_out = torch.zeros(len(tasks), device=self.policy.device)
-        for _ in range(options.epochs):
-            with self.policy.stacked(self.outer.stack):
-                learned = self._gradients(batch)
-            norms = []
-            for lane, task, loss in zip(lanes, tasks, learned["loss"].reshape(-1), strict=True):
-                lane.watch(loss)
-                norms.append(lane.advance(task.lr, options.max_grad_norm))
-            learned["grad_norm"] = torch.stack(norms)
-            left_out = left_out + torch.stack([lane.left_out for lane in lanes])
-        learned["left_out"] = left_out  # steps whose loss or gradient was not finite
-        values = torch.stack([v.detach().double().reshape(-1) for v in learned.values()])
-        found = [dict(zip(learned, of_task, strict=True)) for of_task in values.T.tolist()]
-        for lane, metrics in zip(lanes, found, strict=True):
-            if metrics["left_out"]:
-                lane.settle()
-        return found
-
-    def _gradients(self, batch: Batch) -> dict[str, Tensor]:
-        """Leave the loss's gradient in the parameters; give its metrics.
-
-        Of several parts each is differentiated by itself, and they are added up in one order.
-        """
-        options, temperature = self.config.grpo, self.config.rollout.temperature
-        of = self.policy, batch.rolled, batch.scored, options, temperature
-        if self.mesh.layout.virtual == 1:
-            return self.recipe.loss(*of)
-        trained = [p for lane in self.outer.lanes for p in lane.parameters]
-        parts: dict[int, list[Tensor]] = {}
-        learned: dict[str, Tensor] = {}
-        for part in self.mesh.parts:
-            learned = self.recipe.loss(*of, part)
-            told = torch.stack([value.detach().double() for value in learned.values()])
-            # A part without a row has no gradient.
-            parts[part.number] = [
-                told, *(torch.zeros_like(p) if p.grad is None else p.grad for p in trained)
-            ]  # fmt: skip
-            for p in trained:
-                p.grad = None
-        told, *gradients = self.mesh.summed(parts)
-        for p, gradient in zip(trained, gradients, strict=True):
-            p.grad = gradient
-        return {name: x.to(learned[name].dtype) for name, x in zip(learned, told, strict=True)}
-
     def _done(
         self,
         tasks: Sequence[Task],
@@ -426,15 +372,16 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Write everything that the rest of the run depends on."""
-        if not self.recipe.spec.models:  # of which groups have different ones
+        if (
+            self.mesh.world > 1 and not self.recipe.spec.models
+        ):  # of which groups have different ones
             theta = sum(p.detach().double().sum() for p in self.policy.trainable)
             self.mesh.same(repr(float(theta)), f"meta-step {self.step}: the sum of all parameters")
         state = {
             "step": self.step,
             "tokens": self.tokens,
             **self.journal.sync(),
-            "outer": self.outer.state(),
+            "outer": self.outer.state(copies=False),
             "experience": self.collector.state(),  # the name that runs have been saved with
         }
-        write = partial(write_checkpoint, self.out, state, self.config)
-        self.mesh.agreed(lambda: write() if self.mesh.main else None)
+        self.checkpoints.save(state, self.config)
