@@ -159,7 +159,7 @@ def test_tasks_at_once_each_through_its_own_adapter(folder):
 
 
 @pytest.mark.parametrize("left", ["the last", "none"])
-@pytest.mark.parametrize("by", [0.2, 0.002])
+@pytest.mark.parametrize("by", [0.2, 0.02])
 def test_the_canary_notices_a_push_that_did_not_arrive(folder, monkeypatch, left, by):
     """Also where what was learnt is less than what rounding may be: vLLM then shows none of it."""
     policy = lora(folder)

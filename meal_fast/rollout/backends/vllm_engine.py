@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,7 +99,9 @@ class VLLMEngine:
             from vllm import LLM
             from vllm.platforms import current_platform
 
+            before = multiprocessing.active_children()
             self.llm = LLM(**vllm_options(needs, cpu=current_platform.is_cpu()))
+            self._processes = [p for p in multiprocessing.active_children() if p not in before]
 
     def push_adapters(self, writers: Sequence[Callable[[Path], None]]) -> list[Any]:
         """Load adapters in place of the last ones, and give their `LoRARequest`s.
@@ -119,10 +123,10 @@ class VLLMEngine:
             made.append(LoRARequest(f"policy-{folder.name}", number, str(folder / ADAPTER)))
         with self._one_line("does not take the adapters"):
             for old in self.adapters:
-                engine.remove_lora(old.lora_int_id)
+                self._call(engine.remove_lora, old.lora_int_id)
             self.adapters = made
             for request in made:
-                if not engine.add_lora(request):
+                if not self._call(engine.add_lora, request):
                     raise ValueError(f"{request.lora_name} was not loaded")
         return made
 
@@ -133,14 +137,16 @@ class VLLMEngine:
         folder = self._folder / str(self.version)
         model.save_pretrained(folder)
         with self._one_line("does not take the weights"):
-            self.llm.collective_rpc("take_weights", args=(str(folder),))
+            self._call(self.llm.collective_rpc, "take_weights", args=(str(folder),))
         self._clear()
 
     def generate(self, prompts: list[Any], settings: list[Any], adapters: list[Any]) -> list[Any]:
         """Answer every prompt: `LLM.generate`. `adapters`: of each, or None."""
         own = adapters if self.needs.rank else None
         with self._one_line("does not answer"):
-            return self.llm.generate(prompts, settings, lora_request=own, use_tqdm=False)
+            return self._call(
+                self.llm.generate, prompts, settings, lora_request=own, use_tqdm=False
+            )
 
     def close(self) -> None:
         """End vLLM's processes, and remove what was written for them."""
@@ -148,6 +154,30 @@ class VLLMEngine:
         if llm is not None:
             llm.llm_engine.engine_core.shutdown(timeout=60)  # killed, it leaves memory behind
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Call vLLM, and look meanwhile whether its process is there: it would wait for ever."""
+        found: list[Any] = []
+        failed: list[BaseException] = []
+
+        def call() -> None:
+            try:
+                found.append(function(*args, **options))
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=call, daemon=True, name="vllm")
+        thread.start()
+        while thread.is_alive():
+            thread.join(1.0)
+            if not all(process.is_alive() for process in self._processes):
+                thread.join(5.0)  # it may have a better word for it
+                if not failed and not found:
+                    raise ValueError("its process has ended")
+                break
+        if failed:
+            raise failed[0]
+        return found[0]
 
     def _clear(self) -> None:
         for folder in self._folder.iterdir():
