@@ -13,6 +13,7 @@ from meal_fast.config.config import RejectionConfig, RolloutConfig, from_dict
 from meal_fast.data_types import Prompt
 from meal_fast.rollout import Request, Sampling, backend, open_backend, rejection_sample, rollout
 from meal_fast.rollout.backends import BACKENDS, capable
+from meal_fast.training.recipes import recipe_of
 from tests.helpers.run_folder import tiny_config, tiny_policy
 
 PROMPTS = [Prompt("a", "Write a short word."), Prompt("b", "Hi"), Prompt("c", "Write a list, now!")]
@@ -195,3 +196,11 @@ def test_vllm_is_asked_for_by_the_name_of_its_extra(policy):
         backend("vllm")
     with pytest.raises(ValueError, match=r"rollout\.backend='vllm': .*meal-fast\[vllm\]"):
         vllm_rollout(policy, REQUESTS, **OPTIONS)
+    config = tiny_config(rollout={"backend": "vllm"})
+    with pytest.raises(ValueError, match=r"rollout\.backend='vllm': .*meal-fast\[vllm\]"):
+        recipe_of(config).collector.check(config)  # before a run loads anything
+
+
+def test_vllm_is_given_no_model_that_lies_in_parts():
+    with pytest.raises(ValueError, match=r"mesh\.shard=2: .* use rollout\.backend=engine"):
+        from_dict({"rollout": {"backend": "vllm"}, "mesh": {"shard": 2}})
