@@ -31,8 +31,10 @@ class Loggers:
         if kind == "none":
             return
         # Here, not above: most runs do without.
-        from accelerate import tracking
+        import torch
+        from accelerate import PartialState, tracking
 
+        PartialState(cpu=not torch.cuda.is_available())  # which they ask; it may be there already
         if kind == "tensorboard":
             self._tracker = tracking.TensorBoardTracker(kind, logging_dir=str(out))
         elif kind == "wandb":
