@@ -8,16 +8,16 @@ import os
 
 from meal_fast import train
 from meal_fast.training.distributed import Mesh
-from meal_fast.training.trainer import Trainer
+from meal_fast.training.policy_update import PolicyUpdate
 
 update, part = int(os.environ["BREAK_UPDATE"]), int(os.environ["BREAK_PART"])
 now = [-1]
-update_policy, summed = Trainer.update_policy, Mesh.summed
+step, summed = PolicyUpdate.__call__, Mesh.summed
 
 
 def watched(self, batch, tasks):
     now[0] = tasks[0].update
-    return update_policy(self, batch, tasks)
+    return step(self, batch, tasks)
 
 
 def spoilt(self, parts):
@@ -26,5 +26,5 @@ def spoilt(self, parts):
     return summed(self, parts)
 
 
-Trainer.update_policy, Mesh.summed = watched, spoilt
+PolicyUpdate.__call__, Mesh.summed = watched, spoilt
 train.main()
