@@ -415,7 +415,8 @@ def test_a_budget_of_tokens_ends_the_run_and_leads_its_schedules(tmp_path):
     ends = spent[3::4]  # of the meta-steps, two tasks of two updates
     assert len(rows) % 4 == 0 and ends[-1] >= 900 and all(n < 900 for n in ends[:-1])
     assert rows[-1]["progress"] == 1.0
-    before = [0, *spent[:-1]]
+    # A meta-step's updates share one: groups of processes do not know of each other's tokens.
+    before = [start for start in [0, *ends[:-1]] for _ in range(4)]
     for row, tokens in zip(rows, before, strict=True):
         cosine = 0.5 * (1 + math.cos(math.pi * min(tokens / 900, 1)))
         assert row["lr"] == pytest.approx(config.grpo.lr * cosine)
