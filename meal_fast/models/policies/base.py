@@ -19,6 +19,7 @@ from ..network import Network, cut
 from ..pblora import Adapter
 from ..prompt_format import PromptFormat
 from ..served import Served
+from ..sharded import OUTSIDE, Sharded
 from ..shared_prefix import context_of
 from ..sizes import Sizes, sizes_of
 
@@ -32,6 +33,7 @@ class Policy(PromptFormat, ABC):
     adapter: Adapter | None = None  # of a guide: the policy then is the base model, guided by it
     rank: int = 0  # of LoRA's factors; 0: there are none
     source: str = ""  # where it was loaded from, as `policy.path` has it
+    sharded: Sharded | None = None  # where processes hold its weights together: `models.sharding`
 
     def __init__(self, model: Any, *format: Any) -> None:
         super().__init__(*format)
@@ -59,7 +61,7 @@ class Policy(PromptFormat, ABC):
 
     @property
     def network(self) -> Network:
-        return cut(self.causal_lm)
+        return cut(self.causal_lm) if self.sharded is None else self.sharded.network
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -75,13 +77,26 @@ class Policy(PromptFormat, ABC):
         """Give the policy for passes without gradients: itself, or its copy.
 
         On a GPU, and in bfloat16, it is a copy whose tensors stay where they are: `models.served`.
+        Weights that are held in parts stay nowhere, and are not copied.
+
+        Raises ValueError for weights that are held in parts, outside of `models.sharding.whole`.
         """
+        self._check_whole()
         yield self._written_copy() if self._copied else self.network
+
+    def _check_whole(self) -> None:
+        if self.sharded is not None and not self.sharded.is_whole:
+            raise ValueError(f"policy: {OUTSIDE}")
 
     @property
     def _copied(self) -> bool:
         weight = self.network.weight
-        return weight.is_cuda or weight.dtype != torch.float32
+        return self.sharded is None and (weight.is_cuda or weight.dtype != torch.float32)
+
+    def reshard(self) -> None:
+        """Drop what is gathered of weights that are held in parts: the next pass gathers anew."""
+        if self.sharded is not None:
+            self.sharded.reshard()
 
     def _written_copy(self) -> Network:
         if self._copy is None or self.rank > self._copy.rank:

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..network import Network, cut
+from ..network import Network
 from ..reference_offload import FrozenCopy
 from .base import Policy
 
@@ -29,11 +29,16 @@ class FullPolicy(Policy):
         """The frozen copy."""
         return self.frozen.model
 
+    @property
+    def named(self) -> dict[str, nn.Parameter]:
+        # Gathered, a model has other parameters than those that are trained.
+        return super().named if self.sharded is None else dict(self.sharded.held)
+
     @contextmanager
     def reference(self) -> Iterator[Network]:
         """Give the copy made before training; its memory is given back afterwards."""
         try:
-            yield cut(self.frozen.model)
+            yield self.frozen.network
         finally:
             self.frozen.release()
 

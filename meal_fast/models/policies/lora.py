@@ -50,12 +50,16 @@ class LoRAPolicy(Policy):
         a copy whose tensors stay where they are: `models.served`. Tasks' adapters (`stacked`) stay
         apart.
         """
+        self._check_whole()
         layers = self._layers
         if not all(multi_lora.mergeable(m) for m in layers):
             yield self.network
             return
         if self._copied:
             yield self._written_copy()
+            return
+        if layers[0].base_layer.weight.dtype not in (torch.float32, torch.float64):
+            yield self.network  # held in parts
             return
         kept = [m.base_layer.weight.data for m in layers]
         try:

@@ -1,0 +1,186 @@
+"""A causal LM whose weights several processes hold together (torch's FSDP2).
+
+What FSDP2 leaves to whoever uses it is here, with a check where a mistake would show in no error:
+
+    the head       is not the model's to run: it is read late, after the body has been run
+    tied weights   the causal LM is the root, so that embedding and head stay one parameter
+    changes        weights that were changed in place since they were gathered are gathered anew
+    sampling       needs whole weights: a collective operation a layer a token would be slow, and
+                   hang where processes draw texts of other lengths. `whole`
+    sums           gradients are summed over the processes, as losses divide by what all have
+    passes         each process makes as many as any other, and where one does not all say so
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .network import Network
+from .shards import local
+from .shared_prefix import Packed
+
+OUTSIDE = "its weights are held in parts; sample within models.sharding.whole(policy)"
+
+
+class Sharded:
+    """The processes of `mesh` hold `model` together; `apart` are parameters that each has whole.
+
+    model: a causal LM of transformers, perhaps with LoRA's layers in it. Changed in place: its
+    parameters are DTensors from then on.
+    mesh: of one dimension; or of two, the second of which shares the weights, and the first has
+    copies of what that makes.
+
+    Raises ValueError for a model whose layers are not to be found.
+    """
+
+    def __init__(self, model: Any, mesh: DeviceMesh, apart: Iterable[nn.Parameter] = ()) -> None:
+        self.model, self.mesh, self.is_whole = model, mesh, False
+        layers = [m for m in model.base_model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if not layers:
+            raise ValueError(
+                f"mesh.shard: {type(model).__name__} has no layers that transformers knows as "
+                "such, so it would be gathered whole; use mesh.shard=1"
+            )
+        ignored = set(apart)
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, ignored_params=ignored)
+        fully_shard(model, mesh=mesh, ignored_params=ignored, reshard_after_forward=False)
+        self._parts: list[FSDPModule] = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        for part in self._parts:  # a sum: gradients of losses that divide by what all have
+            part.set_force_sum_reduction_for_comms(True)
+            part.set_gradient_divide_factor(1.0)
+        model.features = MethodType(_features, model)
+        register_fsdp_forward_method(model, "features")
+        model.register_forward_pre_hook(self._only_whole, prepend=True)
+        self.held: dict[str, nn.Parameter] = {
+            name: p for name, p in model.named_parameters() if isinstance(p, DTensor)
+        }
+        self._locals = [local(p) for p in self.held.values()]
+        self._seen = self._versions()
+        self._passes = 0
+        self.network = LateNetwork(Body(self), model)
+
+    def reshard(self) -> None:
+        """Drop what is gathered of other processes: the next pass gathers it anew."""
+        for part in self._parts:
+            part.reshard()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Hold all weights on every process, so that no pass without gradients asks the others.
+
+        Collective when it begins. Weights must stay as they are meanwhile.
+        """
+        if self.is_whole:
+            yield
+            return
+        root = self.model
+        self.reshard()
+        self._seen = self._versions()
+        for part in self._parts:
+            part.set_reshard_after_forward(False, recurse=False)
+            part.unshard()
+        self.is_whole = True
+        try:
+            yield
+        finally:
+            self.is_whole = False
+            for part in self._parts:
+                part.set_reshard_after_forward(part is not root, recurse=False)
+                part.reshard()
+
+    def before_pass(self, tree: Any) -> None:
+        """Check that a pass of the body, of kind `tree`, can be; gather anew what was changed."""
+        if tree is not None and not isinstance(tree, Packed) and not self.is_whole:
+            raise ValueError(f"policy: {OUTSIDE}")
+        if torch.is_grad_enabled() and self.is_whole:
+            raise ValueError("policy: its weights are whole, to be sampled from; learn outside it")
+        now = self._versions()
+        if now != self._seen:
+            if self.is_whole:
+                raise ValueError(
+                    "policy: its weights were changed while they are whole, and this pass would "
+                    "not see it; change them outside of models.sharding.whole"
+                )
+            self.reshard()
+            self._seen = now
+        if not self.is_whole:
+            self._passes += 1
+            self._agree(self._passes)
+
+    def end_update(self) -> None:
+        """Say that this process has made its passes: others that are in one raise, as it does.
+
+        Collective. Raises ValueError where processes make other numbers of passes.
+        """
+        self._agree(-1)
+        self._passes = 0
+
+    def _agree(self, said: int) -> None:
+        """Compare the number of a pass, or the end, -1, among the processes of the mesh."""
+
+    def _only_whole(self, *_: Any) -> None:
+        if not self.is_whole:
+            raise ValueError(f"policy: {OUTSIDE}")
+
+    def _versions(self) -> list[int]:
+        """Of all weights, how often they were changed in place."""
+        return [
+            p._version + own._version
+            for p, own in zip(self.held.values(), self._locals, strict=True)
+        ]
+
+
+def _features(model: Any, **inputs: Any) -> Any:
+    """What a causal LM does before its head."""
+    return model.base_model(**inputs)
+
+
+class Body(nn.Module):
+    """The body of a causal LM that is held in parts: run by way of the causal LM, as it must be."""
+
+    def __init__(self, sharded: Sharded) -> None:
+        super().__init__()
+        # Not as modules: nobody is to find its parameters a second time.
+        object.__setattr__(self, "sharded", sharded)
+        self.config = sharded.model.base_model.config
+
+    def forward(self, tree: Any = None, **inputs: Any) -> Any:
+        """Run it, as the model's own body is."""
+        self.sharded.before_pass(tree)
+        given = inputs if tree is None else {**inputs, "tree": tree}
+        return self.sharded.model.features(**given)
+
+
+class LateNetwork(Network):
+    """A network whose head is read when it is asked for: FSDP2 swaps it around each pass.
+
+    Before a pass it is a DTensor, which no product of ours takes.
+    """
+
+    def __init__(self, body: nn.Module, model: Any) -> None:
+        softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        for name, value in {"body": body, "softcap": softcap, "runs": 1, "_model": model}.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Give the head's weight as it is now."""
+        weight: Tensor = self._model.get_output_embeddings().weight
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """Give the head's bias as it is now."""
+        return getattr(self._model.get_output_embeddings(), "bias", None)
