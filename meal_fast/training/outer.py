@@ -355,13 +355,13 @@ class Separate(Joint):
     def _everybody(self) -> tuple[dict[Preference, list[Tensor]], dict[Preference, AdamState]]:
         """Give the models and Adam states of all groups, each from the group that trains it."""
         theta, adam = dict(self._theta), dict(self._of)
-        if self.mesh.layout.groups > 1:
-            mine = [w for _, w in self._shares[self.mesh.number]] if self._shares else list(theta)
-            held = {w: (self._theta[w], self._of[w]) for w in mine}
-            for theirs in self.mesh.across_groups(lambda: moved(held, "cpu")):
-                theta |= {w: found for w, (found, _) in theirs.items() if w not in held}
-                adam |= {w: found for w, (_, found) in theirs.items() if w not in held}
-        order = [w for share in self._shares for _, w in share] or list(theta)
+        if self.mesh.layout.groups == 1 or not self._shares:  # all are here, trained or loaded
+            return theta, adam
+        held = {w: (theta[w], adam[w]) for _, w in self._shares[self.mesh.number]}
+        for theirs in self.mesh.across_groups(lambda: moved(held, "cpu")):
+            theta |= {w: found for w, (found, _) in theirs.items() if w not in held}
+            adam |= {w: found for w, (_, found) in theirs.items() if w not in held}
+        order = [w for share in self._shares for _, w in share]
         return {w: theta[w] for w in order}, {w: adam[w] for w in order}
 
     def models(self) -> dict[Preference, list[Tensor]]:

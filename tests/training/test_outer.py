@@ -16,13 +16,19 @@ def make(outer=Reptile, **changes):
     return outer(parameters, dataclasses.replace(META, **changes), GRPOConfig(lr=0.1))
 
 
+def begin(loop, tasks=2):
+    """Begin a meta-step of tasks that are then run in their order."""
+    loop.begin([[(number, (1.0, 0.0)) for number in range(tasks)]])
+    loop.numbers = iter(range(tasks))
+
+
 def run_task(loop, w, gradient, updates=2):
     loop.begin_task(w)
     for _ in range(updates):
         for parameter in loop.parameters:
             parameter.grad = torch.full_like(parameter, gradient)
         loop.optimizer.step()
-    loop.end_task(w)
+    loop.end_task(next(getattr(loop, "numbers", iter([0]))), w)
 
 
 def theta(loop):
@@ -32,7 +38,7 @@ def theta(loop):
 def test_the_step_is_epsilon_times_the_mean_of_the_deltas():
     loop = make()
     start = theta(loop)
-    loop.begin()
+    begin(loop)
     ends = []
     for w, gradient in (((1.0, 0.0), 1.0), ((0.0, 1.0), 0.5)):
         loop.begin_task(w)
@@ -49,7 +55,7 @@ def test_the_step_is_epsilon_times_the_mean_of_the_deltas():
 
 def test_opposed_tasks_cancel_and_the_clip_bounds_the_step():
     loop = make()
-    loop.begin()
+    begin(loop)
     run_task(loop, (1.0, 0.0), 1.0)
     run_task(loop, (0.0, 1.0), -1.0)
     metrics = loop.end(0.0)
@@ -58,7 +64,7 @@ def test_opposed_tasks_cancel_and_the_clip_bounds_the_step():
 
     loop = make(max_delta=0.01)
     start = theta(loop)
-    loop.begin()
+    begin(loop)
     run_task(loop, (1.0, 0.0), 1.0)
     run_task(loop, (0.0, 1.0), 1.0)
     assert loop.end(0.0)["delta_norm"] > 0.01  # as it was before the clip
@@ -70,7 +76,7 @@ def test_persist_v_does_not_depend_on_the_order_of_the_tasks():
     for order in ([0, 1], [1, 0]):
         loop = make()
         for step in range(2):
-            loop.begin()
+            begin(loop)
             for task in order:
                 run_task(loop, (1.0 - task, float(task)), (0.3, -2.0)[task])
             loop.end(step / 4)
@@ -83,11 +89,11 @@ def test_persist_v_does_not_depend_on_the_order_of_the_tasks():
 def test_adam_state_at_the_start_of_a_task(mode):
     loop = make(adam=mode)
     w = (1.0, 0.0)
-    loop.begin()
+    begin(loop)
     run_task(loop, w, 1.0)
     run_task(loop, (0.0, 1.0), 3.0)
     loop.end(0.0)
-    loop.begin()
+    begin(loop)
     loop.begin_task(w)
     state = loop._adam()
     if mode == "reset":
@@ -103,7 +109,7 @@ def test_adam_state_at_the_start_of_a_task(mode):
 def test_saved_state_goes_on_to_the_same_bits(outer, mode):
     def advance(loop, steps):
         for step in steps:
-            loop.begin()
+            begin(loop)
             run_task(loop, (1.0, 0.0), 0.7)
             run_task(loop, (0.5, 0.5), -0.2)
             loop.end(step / 4)
@@ -125,7 +131,7 @@ def test_separate_models_are_those_trained_alone():
     """Bit for bit, Adam's moments too, although their tasks take turns."""
     together = make(Separate)
     for step in range(3):
-        together.begin()
+        begin(together, len(GRADIENTS))
         for w, gradient in GRADIENTS.items():
             run_task(together, w, gradient * (step + 1))
         together.end(step)
@@ -145,7 +151,7 @@ def test_separate_models_are_those_trained_alone():
 
 def test_spread_is_the_models_distance_to_their_mean():
     loop = make(Separate)
-    loop.begin()
+    begin(loop, len(GRADIENTS))
     for w in GRADIENTS:
         run_task(loop, w, GRADIENTS[w])
     flat = torch.stack([torch.cat([p.flatten() for p in m]) for m in loop.models().values()])
