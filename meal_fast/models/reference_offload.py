@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import DeviceMesh
 
 from .network import Network, cut
-from .sharded import Sharded
+from .sharded import Company, Sharded
 
 _MADV_DONTNEED = 4
 
@@ -54,10 +54,10 @@ class FrozenCopy:
     def network(self) -> Network:
         return cut(self.model) if self.sharded is None else self.sharded.network
 
-    def share(self, mesh: DeviceMesh) -> None:
+    def share(self, mesh: DeviceMesh, company: Company) -> None:
         """Share its weights out among the processes of `mesh`, which then leave the file alone."""
         self._ranges = []  # what lies there later is somebody else's
-        self.sharded = Sharded(self.model, mesh)
+        self.sharded = Sharded(self.model, mesh, company)
 
     def release(self) -> None:
         """Give back the memory of weights that are mapped from a file.

@@ -13,8 +13,9 @@ What FSDP2 leaves to whoever uses it is here, with a check where a mistake would
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from types import MethodType
 from typing import Any
 
@@ -27,10 +28,53 @@ from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .network import Network
-from .shards import local
+from .shards import gathered, local, part_of
 from .shared_prefix import Packed
 
 OUTSIDE = "its weights are held in parts; sample within models.sharding.whole(policy)"
+
+
+class Company:
+    """The processes that hold models together, each of which makes the passes that all make.
+
+    A pass is a collective operation a layer: where one process goes into it and another does not,
+    both would wait until their time is over. So they say before which it is, by a few bytes.
+    """
+
+    def __init__(self, mesh: DeviceMesh, timeout: float) -> None:
+        ranks = sorted(mesh.mesh.flatten().tolist())
+        limit = timedelta(seconds=timeout)
+        self._group = dist.new_group(ranks, limit, "gloo", use_local_synchronization=True)
+        self._passes = 0
+        self._members = 0
+
+    def join(self) -> int:
+        """Give a model a number, by which its passes are told from another's."""
+        self._members += 1
+        return self._members
+
+    def enter(self, member: int) -> None:
+        """Say that a model's pass begins. Raises ValueError where another process says otherwise."""
+        self._passes += 1
+        self._compare(self._passes, member)
+
+    def end(self) -> None:
+        """Say that an update's passes are done. Raises ValueError as `enter` does."""
+        self._compare(self._passes, 0)
+        self._passes = 0
+
+    def _compare(self, number: int, member: int) -> None:
+        said = torch.tensor([number, member])
+        held = [torch.empty_like(said) for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather(held, said, group=self._group)
+        if any(not torch.equal(said, other) for other in held):
+            passes = [int(n) for n, _ in held]
+            ended = [rank for rank, (_, which) in enumerate(held) if not int(which)]
+            raise ValueError(
+                f"policy: processes that hold its weights together make other passes: at number "
+                f"{passes}, and {ended or 'none'} of them ended; each must make as many, if with "
+                "rows that count nothing"
+            )
 
 
 class Sharded:
@@ -44,8 +88,11 @@ class Sharded:
     Raises ValueError for a model whose layers are not to be found.
     """
 
-    def __init__(self, model: Any, mesh: DeviceMesh, apart: Iterable[nn.Parameter] = ()) -> None:
+    def __init__(
+        self, model: Any, mesh: DeviceMesh, company: Company, apart: Iterable[nn.Parameter] = ()
+    ) -> None:
         self.model, self.mesh, self.is_whole = model, mesh, False
+        self.company, self._member = company, company.join()
         layers = [m for m in model.base_model.modules() if isinstance(m, GradientCheckpointingLayer)]
         if not layers:
             raise ValueError(
@@ -68,7 +115,6 @@ class Sharded:
         }
         self._locals = [local(p) for p in self.held.values()]
         self._seen = self._versions()
-        self._passes = 0
         self.network = LateNetwork(Body(self), model)
 
     def reshard(self) -> None:
@@ -116,19 +162,36 @@ class Sharded:
             self.reshard()
             self._seen = now
         if not self.is_whole:
-            self._passes += 1
-            self._agree(self._passes)
+            self.company.enter(self._member)
 
-    def end_update(self) -> None:
-        """Say that this process has made its passes: others that are in one raise, as it does.
+    @property
+    def first(self) -> bool:
+        """Say whether this process is the first of those that hold the model."""
+        return not any(self.mesh.get_coordinate() or ())
 
-        Collective. Raises ValueError where processes make other numbers of passes.
+    def state(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Give the model's state, a tensor at a time: whole, on the first process; else None.
+
+        In the order of the model's own `state_dict`. What is tied is one tensor, given twice. No
+        process has more than one whole tensor on its device at a time. Collective: every process
+        must take all of it.
         """
-        self._agree(-1)
-        self._passes = 0
+        if self.is_whole:
+            raise ValueError("policy: save outside of models.sharding.whole")
+        made: dict[int, Tensor | None] = {}
+        for name, value in self.model.state_dict(keep_vars=True).items():
+            if id(value) not in made:
+                whole = gathered(value)
+                made[id(value)] = whole if self.first else None
+            yield name, made[id(value)]
 
-    def _agree(self, said: int) -> None:
-        """Compare the number of a pass, or the end, -1, among the processes of the mesh."""
+    @torch.no_grad()
+    def put(self, values: Mapping[str, Tensor]) -> None:
+        """Set weights that are held in parts, by name; `values` are whole on every process."""
+        self.reshard()
+        for name, value in values.items():
+            held = self.held[name]
+            local(held).copy_(part_of(value, held))
 
     def _only_whole(self, *_: Any) -> None:
         if not self.is_whole:

@@ -16,16 +16,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from .policies.base import Policy
 from .policies.full import FullPolicy
 from .policies.lora import LoRAPolicy
-from .sharded import Sharded
+from .sharded import Company, Sharded
 
 
-def shard(policy: Policy, mesh: DeviceMesh) -> None:
+def shard(policy: Policy, mesh: DeviceMesh, *, timeout: float = 1800.0) -> None:
     """Share the weights of `policy`, as they are now, out among the processes of `mesh`, in place.
 
     Every process has loaded the policy whole. Layer by layer, each keeps its part, on the mesh's
     kind of device.
 
     mesh: of one dimension, whose processes hold the weights together; or of two, (copies, parts).
+    timeout: seconds that a process waits for the others before a pass.
 
     Raises ValueError for a policy that cannot be, or is already held in parts.
     """
@@ -33,18 +34,21 @@ def shard(policy: Policy, mesh: DeviceMesh) -> None:
         raise ValueError("policy: it is held in parts already")
     if mesh.ndim > 2:
         raise ValueError(f"mesh of {mesh.ndim} dimensions: one, or two (copies, parts)")
-    if isinstance(policy, FullPolicy):
-        names = list(policy.named)
-        policy.sharded = Sharded(policy.causal_lm, mesh)
-        policy.trainable = [policy.sharded.held[name] for name in names]
-        policy.frozen.share(mesh)
-    elif isinstance(policy, LoRAPolicy):
-        policy.sharded = Sharded(policy.causal_lm, mesh, policy.trainable)
-    else:
+    if not isinstance(policy, FullPolicy | LoRAPolicy):
         raise ValueError(
             f"mesh.shard={mesh.size(mesh.ndim - 1)}: {type(policy).__name__} runs its model twice "
             "in a pass, which is not held in parts; use mesh.shard=1"
         )
+    names, company = list(policy.named), Company(mesh, timeout)
+    if isinstance(policy, FullPolicy):
+        policy.sharded = Sharded(policy.causal_lm, mesh, company)
+        policy.trainable = [policy.sharded.held[name] for name in names]
+        policy.frozen.share(mesh, company)
+        return
+    if mesh.device_type != policy.device.type:  # what is held in parts goes there by itself
+        for p in policy.trainable:
+            p.data = p.data.to(mesh.device_type)
+    policy.sharded = Sharded(policy.causal_lm, mesh, company, policy.trainable)
 
 
 @contextmanager

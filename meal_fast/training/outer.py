@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from meal_fast.config.config import GRPOConfig, MetaConfig
 from meal_fast.data.preferences import Preference
+from meal_fast.models.shards import Held
 
 from .distributed import ALONE, Drawn, Mesh
 from .parts import moved
@@ -37,7 +38,8 @@ class Joint:
         inner: GRPOConfig,
         mesh: Mesh = ALONE,
     ) -> None:
-        self.parameters: list[Tensor] = list(parameters)
+        self.held = Held(parameters)
+        self.parameters: list[Tensor] = list(self.held.local)  # of this process: mostly all of them
         self.meta, self.mesh = meta, mesh
         betas = (0.0, 0.999) if self._momentum_free() else (0.9, 0.999)
         self.optimizer = torch.optim.AdamW(
@@ -91,7 +93,7 @@ class Joint:
         stay as they are, and `left_out` is 1 instead of 0. It is decided where the parameters are:
         nothing waits for it.
         """
-        norm = nn.utils.clip_grad_norm_(self.parameters, max_grad_norm or float("inf"))
+        norm = self.held.clip(max_grad_norm or float("inf"))
         # Unclipped, Adam squares it.
         sound = (norm if max_grad_norm else norm * norm).isfinite()
         if self._loss is not None:
@@ -204,7 +206,7 @@ class Reptile(Joint):
         """Add the task's delta to those of its neighbours, and v; per_preference: keep its Adam."""
         delta = list(torch._foreach_sub(self.parameters, self._theta))
         adam = self._adam()
-        size = float(_norm(delta))
+        size = float(self.held.norm(delta))
         said = [size, size * size, float(bool(adam)), float(adam["step"][0]) if adam else 0.0]
         told = torch.tensor(said, dtype=torch.float64, device=delta[0].device)
         v: list[Tensor] = []
@@ -225,7 +227,7 @@ class Reptile(Joint):
         mean = list(torch._foreach_div(summed[:n], tasks))
         sizes, squares, learned, steps = told.tolist()
         epsilon = self.meta.epsilon * (1.0 - progress)
-        whole = float(_norm(mean))
+        whole = float(self.held.norm(mean))
         norm = whole * epsilon
         if self.meta.max_delta and norm > self.meta.max_delta:
             epsilon *= self.meta.max_delta / norm
@@ -339,7 +341,7 @@ class Separate(Joint):
         self._theta[w] = [p.detach().clone() for p in self.parameters]
         self._of[w] = self._adam()
         away = list(torch._foreach_sub(self.parameters, self._first))
-        square = _norm(away).double().square().reshape(1)
+        square = self.held.norm(away).double().square().reshape(1)
         self._tree.add(number, [square, *away])
 
     @torch.no_grad()
@@ -349,7 +351,7 @@ class Separate(Joint):
         square = torch.empty(1, dtype=torch.float64, device=self._first[0].device)
         like = [square, *self._first]
         square, *away = self.mesh.summed_across(self._tree, self._shares, like)
-        mean = float(_norm(away)) / models
+        mean = float(self.held.norm(away)) / models
         return {"spread": max(float(square) / models - mean * mean, 0.0) ** 0.5}
 
     def _everybody(self) -> tuple[dict[Preference, list[Tensor]], dict[Preference, AdamState]]:
@@ -378,7 +380,3 @@ class Separate(Joint):
             for w, theta in state["models"].items()
         }
         self._of = dict(state["adam"])
-
-
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))

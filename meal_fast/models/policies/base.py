@@ -93,6 +93,23 @@ class Policy(PromptFormat, ABC):
         weight = self.network.weight
         return self.sharded is None and (weight.is_cuda or weight.dtype != torch.float32)
 
+    @property
+    def in_parts(self) -> bool:
+        """Say whether what is trained is held in parts, of which each process has its own.
+
+        Gradients then are sums over all processes, and `models.shards.Held` has what to train.
+        """
+        return False
+
+    def end_update(self) -> None:
+        """Say that this process has made all passes of an update's losses.
+
+        Raises ValueError where weights are held in parts, and another process makes more or fewer:
+        it is in one then, and raises as well. Else they would wait for each other.
+        """
+        if self.sharded is not None:
+            self.sharded.company.end()
+
     def reshard(self) -> None:
         """Drop what is gathered of weights that are held in parts: the next pass gathers anew."""
         if self.sharded is not None:
@@ -179,11 +196,20 @@ class Policy(PromptFormat, ABC):
         return frozenset(int(i) for i in ids if i is not None)
 
     def save(self, folder: Path) -> None:
-        """Write a folder that transformers loads: see `models.export.save_policy`."""
+        """Write a folder that transformers loads: see `models.export.save_policy`.
+
+        Of weights that are held in parts, every process must call it, and the first one writes.
+        """
         save_policy(self, folder)
 
     def merged_state(self) -> dict[str, Tensor]:
-        """Give the causal LM's state with adapters added; the model in use is not touched."""
+        """Give the causal LM's state with adapters added; the model in use is not touched.
+
+        Of weights that are held in parts, on the first process; elsewhere it is empty. All must
+        ask for it.
+        """
+        if self.sharded is not None:
+            return {name: x.cpu() for name, x in self.sharded.state() if x is not None}
         state: dict[str, Tensor] = self.causal_lm.state_dict()
         return state
 
