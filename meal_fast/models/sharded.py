@@ -24,11 +24,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .network import Network
-from .shards import gathered, local, part_of
+from .shards import gathered, is_shared, local, part_of
 from .shared_prefix import Packed
 
 OUTSIDE = "its weights are held in parts; sample within models.sharding.whole(policy)"
@@ -54,7 +53,7 @@ class Company:
         return self._members
 
     def enter(self, member: int) -> None:
-        """Say that a model's pass begins. Raises ValueError where another process says otherwise."""
+        """Say that a model's pass begins. Raises ValueError where another says otherwise."""
         self._passes += 1
         self._compare(self._passes, member)
 
@@ -93,7 +92,9 @@ class Sharded:
     ) -> None:
         self.model, self.mesh, self.is_whole = model, mesh, False
         self.company, self._member = company, company.join()
-        layers = [m for m in model.base_model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        layers = [
+            m for m in model.base_model.modules() if isinstance(m, GradientCheckpointingLayer)
+        ]
         if not layers:
             raise ValueError(
                 f"mesh.shard: {type(model).__name__} has no layers that transformers knows as "
@@ -110,9 +111,8 @@ class Sharded:
         model.features = MethodType(_features, model)
         register_fsdp_forward_method(model, "features")
         model.register_forward_pre_hook(self._only_whole, prepend=True)
-        self.held: dict[str, nn.Parameter] = {
-            name: p for name, p in model.named_parameters() if isinstance(p, DTensor)
-        }
+        named: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.held = {name: p for name, p in named.items() if is_shared(p)}
         self._locals = [local(p) for p in self.held.values()]
         self._seen = self._versions()
         self.network = LateNetwork(Body(self), model)
@@ -146,8 +146,11 @@ class Sharded:
                 part.set_reshard_after_forward(part is not root, recurse=False)
                 part.reshard()
 
-    def before_pass(self, tree: Any) -> None:
-        """Check that a pass of the body, of kind `tree`, can be; gather anew what was changed."""
+    def run(self, tree: Any, inputs: dict[str, Any]) -> Any:
+        """Run the body; `tree` says what kind of pass it is.
+
+        Raises ValueError for a pass that cannot be; gathers anew what was changed.
+        """
         if tree is not None and not isinstance(tree, Packed) and not self.is_whole:
             raise ValueError(f"policy: {OUTSIDE}")
         if torch.is_grad_enabled() and self.is_whole:
@@ -163,6 +166,7 @@ class Sharded:
             self._seen = now
         if not self.is_whole:
             self.company.enter(self._member)
+        return self.model.features(**(inputs if tree is None else {**inputs, "tree": tree}))
 
     @property
     def first(self) -> bool:
@@ -215,15 +219,13 @@ class Body(nn.Module):
 
     def __init__(self, sharded: Sharded) -> None:
         super().__init__()
-        # Not as modules: nobody is to find its parameters a second time.
-        object.__setattr__(self, "sharded", sharded)
+        # Not as a module: nobody is to find its parameters a second time.
+        self._run = sharded.run
         self.config = sharded.model.base_model.config
 
     def forward(self, tree: Any = None, **inputs: Any) -> Any:
         """Run it, as the model's own body is."""
-        self.sharded.before_pass(tree)
-        given = inputs if tree is None else {**inputs, "tree": tree}
-        return self.sharded.model.features(**given)
+        return self._run(tree, inputs)
 
 
 class LateNetwork(Network):
@@ -232,18 +234,20 @@ class LateNetwork(Network):
     Before a pass it is a DTensor, which no product of ours takes.
     """
 
+    _model: Any
+
     def __init__(self, body: nn.Module, model: Any) -> None:
         softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         for name, value in {"body": body, "softcap": softcap, "runs": 1, "_model": model}.items():
             object.__setattr__(self, name, value)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """Give the head's weight as it is now."""
         weight: Tensor = self._model.get_output_embeddings().weight
         return weight
 
     @property
-    def bias(self) -> Tensor | None:  # type: ignore[override]
+    def bias(self) -> Tensor | None:
         """Give the head's bias as it is now."""
         return getattr(self._model.get_output_embeddings(), "bias", None)

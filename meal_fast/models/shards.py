@@ -14,6 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 
+def is_shared(x: Tensor) -> bool:
+    """Say whether several processes hold it together."""
+    return isinstance(x, DTensor)
+
+
 def local(x: Tensor) -> Tensor:
     """Give what this process holds of a tensor, without a copy: changed in place, x is changed."""
     if not isinstance(x, DTensor):
@@ -24,7 +29,11 @@ def local(x: Tensor) -> Tensor:
 
 def gathered(x: Tensor) -> Tensor:
     """Give the whole of a tensor, on every process of its mesh: all of them must ask for it."""
-    return x.detach().full_tensor() if isinstance(x, DTensor) else x.detach()
+    if not isinstance(x, DTensor):
+        return x.detach()
+    with torch.no_grad():
+        whole: Tensor = x.full_tensor()
+    return whole
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:

@@ -111,13 +111,13 @@ class LoRAPolicy(Policy):
             for name, module in base.named_modules()
             if hasattr(module, "get_delta_weight")
         }
-        held = self.sharded is not None
-        for name, value in self.sharded.state() if held else base.state_dict().items():
+        held = self.sharded
+        for name, value in base.state_dict().items() if held is None else held.state():
             if ".lora_" in name or value is None:
                 continue
             if name in adapted:
                 value = value + adapted[name].get_delta_weight("default")
-            state[name.replace(".base_layer.", ".")] = value.cpu() if held else value
+            state[name.replace(".base_layer.", ".")] = value if held is None else value.cpu()
         return state
 
     def save_factors(self, folder: Path) -> None:
