@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from meal_fast.common import require, write_atomic
@@ -51,6 +50,7 @@ from .distributed import ALONE, Drawn, Grace, Mesh, check_shared
 from .journal import Done, Journal, done
 from .lessons import check_sources
 from .metrics import Clock, MetricsLog, of_responses
+from .policy_update import PolicyUpdate
 from .recipes import recipe_of
 from .reward_hacking import RewardHacking, own_marks
 from .skips import Skips
@@ -124,6 +124,7 @@ class Trainer:
         self.collector = self.recipe.collector(
             self.policy, self.objectives, scales, config, self.recipe.spec.score, mesh
         )
+        self.update_policy = PolicyUpdate(self.policy, self.outer, self.recipe.loss, config, mesh)
         self.net = self.collector.net  # Meal's; None: there is no net to train
         self.skips = Skips(config.grpo, by_model=bool(self.recipe.spec.models))
         self.step = 0  # meta-steps done
@@ -349,59 +350,6 @@ class Trainer:
             lr = config.grpo.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
             tasks.append(Task(update, step, number, inner, w, prompts, rng_key, progress, lr))
         return tasks
-
-    def update_policy(self, batch: Batch, tasks: Sequence[Task]) -> list[dict[str, float]]:
-        """Take Adam's steps along the loss's gradient, `grpo.epochs` of them, for every task.
-
-        Give the last one's metrics, task by task; empty, and no step, where there is no response.
-        """
-        if not len(batch.rolled.group_R):
-            return [{} for _ in tasks]
-        options = self.config.grpo
-        lanes = self.outer.lanes[: len(tasks)]
-        left_out = torch.zeros(len(tasks), device=self.policy.device)
-        for _ in range(options.epochs):
-            with self.policy.stacked(self.outer.stack):
-                learned = self._gradients(batch)
-            norms = []
-            for lane, task, loss in zip(lanes, tasks, learned["loss"].reshape(-1), strict=True):
-                lane.watch(loss)
-                norms.append(lane.advance(task.lr, options.max_grad_norm))
-            learned["grad_norm"] = torch.stack(norms)
-            left_out = left_out + torch.stack([lane.left_out for lane in lanes])
-        learned["left_out"] = left_out  # steps whose loss or gradient was not finite
-        values = torch.stack([v.detach().double().reshape(-1) for v in learned.values()])
-        found = [dict(zip(learned, of_task, strict=True)) for of_task in values.T.tolist()]
-        for lane, metrics in zip(lanes, found, strict=True):
-            if metrics["left_out"]:
-                lane.settle()
-        return found
-
-    def _gradients(self, batch: Batch) -> dict[str, Tensor]:
-        """Leave the loss's gradient in the parameters; give its metrics.
-
-        Of several parts each is differentiated by itself, and they are added up in one order.
-        """
-        options, temperature = self.config.grpo, self.config.rollout.temperature
-        of = self.policy, batch.rolled, batch.scored, options, temperature
-        if self.mesh.layout.virtual == 1:
-            return self.recipe.loss(*of)
-        trained = [p for lane in self.outer.lanes for p in lane.parameters]
-        parts: dict[int, list[Tensor]] = {}
-        learned: dict[str, Tensor] = {}
-        for part in self.mesh.parts:
-            learned = self.recipe.loss(*of, part)
-            told = torch.stack([value.detach().double() for value in learned.values()])
-            # A part without a row has no gradient.
-            parts[part.number] = [
-                told, *(torch.zeros_like(p) if p.grad is None else p.grad for p in trained)
-            ]  # fmt: skip
-            for p in trained:
-                p.grad = None
-        told, *gradients = self.mesh.summed(parts)
-        for p, gradient in zip(trained, gradients, strict=True):
-            p.grad = gradient
-        return {name: x.to(learned[name].dtype) for name, x in zip(learned, told, strict=True)}
 
     def _done(
         self,
