@@ -11,12 +11,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from meal_fast.config.mesh import Layout
 
 from .policies.base import Policy
 from .policies.full import FullPolicy
 from .policies.lora import LoRAPolicy
 from .sharded import Company, Sharded
+
+
+def mesh_of(layout: Layout, device: str) -> DeviceMesh:
+    """Give the processes of this one's group as a mesh to share weights out on.
+
+    Collective: every process of the run must call it. device: a kind, as "cpu".
+    """
+    sizes, names = (layout.groups, layout.data, layout.shard), ("groups", "data", "shard")
+    everyone = init_device_mesh(device, sizes, mesh_dim_names=names)
+    return everyone["data", "shard"] if layout.data > 1 else everyone["shard"]
 
 
 def shard(policy: Policy, mesh: DeviceMesh, *, timeout: float = 1800.0) -> None:

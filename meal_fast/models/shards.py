@@ -71,6 +71,17 @@ class Held:
             if p is not own and p.grad is not None:
                 own.grad, p.grad = local(p.grad), None
 
+    def whole(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Put tensors shaped as `local` together to ones shaped as the parameters. Collective."""
+        return [
+            gathered(_assembled(x, p)) if isinstance(p, DTensor) else x
+            for x, p in zip(tensors, self.parameters, strict=True)
+        ]
+
+    def parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Cut tensors shaped as the parameters to what this process holds of them."""
+        return [part_of(x, p) for x, p in zip(tensors, self.parameters, strict=True)]
+
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
         """Give the Euclidean norm of the whole of `tensors`, shaped as `local`.
 
@@ -103,3 +114,9 @@ def _group(p: Tensor) -> dist.ProcessGroup | None:
             if isinstance(placement, Shard):
                 return p.device_mesh.get_group(dim)
     return None
+
+
+def _assembled(part: Tensor, like: DTensor) -> DTensor:
+    """Say of this process's part of a tensor that it is one, shaped as `like` is."""
+    where = like.device_mesh, like.placements
+    return DTensor.from_local(part, *where, shape=like.shape, stride=like.stride())

@@ -10,7 +10,7 @@ averaging factors is not averaging their product [R].
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -132,14 +132,21 @@ class Joint:
 
     def state(self) -> dict[str, Any]:
         """Give everything that the next meta-step depends on."""
-        return {"theta": [p.detach().clone() for p in self.parameters], "adam": self._adam()}
+        theta = self.held.whole([p.detach().clone() for p in self.parameters])
+        return {"theta": theta, "adam": self._of_all(self._adam(), self.held.whole)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave."""
         with torch.no_grad():
-            for parameter, value in zip(self.parameters, state["theta"], strict=True):
+            theta = self.held.parts(state["theta"])
+            for parameter, value in zip(self.parameters, theta, strict=True):
                 parameter.copy_(value)
-        self._set_adam(state["adam"])
+        self._set_adam(self._of_all(state["adam"], self.held.parts))
+
+    @staticmethod
+    def _of_all(adam: AdamState, change: Callable[[list[Tensor]], list[Tensor]]) -> AdamState:
+        """Change the moments, which are shaped as parameters are."""
+        return {name: x if name == "step" else change(x) for name, x in adam.items()}
 
     def _adam(self) -> AdamState:
         held = [self.optimizer.state[p] for p in self.parameters]
@@ -259,11 +266,14 @@ class Reptile(Joint):
             self._by_preference |= {w: s for w, s in theirs.items() if w not in mine}
 
     def state(self) -> dict[str, Any]:
-        return {**super().state(), "by_preference": self._by_preference}
+        of = {w: self._of_all(adam, self.held.whole) for w, adam in self._by_preference.items()}
+        return {**super().state(), "by_preference": of}
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
-        self._by_preference = state["by_preference"]
+        kept: dict[Preference, AdamState] = state["by_preference"]
+        of = {w: self._of_all(adam, self.held.parts) for w, adam in kept.items()}
+        self._by_preference = of
 
 
 class ParallelReptile(Reptile):

@@ -69,13 +69,20 @@ class PolicyUpdate:
         for part in self.mesh.parts:
             learned = self.loss(*of, part)
             told = torch.stack([value.detach().double() for value in learned.values()])
+            if self.policy.in_parts:  # gradients are added up going back, over all processes
+                parts[part.number] = [told]
+                continue
             # A part without a row has no gradient.
             parts[part.number] = [
                 told, *(torch.zeros_like(p) if p.grad is None else p.grad for p in trained)
             ]  # fmt: skip
             for p in trained:
                 p.grad = None
+        self.policy.end_update()
         told, *gradients = self.mesh.summed(parts)
+        if self.policy.in_parts:
+            self.outer.held.take_gradients()
+            gradients = [p.grad for p in trained if p.grad is not None]
         for p, gradient in zip(trained, gradients, strict=True):
             p.grad = gradient
         return {name: x.to(learned[name].dtype) for name, x in zip(learned, told, strict=True)}

@@ -16,6 +16,7 @@ from typing import Any
 from meal_fast.config.config import from_dict
 from meal_fast.config.presets import preset
 from meal_fast.config.run_dir import read_metrics
+from meal_fast.models.shards import gathered
 from meal_fast.training.distributed import start
 from meal_fast.training.trainer import Trainer
 
@@ -44,7 +45,8 @@ class Run:
 
             trainer.on_update = told
         finished = trainer.train()
-        state = {"experience": trainer.collector.state(), "theta": trainer.policy.trainable}
+        theta = [gathered(p) for p in trainer.policy.trainable]
+        state = {"experience": trainer.collector.state(), "theta": theta}
         return {
             "finished": finished,
             "step": trainer.step,
