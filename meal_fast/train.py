@@ -28,9 +28,9 @@ from meal_fast.common import say, tell
 from meal_fast.config.cli import TrainArgs, fail, one_line_errors, parse_train, require_packages
 from meal_fast.config.config import Config, to_dict
 from meal_fast.config.mesh import Layout, layout, world_of
-from meal_fast.config.plan import plan
+from meal_fast.config.plan import run_plan, whole_plan
 from meal_fast.config.resume import resume_command
-from meal_fast.config.run_dir import as_saved, check_folder, read_config
+from meal_fast.config.run_dir import as_saved, check_folder, has_checkpoint, read_config
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last one of SLURM's, before its limit
 
@@ -39,11 +39,16 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last one of SLURM
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, evaluate and report, as the command line says; one process of several, its part."""
     started = time.perf_counter()
-    config, args, _ = prepared(argv)  # answers --help and wrong options before torch is imported
+    config, args, laid = prepared(argv)  # answers --help and wrong options before torch is imported
     main_process = world_of(os.environ)[0] == 0
     if main_process:
         what = {"resume": args.resume, "evaluate": args.evaluate, "report": args.report}
-        tell(plan(config, args.out, **what))
+        if args.plan:
+            say(whole_plan(config, args.out, laid, args.cards.card_for(config), **what))
+            return
+        tell(run_plan(config, args.out, laid, **what))
+    if args.plan:
+        return
     train(config, args)
     if not main_process:
         return
@@ -71,6 +76,8 @@ def prepared(argv: Sequence[str] | None) -> tuple[Config, TrainArgs, Layout]:
     with nullcontext() if heard else redirect_stderr(io.StringIO()):
         try:
             config, args = parse_train(argv)
+            if args.plan:  # of cards that need not be here
+                return config, args, args.cards.layout(config)
             from meal_fast.training.loggers import check_logger
 
             check_logger(config.logger)
@@ -139,8 +146,17 @@ def train(config: Config, args: TrainArgs) -> None:
         before = {number: signal.signal(number, stop) for number in able}
         try:
             trainer.train()
+            loggers.close()
+            if trainer.stopped:  # said before the others leave: then a launcher may end this one
+                heard(
+                    f"meal-fast: stopped after meta-step {trainer.step} "
+                    f"({trainer.progress(trainer.done):.0%}); go on with "
+                    f"{resume_command(args.out)}"
+                )
             mesh.close()
         except OSError as error:
+            if quiet and getattr(error, "agreed", False):  # the main process has it too
+                sys.exit(2)
             what = f"out={str(args.out)!r}: {error.strerror or error}"
             fail(f"{what}; {left(args.out, 'make room')}")
         except ObjectiveError as error:
@@ -161,13 +177,7 @@ def train(config: Config, args: TrainArgs) -> None:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        loggers.close()
-    if trainer.stop_requested:
-        heard(
-            f"meal-fast: stopped after meta-step {trainer.step} "
-            f"({trainer.progress(trainer.done):.0%}); go on with "
-            f"{resume_command(args.out)}"
-        )
+    if trainer.stopped:
         sys.exit(130)
     if not quiet:
         note_cost(args.out, trainer.policy.device)
@@ -182,7 +192,7 @@ def lost(error: Exception, out: Path) -> NoReturn:
 
 def left(out: Path, first: str) -> str:
     """Say what a run that broke off has left, and how to go on with it when `first` is done."""
-    there = (out / "checkpoint.pt").exists()
+    there = has_checkpoint(out)
     said = "the last checkpoint is good" if there else "there is no checkpoint yet"
     more = "" if there else ", which starts from the first update"
     return f"{said}: {first}, then go on with {resume_command(out)}{more}"

@@ -38,6 +38,7 @@ LAYERS = (
         "assets",
         "demo",
         "export",
+        "plan",
     ),
     ("integrations",),  # for other trainers: no part of ours
 )
@@ -145,7 +146,8 @@ def test_the_checker_catches_a_planted_violation(tmp_path, path, source, complai
 
 def test_the_package_has_few_doors():
     assert len(LAYERS) <= 11
-    assert len(list(PACKAGE.glob("*.py"))) <= 13
+    # A module a command, and four: what a run costs is asked without starting one.
+    assert len(list(PACKAGE.glob("*.py"))) <= 14
 
 
 def outside(folder: str) -> set[str]:

@@ -13,10 +13,11 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .cards import Cards, add_cards, take_cards
 from .config import Config, choices_of, from_dict, load_toml
 from .errors import fail, known, nearest, one_line_errors, require_packages
 from .options import (
@@ -97,6 +98,8 @@ class TrainArgs:
     resume: bool  # go on with the run in `out`
     evaluate: bool  # sweep the preferences when training ends
     report: bool = True  # and write the report of it
+    plan: bool = False  # say what the run would do and cost, and leave
+    cards: Cards = field(default_factory=Cards)  # those of such a plan
 
 
 def parse_train(argv: Sequence[str] | None = None) -> tuple[Config, TrainArgs]:
@@ -111,11 +114,15 @@ def parse_train(argv: Sequence[str] | None = None) -> tuple[Config, TrainArgs]:
     shown = next((a for a in argv if a in PRESETS), DEFAULT_PRESET)
     found = vars(_train_parser(shown).parse_args(argv))
     named, file, out = found.pop("PRESET", None), found.pop("config"), found.pop("out")
-    args = {name: found.pop(name) for name in ("resume", "evaluate", "report")}
-    trusted = found.pop("trust_run")
+    args = {name: found.pop(name) for name in ("resume", "evaluate", "report", "plan")}
+    args["cards"] = cards = take_cards(found)
+    if cards != Cards() and not args["plan"]:
+        fail("--cards, --card… and --node are of a plan: add --plan; a run takes what started it")
+    trusted, either = found.pop("trust_run"), found.pop("resume_or_start")
     if named is not None:
         known("preset", named, PRESETS, "; for a file, --config")
     folder = Path(out or Path("runs", named or (Path(file).stem if file else DEFAULT_PRESET)))
+    args["resume"] |= either and (folder / "config.json").exists()
     if args["resume"] and named is None and file is None:
         base = read_config(folder)
         repeated = {name: found.get(name) for name in ("objectives", "logger")}
@@ -148,12 +155,21 @@ def _train_parser(shown: str) -> OneLineParser:
     parser.add_argument("--out", metavar="DIR", help="the run folder (default: runs/PRESET)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in DIR")
     parser.add_argument(
+        "--resume-or-start",
+        action="store_true",
+        help="the same where there is one, else start it: for what is started again by a machine",
+    )
+    parser.add_argument(
         "--no-evaluate", dest="evaluate", action="store_false", help="train only, without a report"
     )
     parser.add_argument(
         "--no-report", dest="report", action="store_false", help="evaluate, but draw nothing"
     )
+    parser.add_argument(
+        "--plan", action="store_true", help="say what the run would do and cost, and do nothing"
+    )
     add_trust(parser, objectives=False)
+    add_cards(parser)
     add_options(parser, preset(shown))
     return parser
 
@@ -163,8 +179,8 @@ def add_options(
 ) -> None:
     """Add every option of a Config but those of `leave_out`, with the defaults of `shown`."""
     groups: dict[str, argparse._ArgumentGroup] = {}
-    for section, field, value in options(shown):
-        option = dotted(section, field)
+    for section, each, value in options(shown):
+        option = dotted(section, each)
         if option in leave_out:
             continue
         if section not in groups:
@@ -173,8 +189,8 @@ def add_options(
             f"--{option}",
             dest=option,
             default=argparse.SUPPRESS,
-            type=functools.partial(typed_as, kind=unit(field)),
-            **_shape(field, value),
+            type=functools.partial(typed_as, kind=unit(each)),
+            **_shape(each, value),
         )
 
 

@@ -21,6 +21,9 @@ AUTOMATIC = {
     "threads": 0, "policy.dtype": "auto", "grpo.micro_tokens": 0, "mesh.virtual": 0,
 }  # fmt: skip
 
+CHECKPOINTS, LATEST = "ckpt", "LATEST"  # a folder of checkpoints, and the name of the last in it
+OLD_CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")  # files, of earlier versions
+
 PREFERENCE_NET = "preference_net.safetensors"  # of a run of recipe `meal`, if it trained one
 
 _SCALE = {"mode": TEXT, "offset": [NUMBER], "divisor": [NUMBER]}
@@ -60,6 +63,11 @@ def read_config(run: Path) -> Config:
         raise ValueError(f"RUN={str(run)!r}: config.json: {error}") from None
 
 
+def has_checkpoint(run: Path) -> bool:
+    """Say whether a run has been saved at least once."""
+    return any((run / name).exists() for name in (f"{CHECKPOINTS}/{LATEST}", *OLD_CHECKPOINTS))
+
+
 def as_saved(config: Config, saved: Config) -> Config:
     """Give `config` with what it leaves to the machine as the run that is there has it."""
     asked, held = flat(to_dict(config)), flat(to_dict(saved))
@@ -86,11 +94,12 @@ def check_folder(config: Config, out: Path, resume: bool) -> None:
         return
     if not held:
         raise ValueError(f"out={str(out)!r}: no run to resume; leave --resume out to start one")
-    for path in out.iterdir():
+    for path in (*out.iterdir(), *(out / CHECKPOINTS).glob("**/*")):
         if path.is_symlink():
+            name = str(path.relative_to(out))
             raise ValueError(
-                f"out={str(out)!r}: {path.name!r} is a link; a run that goes on writes into its "
-                "own files alone: replace it by what it leads to"
+                f"out={str(out)!r}: {name!r} is a link; a run that goes on writes into its own "
+                "files alone: replace it by what it leads to"
             )
     saved = read_config(out)
     changed = changed_options(to_dict(saved), to_dict(as_saved(config, saved)))

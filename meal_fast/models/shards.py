@@ -71,10 +71,12 @@ class Held:
             if p is not own and p.grad is not None:
                 own.grad, p.grad = local(p.grad), None
 
-    def whole(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Put tensors shaped as `local` together to ones shaped as the parameters. Collective."""
+    def assembled(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Say of tensors shaped as `local` that they are parts of ones shaped as the parameters."""
         return [
-            gathered(_assembled(x, p)) if isinstance(p, DTensor) else x
+            DTensor.from_local(x, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+            if isinstance(p, DTensor)
+            else x
             for x, p in zip(tensors, self.parameters, strict=True)
         ]
 
@@ -114,9 +116,3 @@ def _group(p: Tensor) -> dist.ProcessGroup | None:
             if isinstance(placement, Shard):
                 return p.device_mesh.get_group(dim)
     return None
-
-
-def _assembled(part: Tensor, like: DTensor) -> DTensor:
-    """Say of this process's part of a tensor that it is one, shaped as `like` is."""
-    where = like.device_mesh, like.placements
-    return DTensor.from_local(part, *where, shape=like.shape, stride=like.stride())

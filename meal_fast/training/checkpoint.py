@@ -1,9 +1,11 @@
-"""A run's checkpoints: written whole, the one before kept, and read back only as they were written.
+"""A run's checkpoints: written while the training goes on, read back only as they were written.
 
-`checkpoint.pt` holds everything that the rest of the run depends on, and three kinds of seals: a
-digest of all its own values, of the run's other files, and the configuration. What is damaged is
-named; then `checkpoint.previous.pt` is gone on with, which loses its meta-steps' work and nothing
-else.
+    ckpt/step-12/   all that the rest of the run depends on: see checkpoint_saved
+    ckpt/step-10/   the one before, which is gone on with where the last one is damaged
+    ckpt/LATEST     the name of the last one
+
+One is written under another name, `step-12.tmp`, and has its own when it is whole and on the disk.
+The training waits for a copy in the host's memory and for the checkpoint before, for no more.
 """
 
 from __future__ import annotations
@@ -14,225 +16,237 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from meal_fast import __version__
-from meal_fast.common import replacing, write_atomic
+from meal_fast.common import first_line, write_atomic
 from meal_fast.config.config import Config, to_dict
 from meal_fast.config.recipes import spec_of
-from meal_fast.config.run_dir import changed_options
-from meal_fast.config.sealed import TEMPLATE, WARMED, seal_policy, sha256
+from meal_fast.config.run_dir import CHECKPOINTS, LATEST, OLD_CHECKPOINTS
+from meal_fast.config.sealed import seal_policy
 from meal_fast.data.preferences import Preference
 from meal_fast.models.model_soup import FILE, Family
 from meal_fast.models.policy import Policy
 
-CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
-LOGS = {"metrics.jsonl": "metrics_bytes", "completions.jsonl": "completions_bytes"}
-SEALED = ("statistics.json", TEMPLATE, WARMED)  # beside the logs
-_NEEDED = {"step", "tokens", "metrics_bytes", "outer", "experience"}
-_KNOWN = _NEEDED | {"version", "completions_bytes", "files", "config", "digest"}
+from . import checkpoint_store as store
+from .checkpoint_files import check_logs, check_rest, sealed
+from .checkpoint_saved import (
+    COUNTS,
+    FORMAT,
+    MANIFEST,
+    Saved,
+    check_parts,
+    is_name,
+    manifest,
+    names_in,
+    read_folder,
+    read_old,
+)
+from .checkpoint_state import copied, sound, taken_apart
+from .distributed import ALONE, Mesh, ProcessLost, of_all
 
 
-def open_run(config: Config, out: Path, resume: bool) -> dict[str, Any] | None:
-    """Read the checkpoint to go on from; None: a new run. `check_folder` has passed.
+class Checkpoints:
+    """The checkpoints of a run's folder, which all of the run's processes save together.
 
-    One that is damaged is named in a warning, and the one before it is taken. Raises ValueError
-    where neither can be gone on from, or another file of the run is not what it was.
+    All of them call `open`, `save` and `finish`, in the same order; what is raised in one is raised
+    in all.
     """
-    if not resume:
-        return None
-    there = [name for name in (CHECKPOINT, PREVIOUS) if os.path.lexists(out / name)]
-    if not there:
-        warnings.warn(f"{out} has no checkpoint yet: it starts from the first update", stacklevel=3)
-        return None
-    reasons = []
-    for name in there:
-        try:
-            state = read_checkpoint(out / name)
-            _check_logs(out, state)
-        except ValueError as error:
-            reasons.append(f"{name} {error}")
-            continue
-        _check_rest(config, out, state)
-        if name == PREVIOUS:
-            why = "; ".join(reasons) or f"{CHECKPOINT} is missing"
-            said = f"{out}: {why}; going on from {PREVIOUS}, meta-step {state['step']}"
-            warnings.warn(said, stacklevel=3)
-            _linked(out / PREVIOUS, out / CHECKPOINT)  # so that it is kept when the next is written
-        elif "digest" not in state:
-            version = state.get("version", "?")
-            said = f"{out}: {name} is of version {version}, without a digest: taken as it is"
-            warnings.warn(said, stacklevel=3)
-        return state
-    raise ValueError(
-        f"out={str(out)!r}: nothing to go on from: {'; '.join(reasons)}; restore one of these "
-        "files from a copy, or start anew in another --out"
-    )
 
+    def __init__(self, out: Path, mesh: Mesh = ALONE) -> None:
+        self.out, self.ckpt, self.mesh = out, out / CHECKPOINTS, mesh
+        self.latest: int | None = None  # meta-steps that the last one has behind it
+        self._good = ""  # the last one that is whole: opened, or written
+        self._group = mesh.beside()
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+        self._copies: dict[str, Tensor] = {}  # what is being written, or was
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; nothing in it is run.
+    # ---- reading
 
-    Raises ValueError, which begins with a verb, for one that is not what was written.
-    """
-    try:
-        with open(path, "rb") as file:
-            if not file.read(1):
-                raise ValueError("is empty")
-    except OSError as error:
-        raise ValueError(f"is not to be read ({error.strerror or error})") from None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # of a damaged archive or pickle, whatever comes to its readers' mind
-        raise ValueError("is damaged, cut short, or no checkpoint of a run") from None
-    if not isinstance(state, dict) or not state.keys() >= _NEEDED:
-        raise ValueError("is no checkpoint of a run")
-    digest = state.get("digest")
-    if digest != _digest(state) if digest is not None else not state.keys() <= _KNOWN:
-        raise ValueError("is damaged: its values are not those that were written")
-    return state
+    def open(self, config: Config) -> Saved | None:
+        """Find the checkpoint to go on from; None: there is none yet. `check_folder` has passed.
 
-
-def write_checkpoint(out: Path, state: Mapping[str, Any], config: Config) -> None:
-    """Write everything that the rest of a run depends on, in one file that is replaced whole.
-
-    The one before stays as `checkpoint.previous.pt`. `state["files"]` has the logs' digests. Raises
-    ValueError for parameters or an optimizer that are not finite: the files then stay as they are.
-    """
-    whole = _on_the_host({"version": __version__, **state})
-    trained = [whole["outer"], whole["experience"].get("net", {})]
-    if not all(bool(x.isfinite().all()) for x in _tensors(trained)):
+        One that is damaged is named in a warning, and the one before it is taken. Raises ValueError
+        where none can be gone on from, or another file of the run is not what it was.
+        """
+        there, reasons = self.mesh.main_alone(self._there)
+        if not there and not reasons:
+            self._warn(f"{self.out} has no checkpoint yet: it starts from the first update")
+            return None
+        for name in there:
+            try:
+                saved = self._read(name)
+            except ValueError as error:
+                reasons.append(f"{name} {error}")
+                continue
+            self.mesh.agreed(partial(check_rest, config, self.out, saved.said))
+            if reasons:
+                why = "; ".join(reasons)
+                self._warn(f"{self.out}: {why}; going on from {name}, meta-step {saved.step}")
+            elif name in OLD_CHECKPOINTS and "digest" not in saved.said:
+                version = saved.said.get("version", "?")
+                said = f"{name} is of version {version}, without a digest: taken as it is"
+                self._warn(f"{self.out}: {said}")
+            self.latest, self._good = saved.step, name
+            return saved
         raise ValueError(
-            f"meta-step {state['step']}: parameters or Adam's state are not finite; the checkpoint "
-            "before it is kept; start anew with a lower grpo.lr"
+            f"out={str(self.out)!r}: nothing to go on from: {'; '.join(reasons)}; restore one of "
+            "these from a copy, or start anew in another --out"
         )
-    whole["files"] |= {name: _sha256(out / name) for name in SEALED if (out / name).is_file()}
-    whole["config"] = json.dumps(to_dict(config))
-    whole["digest"] = _digest(whole)
-    path = out / CHECKPOINT
-    with replacing(path) as file:
-        torch.save(whole, file)
-        file.flush()
-        os.fsync(file.fileno())
-        if path.is_file():  # it stays in its place until the new one takes it
-            _linked(path, out / PREVIOUS)
 
+    def _there(self) -> tuple[list[str], list[str]]:
+        """Name the checkpoints to try, the best first, and what is wrong with the names."""
+        folders = names_in(self.ckpt)
+        old = [name for name in OLD_CHECKPOINTS if os.path.lexists(self.out / name)]
+        amiss, latest = [], self.ckpt / LATEST
+        if folders or os.path.lexists(latest):
+            try:
+                name = latest.read_bytes().decode("ascii").removesuffix("\n")
+            except (OSError, ValueError):
+                name = ""
+            if name in folders:
+                folders = [name, *(other for other in folders if other != name)]
+            elif is_name(name):
+                amiss = [f"{CHECKPOINTS}/{name} is missing"]
+            else:
+                amiss = [f"{CHECKPOINTS}/{LATEST} names no checkpoint"]
+        elif old and old[0] != OLD_CHECKPOINTS[0]:
+            amiss = [f"{OLD_CHECKPOINTS[0]} is missing"]
+        return [*(f"{CHECKPOINTS}/{name}" for name in folders), *old], amiss
 
-def _check_logs(out: Path, state: Mapping[str, Any]) -> None:
-    """Raise ValueError where a log of the run lacks what was in it at this checkpoint."""
-    for name, key in LOGS.items():
-        path, length = out / name, int(state.get(key, 0))
-        if name == "completions.jsonl" and not path.exists():
-            continue  # who needed the room has removed it
-        size = path.stat().st_size if path.is_file() else 0
-        more = "; remove it to go on without the earlier answers" if "completions" in name else ""
-        if size < length:
-            raise ValueError(f"goes with a {name} of {length} bytes, here are {size}{more}")
-        sealed = state.get("files", {}).get(name)
-        if sealed is not None and sealed != sha256(path, length):
-            raise ValueError(f"goes with another {name}: what it held then has changed{more}")
+    def _read(self, name: str) -> Saved:
+        """Read one with all that it goes with; the processes share the work of its digests."""
+        path = self.out / name
 
+        def read() -> Saved:
+            if name in OLD_CHECKPOINTS:
+                saved = read_old(path)
+            else:
+                saved = read_folder(path, name)
+                check_parts(path, saved, self.mesh.rank, self.mesh.world)
+            if self.mesh.main:
+                check_logs(self.out, saved.said)
+            return saved
 
-def _check_rest(config: Config, out: Path, state: Mapping[str, Any]) -> None:
-    """Raise ValueError where another file is not what it was when the run was saved."""
-    for name in SEALED:
-        sealed = state.get("files", {}).get(name)
-        if sealed is None:
-            continue
-        found = sha256(out / name) if (out / name).is_file() else "missing"
-        if found != sealed:
-            what = (
-                "is missing" if found == "missing" else "is not what it was when the run was saved"
+        return self.mesh.agreed(read)
+
+    # ---- writing
+
+    def save(self, state: Mapping[str, Any], config: Config) -> None:
+        """Write everything that the rest of a run depends on, as soon as the last one is written.
+
+        state: `step`, `tokens`, `metrics_bytes`, `completions_bytes` and `files`, the logs' digests
+        (what the first process gives of these counts), `outer` and `experience`, which may have
+        entries that other processes have not. It is copied: what it is of may change.
+
+        Raises ValueError, in all processes, for parameters or an optimizer that are not finite: the
+        checkpoints then stay as they are; and what the last one was not written for.
+        """
+        self.finish()
+        said = {name: state[name] for name in (*COUNTS, "files") if name in state}
+        rest = {name: value for name, value in state.items() if name not in said}
+        structure, tensors = taken_apart(rest)
+        named = ("outer/", "experience/net/")
+        trained = [x for name, x in tensors.items() if name.startswith(named)]
+        if self.mesh.any(not sound(trained)):
+            raise of_all(
+                ValueError(
+                    f"meta-step {state['step']}: parameters or Adam's state are not finite; the "
+                    "checkpoint before it is kept; start anew with a lower grpo.lr"
+                )
             )
-            raise ValueError(
-                f"out={str(out)!r}: {name} {what}; restore it from a copy, or start anew in "
-                "another --out"
-            )
-    if "config" in state:
-        changed = changed_options(json.loads(state["config"]), to_dict(config))
-        if changed:
-            raise ValueError(
-                f"out={str(out)!r}: config.json is not what it was when the run was saved: "
-                f"{', '.join(changed)}; restore it from a copy"
-            )
+        copies = {name: copied(x, self._copies.get(name)) for name, x in tensors.items()}
+        self._copies = copies
+        # Of the originals only what is known without their values: nothing else is held on to.
+        places = {name: torch.empty_like(x, device="meta") for name, x in tensors.items()}
+        said["config"] = json.dumps(to_dict(config))
+        self.latest = int(state["step"])
+        self._writing = self._writer.submit(self._write, said, structure, places, copies)
 
+    def finish(self) -> None:
+        """Wait until what was saved is on the disk. Raises what kept it from that, once."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
-def _sha256(path: Path) -> str:
-    """Give a file's digest, computed again where it has changed: these are written once."""
-    at = path.stat()
-    return _sha256_of(path, at.st_size, at.st_mtime_ns)
-
-
-@lru_cache(4)
-def _sha256_of(path: Path, size: int, changed: int) -> str:
-    return sha256(path)
-
-
-def _linked(path: Path, to: Path) -> None:
-    """Make `to` the same file as `path`, at once; where there are no links, a copy of it."""
-    temporary = to.with_name(to.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
+    def close(self) -> None:
+        """Wait as `finish` does where something else has gone wrong, which is what is said."""
         try:
-            os.link(path, temporary)
-        except OSError:  # a file system without links
-            shutil.copyfile(path, temporary)
-        os.replace(temporary, to)
-    finally:
-        temporary.unlink(missing_ok=True)
+            self.finish()
+        except Exception as error:
+            warnings.warn(f"{self.out}: a checkpoint is not written: {error}", stacklevel=2)
+        finally:
+            self._writer.shutdown()
 
+    def _write(
+        self,
+        said: dict[str, Any],
+        structure: Any,
+        places: Mapping[str, Tensor],
+        copies: Mapping[str, Tensor],
+    ) -> None:
+        """Write a folder, and make it the last one. In a thread of its own."""
+        name = f"step-{said['step']}"
+        folder, whole = self.ckpt / f"{name}.tmp", self.ckpt / name
 
-def _on_the_host(value: Any) -> Any:
-    """Give nested values with their tensors on the CPU."""
-    if isinstance(value, Tensor):
-        return value.detach().cpu()
-    if isinstance(value, Mapping):
-        return {name: _on_the_host(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_on_the_host(part) for part in value)
-    return value
+        def finish(parts: dict[str, Any]) -> None:
+            files = said["files"] | sealed(self.out)
+            made = {"version": __version__, "format": FORMAT, "world": self.mesh.world}
+            content = manifest(made | said | {"files": files} | parts)
+            write_atomic(folder / MANIFEST, content)
+            store.remove(whole)  # one that was damaged
+            os.rename(folder, whole)
+            write_atomic(self.ckpt / LATEST, f"{name}\n")
+            self._forget(name)
 
+        try:
+            of_first = self._structure(structure)
+            rank = self.mesh.rank
+            store.save(places, copies, of_first, folder, finish, self._group, rank)
+        except BaseException as error:
+            self.latest = None
+            if self.mesh.main:  # on a full disk its remains are in the way
+                store.remove(folder)
+            if isinstance(error, RuntimeError) and self.mesh.world > 1:
+                raise ProcessLost(
+                    f"rank {self.mesh.rank} of {self.mesh.world}: a checkpoint cannot be written "
+                    f"with the other processes ({first_line(error)})"
+                ) from error
+            raise of_all(error) from None
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
+    def _structure(self, structure: Any) -> Any:
+        """Give None where the first process says the same: what all have travels once."""
+        if self._group is None:
+            return structure
+        text = json.dumps(structure, separators=(",", ":")).encode()
+        digests: list[Any] = [None] * self.mesh.world
+        dist.all_gather_object(digests, hashlib.sha256(text).digest(), self._group)
+        same = digests[self.mesh.rank] == digests[0] and not self.mesh.main
+        return None if same else structure
 
+    def _forget(self, name: str) -> None:
+        """Keep this one and the good one before; remove all others."""
+        kept, self._good = {name, Path(self._good).name}, f"{CHECKPOINTS}/{name}"
+        for path in self.ckpt.iterdir():
+            if path.name.startswith("step-") and path.name not in kept:
+                store.remove(path)
+        if not kept & set(OLD_CHECKPOINTS):
+            for old in OLD_CHECKPOINTS:
+                (self.out / old).unlink(missing_ok=True)
 
-def _digest(state: Mapping[str, Any]) -> str:
-    """Give the SHA-256 of all values but `digest`, of their types, shapes and names."""
-    found = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            found.update(f"tensor {value.dtype} {tuple(value.shape)} ".encode())
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            found.update(flat.view(torch.uint8).numpy().data)
-        elif isinstance(value, Mapping):
-            found.update(f"table {len(value)} ".encode())
-            for name, part in value.items():
-                add(name)
-                add(part)
-        elif isinstance(value, list | tuple):
-            found.update(f"{type(value).__name__} {len(value)} ".encode())
-            for part in value:
-                add(part)
-        else:
-            found.update(f"{type(value).__name__} {value!r} ".encode("utf-8", "backslashreplace"))
-
-    add({name: value for name, value in state.items() if name != "digest"})
-    return found.hexdigest()
+    def _warn(self, said: str) -> None:
+        if self.mesh.main:
+            warnings.warn(said, stacklevel=4)
 
 
 def check_space(out: Path, policy: Policy, models: int) -> None:
@@ -244,8 +258,8 @@ def check_space(out: Path, policy: Policy, models: int) -> None:
     family = 4 * trained if models > 1 else 0
     need = 3 * 3 * 4 * trained + 2 * saved + family
     # What an earlier start has written takes the place of what is counted here.
-    there = [p for name in (CHECKPOINT, PREVIOUS, FILE) if (p := out / name).is_file()]
-    there += [p for p in (out / "policy").rglob("*") if p.is_file()]
+    there = [p for name in (*OLD_CHECKPOINTS, FILE) if (p := out / name).is_file()]
+    there += [p for name in ("policy", CHECKPOINTS) for p in (out / name).rglob("*") if p.is_file()]
     sizes = {(at := p.stat()).st_ino: at.st_size for p in there}  # linked ones once
     free = shutil.disk_usage(place).free + sum(sizes.values())
     if free < need:

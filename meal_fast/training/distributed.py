@@ -33,9 +33,10 @@ from .losses.sequences import Part
 from .tree_sum import TreeSum, summed_over
 
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 Drawn = list[tuple[int, Preference]]  # tasks of a meta-step: number, preference
 ONE = Layout()
-GRACE = 20.0  # seconds for the rest of a meta-step after a stop
+SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun's: seconds from a stop to its kill; or 30
 
 
 class ProcessLost(RuntimeError):
@@ -166,6 +167,13 @@ class Mesh:
                     "compute alike: use machines of one kind, with the same versions"
                 )
 
+    def beside(self) -> Any:
+        """Make one more group of all processes, for what goes on beside the training; alone: None.
+
+        Each user has its own, for calls of two threads in one group would be taken for each other.
+        """
+        return self._new([list(range(self.world))], 0, "gloo")
+
     # Sums
 
     def summed(self, parts: dict[int, list[Tensor]]) -> list[Tensor]:
@@ -258,8 +266,7 @@ class Mesh:
         raised_by = [other for _, other in held if other is not None]
         if raised_by:
             shown = error or raised_by[0]
-            shown.agreed = True  # type: ignore[union-attr]
-            raise shown
+            raise of_all(shown)
         return [value for value, _ in held]
 
     def _call(self, operation: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
@@ -277,13 +284,15 @@ class Mesh:
 class Grace:
     """Decide, between inner updates, whether a meta-step can still be ended after a stop.
 
-    A launcher kills what has not left some time after it was told to: torchrun, after 30 s. One
-    process alone always ends its meta-step; its user can press Ctrl-C again.
+    A launcher kills what has not left some time after it was told to; two thirds of that are for
+    updates. One process alone always ends its meta-step; its user can press Ctrl-C again.
     """
 
     def __init__(self, mesh: Mesh, updates: int) -> None:
         self._mesh, self._left, self._made = mesh, updates, 0
         self._begun, self._asked = time.monotonic(), 0.0
+        given = os.environ.get(SHUTDOWN, "")
+        self._grace = (int(given) if given.isdecimal() else 30) * 2 / 3
 
     def check(self, asked: bool) -> None:
         """Raise GivenUp, on every process of the group, where it cannot; before each update."""
@@ -295,7 +304,7 @@ class Grace:
             return
         self._asked = self._asked or now
         needs = left * (now - self._begun) / made if made else 0.0
-        if self._mesh.any_in_group(needs > GRACE - (now - self._asked)):
+        if self._mesh.any_in_group(needs > self._grace - (now - self._asked)):
             raise GivenUp("the meta-step would not have ended in time")
 
 
@@ -316,14 +325,29 @@ def start(config: Config) -> Mesh:
         # A launcher (Ray Train's) may have made it. Tensors go where they are, objects by gloo.
         made = not dist.is_initialized()
         if made:
-            backend = "cpu:gloo" if on_cpu else "cpu:gloo,cuda:nccl"
-            dist.init_process_group(backend, timeout=limit)
+            backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
+            dist.init_process_group(backend, timeout=limit, **_restarted(rank, world, limit))
         # Here, not above: a run of one process does without.
         from accelerate import PartialState
 
         state = PartialState(cpu=on_cpu)  # it takes that group, and this process's own device
         require(state.num_processes == world, "WORLD_SIZE", world, "no such group of processes")
         return Mesh(laid, rank, config.mesh.timeout, ends=made)
+
+
+def _restarted(rank: int, world: int, limit: timedelta) -> dict[str, Any]:
+    """Give what processes meet by that torchrun has started again; empty: what they would take.
+
+    torch 2.13 hands them the store of those before them, in which these have left where they were
+    to be reached: names of their own keep them apart.
+    """
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if start == "0":
+        return {}
+    store, rank, world = next(dist.rendezvous("env://", rank, world, timeout=limit))
+    store.set_timeout(limit)
+    own = dist.PrefixStore(f"start {start}", store)
+    return {"store": own, "rank": rank, "world_size": world}
 
 
 @contextmanager
@@ -347,6 +371,12 @@ def check_shared(out: Path, seconds: float = 10.0) -> None:
                 "folder on a file system that all machines share"
             )
         time.sleep(0.1)
+
+
+def of_all(error: E) -> E:
+    """Mark an error that all processes have: the main one says it."""
+    error.agreed = True  # type: ignore[attr-defined]
+    return error
 
 
 def _portable(error: BaseException | None) -> BaseException | None:

@@ -130,10 +130,17 @@ class Joint:
         """Give the parameters by preference; empty where one model serves all preferences."""
         return {}
 
-    def state(self) -> dict[str, Any]:
-        """Give everything that the next meta-step depends on."""
-        theta = self.held.whole([p.detach().clone() for p in self.parameters])
-        return {"theta": theta, "adam": self._of_all(self._adam(), self.held.whole)}
+    def state(self, *, copies: bool = True) -> dict[str, Any]:
+        """Give everything that the next meta-step depends on.
+
+        copies: for later; else what is given changes with the next step. Of parameters that several
+        processes hold together these are DTensors; `load_state` takes such as are whole.
+        """
+        theta = [p.detach() for p in self.parameters]
+        if copies:
+            theta = [p.clone() for p in theta]
+        adam = self._of_all(self._adam(copies=copies), self.held.assembled)
+        return {"theta": self.held.assembled(theta), "adam": adam}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave."""
@@ -148,10 +155,12 @@ class Joint:
         """Change the moments, which are shaped as parameters are."""
         return {name: x if name == "step" else change(x) for name, x in adam.items()}
 
-    def _adam(self) -> AdamState:
+    def _adam(self, *, copies: bool = True) -> AdamState:
         held = [self.optimizer.state[p] for p in self.parameters]
-        names = ("step", "exp_avg", "exp_avg_sq")
-        return {n: [s[n].clone() for s in held] for n in names} if held[0] else {}
+        if not held[0]:
+            return {}
+        found = {n: [s[n] for s in held] for n in ("step", "exp_avg", "exp_avg_sq")}
+        return {n: [x.clone() for x in xs] for n, xs in found.items()} if copies else found
 
     def _set_adam(self, adam: AdamState) -> None:
         self.optimizer.state.clear()
@@ -265,15 +274,14 @@ class Reptile(Joint):
         for theirs in self.mesh.across_groups(lambda: moved(mine, "cpu")):
             self._by_preference |= {w: s for w, s in theirs.items() if w not in mine}
 
-    def state(self) -> dict[str, Any]:
-        of = {w: self._of_all(adam, self.held.whole) for w, adam in self._by_preference.items()}
-        return {**super().state(), "by_preference": of}
+    def state(self, *, copies: bool = True) -> dict[str, Any]:
+        of = {w: self._of_all(a, self.held.assembled) for w, a in self._by_preference.items()}
+        return {**super().state(copies=copies), "by_preference": of}
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
         kept: dict[Preference, AdamState] = state["by_preference"]
-        of = {w: self._of_all(adam, self.held.parts) for w, adam in kept.items()}
-        self._by_preference = of
+        self._by_preference = {w: self._of_all(a, self.held.parts) for w, a in kept.items()}
 
 
 class ParallelReptile(Reptile):
@@ -380,7 +388,7 @@ class Separate(Joint):
         theta, _ = self._everybody()
         return theta
 
-    def state(self) -> dict[str, Any]:
+    def state(self, *, copies: bool = True) -> dict[str, Any]:
         theta, adam = self._everybody()
         return {"models": theta, "adam": adam}
 

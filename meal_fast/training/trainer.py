@@ -37,14 +37,8 @@ from meal_fast.rollout.fitting import fitting
 
 from .batch import Batch, Task
 from .calibration import calibrate
-from .checkpoint import (
-    check_space,
-    note_threads,
-    open_run,
-    write_checkpoint,
-    write_config,
-    write_policy,
-)
+from .checkpoint import Checkpoints, check_space, note_threads, write_config, write_policy
+from .checkpoint_saved import Saved
 from .collectors.base import collected
 from .completions import Completions, Row, rows_of
 from .distributed import ALONE, Drawn, Grace, Mesh, check_shared
@@ -84,7 +78,8 @@ class Trainer:
         self.on_update = on_update or (lambda metrics: None)
         self.on_answers = on_answers or (lambda rows: None)
         self.tell, self.ahead = tell, ahead
-        self.stop_requested = False
+        self.stop_requested = False  # of this process
+        self.stopped = False  # of any, when all were told so
         mesh.agreed(lambda: check_folder(config, out, resume))
         # Given back when the training ends, or the trainer is dropped.
         self._unlock = weakref.finalize(self, lambda: None)
@@ -106,7 +101,8 @@ class Trainer:
         config = config if held is None else as_saved(config, held)
         parts, remedy = mesh.layout.virtual, "the run's own number of parts; start it as it was"
         require(config.mesh.virtual in (0, parts), "mesh.virtual", parts, remedy)
-        checkpoint = mesh.agreed(lambda: open_run(config, out, resume), first=True)
+        self.checkpoints = Checkpoints(out, mesh)
+        checkpoint = self.checkpoints.open(config) if resume else None
         shared = shared_statistics(config) if checkpoint is None else None
         self.config = mesh.agreed(lambda: self._load(config), first=True)
         config = self.config
@@ -135,14 +131,15 @@ class Trainer:
         self.step = 0  # meta-steps done
         self.tokens = 0  # generated, in these
         if checkpoint is not None:
-            self.outer.load_state(checkpoint["outer"])
-            self.collector.load_state(checkpoint["experience"])
-            self.step, self.tokens = checkpoint["step"], checkpoint["tokens"]
+            state = checkpoint.load()
+            self.outer.load_state(state["outer"])
+            self.collector.load_state(state["experience"])
+            self.step, self.tokens = checkpoint.step, checkpoint.tokens
         self.journal = Journal(
             self.skips,
             self.tokens,
             config.meta.progress,
-            self._files(checkpoint or {}) if mesh.main else None,
+            self._files(checkpoint) if mesh.main else None,
             wait=mesh.layout.groups > 1,
         )
         tell("the first update")
@@ -155,11 +152,11 @@ class Trainer:
                 write_config(self.out, self.config)
             keep_template(self.out, self.policy.base_template)
 
-    def _files(self, checkpoint: Mapping[str, Any]) -> tuple[MetricsLog, Completions]:
+    def _files(self, checkpoint: Saved | None) -> tuple[MetricsLog, Completions]:
         """Open what the updates are told in, as long as they were at the checkpoint."""
         log = MetricsLog(
             self.out / "metrics.jsonl",
-            written=checkpoint.get("metrics_bytes", 0),
+            written=checkpoint.metrics_bytes if checkpoint else 0,
             first=self.done,
             in_step=self.config.meta.tasks * self.config.meta.n_inner,
             told=lambda line: self.on_update(line),
@@ -167,7 +164,7 @@ class Trainer:
         completions = Completions(
             self.out,
             self.config.names,
-            written=checkpoint.get("completions_bytes", 0),
+            written=checkpoint.completions_bytes if checkpoint else 0,
             keep=self.config.completions,
             hacking=self._hacking(),
             told=lambda rows: self.on_answers(rows),
@@ -278,27 +275,28 @@ class Trainer:
         try:
             return self._train()
         finally:
+            self.checkpoints.close()
             self.journal.close()
             self._unlock()
 
     def _train(self) -> bool:
-        saved = self.step if (self.out / "checkpoint.pt").exists() else -1
         while not self.finished:
             self.meta_step()
             self.step += 1
-            self.stop_requested = self.mesh.any(self.stop_requested)
+            stop = self.mesh.any(self.stop_requested)  # one that comes meanwhile is for the next
             due = self.step % self.config.checkpoint_every == 0
-            if due or self.stop_requested or self.finished or self.skips.too_many:
+            if due or stop or self.finished or self.skips.too_many:
                 self.save_checkpoint()
-                saved = self.step
             if self.skips.too_many:
                 raise ValueError(f"{self.skips.too_many}; what was learnt before is saved")
-            if self.stop_requested:
+            if stop:
                 break
-        if saved != self.step:
+        if self.checkpoints.latest != self.step:
             self.save_checkpoint()
+        self.checkpoints.finish()
         models = self.outer.models()
         self.mesh.agreed(lambda: self._write_end(models))
+        self.stopped = self.mesh.any(self.stop_requested)
         return self.finished
 
     def _write_end(self, models: Mapping[Preference, Sequence[Tensor]]) -> None:
@@ -385,16 +383,18 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Write everything that the rest of the run depends on."""
-        if not self.recipe.spec.models:  # of which groups have different ones
+        # Of which groups have different ones where each preference has a model.
+        if self.mesh.world > 1 and not self.recipe.spec.models:
             held = self.outer.held
-            theta = sum(x.detach().double().sum() for x in held.whole(held.local))
+            theta = sum(p.detach().double().sum() for p in held.local)
+            if self.policy.in_parts:
+                theta = held.norm([p.detach() for p in held.local])
             self.mesh.same(repr(float(theta)), f"meta-step {self.step}: the sum of all parameters")
         state = {
             "step": self.step,
             "tokens": self.tokens,
             **self.journal.sync(),
-            "outer": self.outer.state(),
+            "outer": self.outer.state(copies=False),
             "experience": self.collector.state(),  # the name that runs have been saved with
         }
-        write = partial(write_checkpoint, self.out, state, self.config)
-        self.mesh.agreed(lambda: write() if self.mesh.main else None)
+        self.checkpoints.save(state, self.config)

@@ -18,6 +18,8 @@ from torch import Tensor
 
 Node = tuple[int, int]  # level from the leaves up, place in it
 _BUCKET = 1 << 24  # numbers that are exchanged at once
+# By its later name, where torch has it and warns of the other.
+_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 Guarded = Callable[..., Any]  # calls a collective operation: (operation, *arguments)
 
@@ -120,7 +122,7 @@ def summed_over(
         for node, part in zip((n for h in held for n in h), found.split(width), strict=True):
             slices.put(node, [part])
         gathered = first.new_empty(size * width)
-        call(dist.all_gather_into_tensor, gathered, slices.whole[0], group=group)
+        call(_gather, gathered, slices.whole[0], group=group)
         parts = gathered[:length].split([shape.numel() for shape in shapes])
         for i, shape, part in zip(places, shapes, parts, strict=True):
             whole[i] = part.view(shape)

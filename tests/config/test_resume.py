@@ -49,3 +49,22 @@ def test_a_broken_config_is_harmless(tmp_path, text):
     if text is not None:
         (tmp_path / "config.json").write_bytes(text)
     assert resume_command(tmp_path) == f"python -m meal_fast.train --resume --out {tmp_path}"
+
+
+@pytest.mark.reliability("lost", "the same command starts a run, and goes on with it")
+def test_one_command_starts_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["tiny", "--out", "run", "--meta.steps", "3", "--resume-or-start"]
+    config, args = parse_train(command)
+    assert not args.resume
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.lock").write_text("")  # of one that was killed at once
+    assert not parse_train(command)[1].resume
+    (tmp_path / "run" / "config.json").write_text(json.dumps(to_dict(config)))
+    assert parse_train(command) == (
+        config,
+        args.__class__(out=args.out, resume=True, evaluate=True),
+    )
+    # Without PRESET the configuration is the run's own, as with --resume.
+    assert parse_train(["--out", "run", "--resume-or-start"])[0] == config
+    assert not parse_train(["tiny", "--out", "run"])[1].resume

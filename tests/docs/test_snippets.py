@@ -9,6 +9,7 @@ import pytest
 
 from meal_fast.__main__ import COMMANDS
 from meal_fast.config.cli import parse_train
+from meal_fast.config.plan_cli import parse_plan
 from meal_fast.evaluation.comparison_spec import parse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +46,8 @@ def test_commands_are_understood(argv):
         parse_train(rest)
     elif command == "compare":
         parse(rest, "")
+    elif command == "plan":
+        parse_plan(rest)
 
 
 def test_all_kinds_are_seen():

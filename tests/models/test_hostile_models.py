@@ -14,7 +14,7 @@ import torch
 from meal_fast import chat, evaluate, export, train
 from meal_fast.config.cli import one_line_errors
 from meal_fast.models.policy import load_policy
-from meal_fast.training.checkpoint import read_checkpoint
+from meal_fast.training.checkpoint_files import read_checkpoint
 from meal_fast.training.preference_net import PreferenceNet
 from tests.helpers.processes import assert_one_line
 from tests.helpers.run_folder import build_run, tiny_config

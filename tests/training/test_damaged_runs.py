@@ -2,8 +2,8 @@
 
 import json
 import os
+import pickle
 import shutil
-import zipfile
 
 import pytest
 import torch
@@ -11,7 +11,9 @@ import torch
 from meal_fast import chat, evaluate
 from meal_fast.config.config import from_dict
 from meal_fast.config.presets import preset
+from meal_fast.training.checkpoint_saved import manifest, read_sound
 from meal_fast.training.trainer import Trainer
+from tests.helpers.checkpoints import as_old, every_file
 from tests.helpers.processes import assert_same_runs, train_here
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -90,7 +92,7 @@ def resumed(run, capfd):
 @pytest.mark.reliability("fault", "every file of a run's folder damaged in 8 ways, then resumed")
 def test_resumed_from_a_damaged_folder(runs, tmp_path, capfd, record_property):
     names, tried, refused = files_of(runs / "half"), 0, 0
-    assert {"checkpoint.pt", "checkpoint.previous.pt", "warmup/report.json"} < set(names)
+    assert {*every_file(runs / "half"), "warmup/report.json"} < set(names) and len(names) > 12
     for name in names:
         for how in DAMAGES:
             run = tmp_path / "run"
@@ -111,54 +113,141 @@ def test_resumed_from_a_damaged_folder(runs, tmp_path, capfd, record_property):
 
 @pytest.mark.reliability("fault", "a damaged checkpoint: the one before is gone on with")
 @pytest.mark.parametrize("how", DAMAGES)
-def test_the_checkpoint_before_is_taken(runs, tmp_path, capfd, how):
-    run = tmp_path / "run"
-    shutil.copytree(runs / "half", run)
-    damage(run / "checkpoint.pt", how)
+@pytest.mark.parametrize("part", ["rank-00000.safetensors", "manifest.json"])
+def test_the_checkpoint_before_is_taken(runs, tmp_path, capfd, part, how):
+    run = shutil.copytree(runs / "half", tmp_path / "run")
+    damage(run / "ckpt/step-3" / part, how)
     code, err = resumed(run, capfd)
     assert code == 0
-    found = [x for x in err.splitlines() if "going on from checkpoint.previous.pt" in x]
-    if how.startswith("a bit") and not found:  # between two parts, where nothing is read
-        return assert_same_runs(run, runs / "whole")
-    (line,) = found
-    assert line.startswith(f"meal-fast: {run}: checkpoint.pt is ") and "meta-step 2" in line
+    (line,) = [x for x in err.splitlines() if "going on from ckpt/step-2, meta-step 2" in x]
+    assert line.startswith(f"meal-fast: {run}: ckpt/step-3 is ") and part in line
     assert_same_runs(run, runs / "whole")
-    both = tmp_path / "both"
-    shutil.copytree(runs / "half", both)
-    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
-        damage(both / name, how)
+    assert {p.name for p in (run / "ckpt").iterdir()} == {"step-3", "step-4", "LATEST"}
+    both = shutil.copytree(runs / "half", tmp_path / "both")
+    for step in (2, 3):
+        damage(both / f"ckpt/step-{step}" / part, how)
     code, err = resumed(both, capfd)
-    if how == "missing":
-        assert "has no checkpoint yet" in err and code == 0  # from the first update
-        assert_same_runs(both, runs / "whole")
-        return
-    assert code == 2
-    assert "nothing to go on from: checkpoint.pt is " in err and "checkpoint.previous.pt is" in err
+    assert code == 2 and "nothing to go on from: ckpt/step-3 is " in err and "ckpt/step-2 is" in err
 
 
-@pytest.mark.reliability("silent", "one bit flipped in each part of a checkpoint's archive")
+@pytest.mark.reliability("fault", "a checkpoint or its name missing, or taken for another one")
+def test_a_checkpoint_that_is_not_where_it_should_be(runs, tmp_path, capfd):
+    def without(run):
+        shutil.rmtree(run / "ckpt/step-3")
+
+    def no_folder(run):
+        shutil.rmtree(run / "ckpt")
+
+    def swapped(run):
+        first, second = (run / f"ckpt/step-{n}" for n in (2, 3))
+        first.rename(run / "ckpt/aside")
+        second.rename(first)
+        (run / "ckpt/aside").rename(second)
+
+    def parts_swapped(run):
+        first, second = (run / f"ckpt/step-{n}/rank-00000.safetensors" for n in (2, 3))
+        kept = first.read_bytes()
+        first.write_bytes(second.read_bytes())
+        second.write_bytes(kept)
+
+    def named(text):
+        return lambda run: (run / "ckpt/LATEST").write_bytes(text)
+
+    for change, code, words in (
+        (without, 0, "ckpt/step-3 is missing; going on from ckpt/step-2, meta-step 2"),
+        (no_folder, 0, "has no checkpoint yet"),
+        (swapped, 2, "ckpt/step-3 is another one: it was written as step-2"),
+        (parts_swapped, 2, "nothing to go on from: ckpt/step-3 is damaged: rank-00000"),
+        (named(b""), 0, "ckpt/LATEST names no checkpoint; going on from ckpt/step-3"),
+        (named(b"\xff\0"), 0, "ckpt/LATEST names no checkpoint; going on from ckpt/step-3"),
+        (named(b"../policy\n"), 0, "ckpt/LATEST names no checkpoint; going on from ckpt/step-3"),
+        (named(b"step-9\n"), 0, "ckpt/step-9 is missing; going on from ckpt/step-3"),
+        (named(b"step-2\n"), 0, ""),  # by hand: to go back to the one before
+        (lambda run: (run / "ckpt/LATEST").unlink(), 0, "LATEST names no checkpoint; going on"),
+    ):
+        run = shutil.copytree(runs / "half", tmp_path / "run")
+        change(run)
+        found, err = resumed(run, capfd)
+        assert found == code and words in err, err
+        assert words or "going on" not in err
+        if code == 0:
+            assert_same_runs(run, runs / "whole")
+        shutil.rmtree(run)
+    run = shutil.copytree(runs / "half", tmp_path / "run")
+    for step in (2, 3):
+        shutil.rmtree(run / f"ckpt/step-{step}")
+    code, err = resumed(run, capfd)  # there was one: it does not start again from the first update
+    assert code == 2 and "nothing to go on from: ckpt/step-3 is missing" in err
+    (run / "ckpt/step-3").symlink_to(runs / "half/ckpt/step-3")
+    code, err = resumed(run, capfd)
+    assert code == 2 and "'ckpt/step-3' is a link" in err
+
+
+@pytest.mark.reliability("silent", "one bit flipped in each tensor and each word of a checkpoint")
 def test_a_flipped_bit_in_any_tensor_is_seen(runs, tmp_path):
-    from meal_fast.training.checkpoint import read_checkpoint
+    folder = shutil.copytree(runs / "half/ckpt/step-3", tmp_path / "step-3")
+    assert read_sound(folder).step == 3
+    path = folder / "rank-00000.safetensors"
+    data = path.read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:begin])
+    places = [begin + sum(at["data_offsets"]) // 2 for n, at in header.items() if n[0] != "_"]
+    assert len(places) > 40
+    for at in (0, 9, begin - 1, *places):
+        path.write_bytes(flipped(data, at))
+        with pytest.raises(ValueError, match=r"is damaged: rank-\d+\.safetensors is not what was"):
+            read_sound(folder)
+    path.write_bytes(data)
+    path = folder / "manifest.json"
+    data = path.read_bytes()
+    for at in range(0, len(data), 7):
+        path.write_bytes(flipped(data, at))
+        with pytest.raises(ValueError, match=r"^is damaged: manifest.json is not what was written"):
+            read_sound(folder)
 
-    path = runs / "half" / "checkpoint.pt"
-    data, whole = path.read_bytes(), read_checkpoint(path)
-    with zipfile.ZipFile(path) as archive:
-        parts = [i for i in archive.infolist() if i.file_size]
-    bad, spoilt = tmp_path / "checkpoint.pt", 0
-    assert len(parts) > 40
-    for part in parts:
-        # Behind the local header: its name and an extra field that aligns the data.
-        name, extra = data[part.header_offset + 26], data[part.header_offset + 28 :][:2]
-        start = part.header_offset + 30 + name + int.from_bytes(extra, "little")
-        assert zipfile.ZipFile(path).read(part) == data[start : start + part.file_size]
-        bad.write_bytes(flipped(data, start + part.file_size // 2))
-        try:
-            state = read_checkpoint(bad)
-        except ValueError:
-            spoilt += 1
-        else:  # a part that nothing is read from: byte order, version
-            assert state["digest"] == whole["digest"], part.filename
-    assert spoilt >= len(parts) - 6
+
+@pytest.mark.reliability("attack", "a manifest, with its digest, that leads elsewhere or lies")
+def test_a_manifest_that_was_made_up_is_refused(runs, tmp_path):
+    folder = shutil.copytree(runs / "half/ckpt/step-3", tmp_path / "step-3")
+    path = folder / "manifest.json"
+    good = json.loads(path.read_text())
+    del good["digest"]
+    (tmp_path / "rank-1.safetensors").write_bytes(b"mine")
+    name = next(iter(good["tensors"]))
+    huge, file = [1 << 40], "rank-00000.safetensors"
+
+    def read(**changes):
+        path.write_text(manifest(good | changes))
+        return read_sound(folder).load()
+
+    assert read()["outer"].keys() == {"theta", "adam", "by_preference"}
+    changed = good["tensors"][name]
+
+    def tensor(**changes):
+        return {"tensors": good["tensors"] | {name: changed | changes}}
+
+    for changes in (
+        {"parts": {"../rank-1.safetensors": [4, ""]}},
+        {
+            "tensors": good["tensors"]
+            | {name: changed | {"shape": huge, "chunks": [[file, [0], huge]]}}
+        },
+        {"tensors": good["tensors"] | {name: changed | {"chunks": []}}},
+        {"tensors": good["tensors"] | {name: changed | {"chunks": [["../x", [0, 0], [1, 1]]]}}},
+        {"tensors": good["tensors"] | {name: changed | {"dtype": "load"}}},
+        {"tensors": {}},
+        {"tensors": []},
+        {"state": {"exec": "1"}},
+        {"state": {"dict": 3}},
+        {"state": {"tensor": name}},
+        {"step": -1},
+        {"step": "3"},
+        {"tokens": 1.5},
+        {"parts": 3},
+        {"format": 2},
+    ):
+        with pytest.raises(ValueError, match=r"^(is|has) "):
+            read(**changes)
 
 
 class Payload:
@@ -167,14 +256,51 @@ class Payload:
 
 
 @pytest.mark.reliability("attack", "a checkpoint whose pickle runs code")
-def test_a_checkpoint_that_runs_code_is_refused(runs, tmp_path, capfd, monkeypatch):
-    run = tmp_path / "run"
-    shutil.copytree(runs / "half", run)
+@pytest.mark.parametrize("place", ["checkpoint.pt", ".metadata", "manifest.json", "part", "LATEST"])
+def test_a_checkpoint_that_runs_code_is_refused(runs, tmp_path, capfd, monkeypatch, place):
+    run = shutil.copytree(runs / "half", tmp_path / "run")
     monkeypatch.chdir(tmp_path)
-    torch.save({"step": 1, "outer": Payload()}, run / "checkpoint.pt")
+    evil = pickle.dumps(Payload())
+    if place == "checkpoint.pt":
+        as_old(run)
+        torch.save({"step": 1, "outer": Payload()}, run / "checkpoint.pt")
+        words = "checkpoint.pt is damaged, cut short, or no checkpoint"
+    elif place == "LATEST":
+        (run / "ckpt/LATEST").write_bytes(evil)
+        words = "names no checkpoint"
+    elif place == ".metadata":  # where torch's own storages have theirs
+        (run / "ckpt/step-3/.metadata").write_bytes(evil)
+        (run / "ckpt/.metadata").write_bytes(evil)
+        words = ""
+    else:
+        names = {"part": "rank-00000.safetensors", "manifest.json": "manifest.json"}
+        (run / "ckpt/step-3" / names[place]).write_bytes(evil)
+        words = f"is damaged: {names[place]} is not what was written"
     code, err = resumed(run, capfd)
-    assert code == 0 and "checkpoint.pt is damaged, cut short, or no checkpoint" in err
+    assert code == 0 and words in err
     assert not (tmp_path / "reached").exists()
+    assert_same_runs(run, runs / "whole")
+
+
+def test_one_of_an_earlier_version_goes_on_and_gives_way(runs, tmp_path, capfd):
+    """A folder with checkpoint.pt is read as before; when two others are there it is removed."""
+    for damaged in (False, True):
+        run = shutil.copytree(runs / "half", tmp_path / f"run{damaged}")
+        as_old(run)
+        if damaged:
+            damage(run / "checkpoint.pt", "half")
+        code, err = resumed(run, capfd)
+        assert code == 0 and ("going on from checkpoint.previous.pt, meta-step 2" in err) == damaged
+        assert_same_runs(run, runs / "whole")
+        names = {p.name for p in run.iterdir()} | {p.name for p in (run / "ckpt").iterdir()}
+        assert {"LATEST", "step-4"} < names
+        old = {"checkpoint.pt", "checkpoint.previous.pt"}
+        assert old.isdisjoint(names) if damaged else old < names  # of meta-steps 3 and 4, or of 4
+    (run / "checkpoint.pt").unlink(missing_ok=True)
+    as_old(run)
+    (run / "checkpoint.pt").unlink()
+    code, err = resumed(run, capfd)
+    assert code == 0 and "checkpoint.pt is missing; going on from checkpoint.previous.pt" in err
 
 
 @pytest.mark.reliability("silent", "another option in config.json than the run was saved with")
@@ -217,27 +343,15 @@ def test_no_checkpoint_is_written_of_what_is_not_finite(tmp_path):
     trainer = Trainer(from_dict(SMALL | {"warmup": {"steps": 0}}, preset("tiny")), tmp_path / "run")
     trainer.meta_step()
     trainer.save_checkpoint()
-    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    trainer.checkpoints.finish()
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in every_file(tmp_path / "run")}
     with torch.no_grad():
         trainer.policy.trainable[0].view(-1)[0] = float("nan")
+    trainer.step += 1
     with pytest.raises(ValueError, match="not finite; the checkpoint before it is kept"):
         trainer.save_checkpoint()
-    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
-    assert not list((tmp_path / "run").glob("*.tmp"))
-
-
-def test_without_links_the_checkpoint_before_is_a_copy(tmp_path, monkeypatch):
-    def refused(*_):
-        raise OSError("no links here")
-
-    monkeypatch.setattr(os, "link", refused)
-    config = from_dict(SMALL | {"warmup": {"steps": 0}}, preset("tiny"))
-    assert Trainer(config, tmp_path / "run").train()
-    steps = [
-        torch.load(tmp_path / "run" / name, weights_only=True)["step"]
-        for name in ("checkpoint.pt", "checkpoint.previous.pt")
-    ]
-    assert steps == [4, 3]
+    after = {name: (tmp_path / "run" / name).read_bytes() for name in every_file(tmp_path / "run")}
+    assert after == before and len(before) == 3
 
 
 @pytest.mark.slow
@@ -257,7 +371,7 @@ def test_evaluated_from_a_damaged_folder(runs, tmp_path, capfd, record_property)
         found = json.loads((run / "evaluation.json").read_text())
         return {k: found[k] for k in ("answers", "prompts", "utopia", "reference_point")}
 
-    names = [n for n in files_of(runs / "whole") if not n.startswith(("checkpoint", "completions"))]
+    names = [n for n in files_of(runs / "whole") if not n.startswith(("ckpt", "completions"))]
     want, tried, refused = None, 0, 0
     for name in [None, *names]:
         for how in DAMAGES if name else ["whole"]:
@@ -306,7 +420,7 @@ def test_another_template_is_seen(runs, tmp_path, capfd, change):
 @pytest.mark.reliability("message", "a resume on a disk with room beside what is there")
 def test_what_is_there_counts_as_room(runs, tmp_path, capfd, monkeypatch):
     run = shutil.copytree(runs / "half", tmp_path / "half")
-    size = (run / "checkpoint.pt").stat().st_size
+    size = sum(p.stat().st_size for p in (run / "ckpt/step-3").iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 2 * size))
     code, err = resumed(run, capfd)
     assert code == 0, err

@@ -3,6 +3,7 @@
 import errno
 import gc
 import importlib
+import os
 
 import pytest
 
@@ -93,19 +94,17 @@ def test_interrupted_in_a_command(run, tmp_path, capfd, monkeypatch, command, wh
 @pytest.mark.reliability("message", "a disk that is full before the first checkpoint, and after")
 @pytest.mark.parametrize("after", [0, 1])
 def test_a_full_disk_says_what_is_saved(tmp_path, capfd, monkeypatch, after):
-    full, calls, real = (
-        OSError(errno.ENOSPC, "No space left on device"),
-        [0],
-        module.write_checkpoint,
-    )
+    full, calls, real = OSError(errno.ENOSPC, "No space left on device"), [0], os.fsync
 
-    def write(*args):
-        calls[0] += 1
-        if calls[0] > after:
-            raise full
-        real(*args)
+    def fsync(number):
+        name = os.readlink(f"/proc/self/fd/{number}")
+        if name.endswith(".safetensors") and "/ckpt/" in name:
+            calls[0] += 1
+            if calls[0] > after:
+                raise full
+        real(number)
 
-    monkeypatch.setattr(module, "write_checkpoint", write)
+    monkeypatch.setattr(os, "fsync", fsync)  # what a disk may first say of a file that is written
     more = ["--checkpoint_every", "1", "--no-evaluate"]
     assert train_here(*argv(tmp_path / "run"), *more) == 2
     err = said(capfd)
@@ -115,6 +114,7 @@ def test_a_full_disk_says_what_is_saved(tmp_path, capfd, monkeypatch, after):
     )
     assert ("the last checkpoint is good" in last) == bool(after)
     assert ("there is no checkpoint yet" in last) == (not after)
+    assert not list((tmp_path / "run").rglob("*.tmp"))
     monkeypatch.undo()
     assert train_here(*argv(tmp_path / "run"), *more, "--resume") == 0
 

@@ -56,7 +56,7 @@ def moment(kind, run, pid, chance):
         until(pid, lambda: lines(run) >= there + more)
         time.sleep(chance.uniform(0, 0.03))
     elif kind == "checkpoint":
-        until(pid, lambda: (run / "checkpoint.pt.tmp").exists())
+        until(pid, lambda: list(run.glob("ckpt/*.tmp")))
         time.sleep(chance.choice([0, 0.0005, 0.001, 0.003]))
     elif kind == "policy":
         until(pid, lambda: (run / "policy.tmp").exists() or (run / "policy").exists())
@@ -107,7 +107,7 @@ def test_fifty_kills_and_every_run_ends_as_the_unbroken_one(tmp_path, record_pro
             assert_same_runs(run, straight)
             assert saved(run) == want
             assert timeless(run) == timeless(straight)
-            assert not list(run.glob("*.tmp*")) and not (run / "run.lock").exists()
+            assert not list(run.rglob("*.tmp*")) and not (run / "run.lock").exists()
     finally:
         server.close()
     assert {"updates", "checkpoint", "early"} <= kinds.keys() and len(updates(straight)) == 48

@@ -49,7 +49,7 @@ def test_a_run_leaves_every_model(whole):
     names = {path.name for path in run.iterdir()}
     assert names == {
         "config.json", "template.json", "statistics.json", "metrics.jsonl", "completions.jsonl",
-        "checkpoint.pt", "checkpoint.previous.pt", "policy.json", "policy", FILE, "cost.json",
+        "ckpt", "policy.json", "policy", FILE, "cost.json",
         "evaluation.json", "front.png", "report.html",
     }  # fmt: skip
     models, config = MODELS[recipe], json.loads((run / "config.json").read_text())

@@ -22,6 +22,7 @@ from meal_fast.training.preference_net import PreferenceNet
 from meal_fast.training.skips import Skips
 from meal_fast.training.trainer import Trainer
 from meal_fast.training.warmup import learned
+from tests.helpers.checkpoints import saved
 from tests.helpers.processes import train_here
 
 pytestmark = [
@@ -84,8 +85,7 @@ def test_one_broken_gradient_is_skipped(tmp_path, monkeypatch, recipe, more, val
     (row,) = [row for row in rows if "skipped" in row]
     assert row["not_finite"].keys() == {"grad_norm"} and row["left_out"] == epochs
     assert "loss" not in row and "loss" in rows[0]
-    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    tensors = list(every_tensor(state["outer"]))
+    tensors = list(every_tensor(saved(tmp_path / "run").load()["outer"]))
     assert tensors and all(bool(x.isfinite().all()) for x in tensors)
 
 
@@ -164,9 +164,8 @@ def test_too_many_in_a_row_end_the_run_with_what_it_had(tmp_path, capfd, monkeyp
     assert last.count("\n") == 1
     for words in (f"update {4 + limit}: grad_norm nan", f"skip_limit={limit}", "lower grpo.lr"):
         assert words in last
-    state = torch.load(run / "checkpoint.pt", weights_only=True)
-    assert state["step"] == (2 if limit == 1 else 3)
-    tensors = list(every_tensor(state["outer"]))
+    assert saved(run).step == (2 if limit == 1 else 3)
+    tensors = list(every_tensor(saved(run).load()["outer"]))
     assert all(bool(x.isfinite().all()) for x in tensors)
     monkeypatch.undo()
     assert train_here("--resume", "--no-evaluate", "--out", str(run)) == 0  # it was a passing one

@@ -36,7 +36,7 @@ def start(tmp_path: Path, *more: str) -> subprocess.Popen[str]:
         ],
         cwd=ROOT,
         env={**ENVIRONMENT, "PYTHONPATH": path, "HANGING": str(tmp_path / "hanging"),
-             "CHECKPOINT": str(tmp_path / "run/checkpoint.pt")},
+             "CHECKPOINT": str(tmp_path / "run/ckpt/LATEST")},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -82,7 +82,7 @@ def test_a_signal_ends_a_run_whose_objective_hangs(
     assert took < 20
     assert "objective 'long' did not come back within 5 s" in said and "--resume" in said
     assert "Traceback" not in said
-    assert (tmp_path / "run/checkpoint.pt").is_file()
+    assert (tmp_path / "run/ckpt/LATEST").is_file()
 
 
 @pytest.mark.reliability("lost", "a run whose objective hangs beyond objectives_timeout")
@@ -93,7 +93,7 @@ def test_a_late_objective_ends_the_run_with_one_line(tmp_path: Path) -> None:
     line = next(line for line in said.splitlines() if line.startswith("meal-fast: error:"))
     assert "objective 'long' has not come back within 1 seconds for" in line
     assert "--objectives_timeout SECONDS" in line and "the last checkpoint is good" in line
-    assert (tmp_path / "run/checkpoint.pt").is_file()
+    assert (tmp_path / "run/ckpt/LATEST").is_file()
 
 
 @pytest.mark.reliability("message", "what a late objective's message advises: resume, evaluate")

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from meal_fast.config.presets import preset
 from meal_fast.config.run_dir import read_config
 from meal_fast.data.toy import build_world
 from meal_fast.training.trainer import Trainer
+from tests.helpers.checkpoints import saved
 from tests.helpers.processes import (
     ENVIRONMENT,
     ROOT,
@@ -72,7 +74,7 @@ def test_a_run_leaves_everything(whole):
     names = {path.name for path in run.iterdir()}
     assert names == {
         "config.json", "template.json", "statistics.json", "metrics.jsonl", "completions.jsonl",
-        "checkpoint.pt", "checkpoint.previous.pt", "policy", "policy.json", "cost.json",
+        "ckpt", "policy", "policy.json", "cost.json",
         "evaluation.json", "front.png", "report.html",
     }  # fmt: skip
     config = preset("tiny")
@@ -151,10 +153,11 @@ def test_metrics_after_the_checkpoint_are_dropped_and_made_again(tmp_path):
     assert not trainer.train()
     with open(run / "metrics.jsonl", "ab") as file:
         file.write(b'{"update": 4, "seconds": {"rollout": 1}}\n{"update": 5, "sco')
-    (run / "checkpoint.pt.tmp").write_bytes(b"half")
+    (run / "ckpt/step-2.tmp").mkdir()
+    (run / "ckpt/step-2.tmp/rank-00000.safetensors").write_bytes(b"half")
     assert train_here("--resume", "--no-evaluate", "--out", str(run)) == 0  # the run's own config
     assert updates(run) == updates(straight)
-    assert not list(run.glob("*.tmp"))
+    assert not list(run.rglob("*.tmp"))
 
 
 def test_stopped_before_its_first_checkpoint_it_starts_again(tmp_path):
@@ -193,7 +196,7 @@ def test_a_signal_saves_and_leaves(tmp_path, straight, number):
     _, err = process.communicate()
     assert process.returncode == 130, err
     assert "go on with python -m meal_fast.train --resume" in err
-    step = torch.load(run / "checkpoint.pt", weights_only=True)["step"]
+    step = saved(run).step
     assert 1 <= step < 25 and len(updates(run)) == 4 * step  # a whole number of meta-steps
     assert train_here(*LONG, "--resume", "--out", str(run)) == 0
     assert updates(run) == straight
@@ -373,14 +376,18 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_good(tmp_path):
     run = tmp_path / "run"
     process = start(*argv, "--out", str(run))
     wait_for_updates(process, run, 5)  # the second meta-step: there is a checkpoint of the first
-    size = (run / "checkpoint.pt").stat().st_size
+    give_up = time.monotonic() + 60
+    while not (run / "ckpt/LATEST").exists():  # it is written while the training goes on
+        assert process.poll() is None and time.monotonic() < give_up
+        time.sleep(0.001)
+    size = max(p.stat().st_size for p in run.glob("ckpt/step-*/*.safetensors"))
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size // 2, size // 2))
     _, err = process.communicate()
     assert process.returncode == 2, err
     assert_one_line(
         err[err.rindex("meal-fast: error") :], "out=", "last checkpoint is good", "--resume"
     )
-    assert not list(run.glob("*.tmp"))
+    assert not list(run.rglob("*.tmp"))
 
     resumed = Trainer(read_config(run), run, resume=True)
     straight = Trainer(read_config(run), tmp_path / "straight")

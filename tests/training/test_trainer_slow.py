@@ -5,7 +5,6 @@ import time
 
 import numpy as np
 import pytest
-import torch
 
 from meal_fast.config.config import from_dict
 from meal_fast.config.presets import preset
@@ -16,6 +15,7 @@ from meal_fast.data_types import Prompt
 from meal_fast.models.policy import load_policy
 from meal_fast.rollout import Request, rollout
 from meal_fast.training.trainer import Trainer
+from tests.helpers.checkpoints import saved
 from tests.helpers.processes import SMALL, start, updates, wait_for_updates
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -42,18 +42,18 @@ def test_killed_at_random_moments_and_resumed_to_the_same_bits(tmp_path):
         _, err = process.communicate()
         assert process.returncode == -9, err  # it was at work: no resume has failed, none ended
         kills += 1
-        if (run / "checkpoint.pt").exists():
+        if (run / "ckpt/LATEST").exists():
             # The checkpoint is whole, and the log holds everything up to it.
-            held = torch.load(run / "checkpoint.pt", weights_only=True)
+            held = saved(run)
             log = (run / "metrics.jsonl").read_bytes()
-            assert log[: held["metrics_bytes"]].count(b"\n") == 4 * held["step"] >= reached
-            reached = 4 * held["step"]
+            assert log[: held.metrics_bytes].count(b"\n") == 4 * held.step >= reached
+            reached = 4 * held.step
     assert 0 < reached < 160
     process = start(*argv, "--resume", "--out", str(run))
     _, err = process.communicate()
     assert process.returncode == 0, err
     assert updates(run) == updates(straight)
-    assert not list(run.glob("*.tmp"))
+    assert not list(run.rglob("*.tmp"))
 
 
 # ---- the concave front
