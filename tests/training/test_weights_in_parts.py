@@ -9,10 +9,10 @@ from tests.helpers.processes import refused
 
 CHEAP = {"score": {"calibration": 4}, "meta": {"steps": 2}}
 FULL = {"policy": {"tuning": "full"}}
-HYPER = {"recipe": "meal", "meal": {"update": "hypergradient", "every": 1}}
+
 QUICK = {"lora": {}, "full": FULL}
 SLOW = {
-    "lora, meal": HYPER | {"rollout": {"prompts": 4}},
+    "lora, meal": {"recipe": "meal"},
     "lora, mo-odpo": {"recipe": "mo-odpo", "grpo": {"beta": 0.1}},
     "lora, soups": {"recipe": "rewarded-soups"},
     "lora, ric": {"recipe": "ric"},
@@ -84,7 +84,7 @@ def test_a_run_goes_on_where_the_weights_are_whole_and_back(tmp_path):
             ["--recipe", "meal", "--meal.update", "hypergradient", "--policy.tuning", "full"],
             "policy.tuning=lora",
         ),
-        (["--rollout.backend", "hf"], "rollout.backend='hf'"),
+        (["--rollout.backend", "generate"], "rollout.backend='generate'"),
     ],
 )
 def test_what_cannot_hold_weights_together_is_refused_at_once(capfd, tmp_path, options, word):
