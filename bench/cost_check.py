@@ -43,19 +43,6 @@ ROUNDS = 9
 ROWS, NUMBERS = 1024, 64 << 20
 
 
-class Watched(Trainer):
-    """A Trainer that keeps the lengths of what it learns from, and each update's line."""
-
-    def __init__(self, *args: Any, **named: Any) -> None:
-        self.prefixes: list[int] = []
-        self.lines: list[dict[str, Any]] = []
-        super().__init__(*args, on_update=self.lines.append, **named)
-
-    def update_policy(self, batch: Batch, tasks: Sequence[Task]) -> list[dict[str, float]]:
-        self.prefixes += map(len, batch.rolled.prefix)
-        return super().update_policy(batch, tasks)
-
-
 def best(work: Callable[[], object]) -> float:
     """Give the least seconds of ROUNDS calls, after one."""
     work()
@@ -93,14 +80,22 @@ def main() -> None:
     flops, bandwidth = measured_card()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "run")
-        trainer = Watched(config, out)
+        lines: list[dict[str, Any]] = []
+        trainer = Trainer(config, out, on_update=lines.append)
+        prefixes: list[int] = []
+        learn: Any = trainer.update_policy
+
+        def watched(batch: Batch, tasks: Sequence[Task]) -> Any:
+            prefixes.extend(map(len, batch.rolled.prefix))
+            return learn(batch, tasks)
+
+        trainer.update_policy = watched  # type: ignore[assignment]
         trainer.train()
         note_cost(out, trainer.policy.device)
         peak = json.loads((out / "cost.json").read_text())["peak_bytes"]
         saved = (out / "checkpoint.pt").stat().st_size
-    lines = trainer.lines
     answer = sum(x["tokens"] for x in lines) / (len(lines) * work_of(config).rows)
-    work = work_of(config, statistics.mean(trainer.prefixes), answer)
+    work = work_of(config, statistics.mean(prefixes), answer)
     card = card_named("cpu", flops=flops, bandwidth=bandwidth)
     laid = layout(config, 1)
     said = cost(work, shape_of(config.policy.path), card, laid)

@@ -52,6 +52,8 @@ class Rollout:
     reused_tokens: int  # of the rows' prefixes, that did not have to
     seconds: float
     task_id: tuple[int, ...] = ()  # B, the task whose adapter answered; empty: there is one adapter
+    # float32, where another program sampled: its log-probabilities; logp_RT are the learner's own.
+    behaviour_logp_RT: Tensor | None = None
 
     @cached_property
     def groups(self) -> tuple[int, ...]:
@@ -85,7 +87,7 @@ class Rollout:
         first, last = groups[0], groups[-1]
         prefix = self.prefix[first : last + 1]
         fresh = sum(map(len, set(prefix)))
-        width = max(lengths)
+        width, behaviour = max(lengths), self.behaviour_logp_RT
         rollout = replace(
             self,
             prompts=self.prompts[first : last + 1],
@@ -95,6 +97,7 @@ class Rollout:
             tokens_RT=self.tokens_RT[rows, :width],
             mask_RT=self.mask_RT[rows, :width],
             logp_RT=self.logp_RT[rows, :width],
+            behaviour_logp_RT=None if behaviour is None else behaviour[rows, :width],
             finish=self.finish[rows],
             texts=self.texts[rows],
             prefill_tokens=fresh,
@@ -109,6 +112,7 @@ class Rollout:
 
         numbers: the same on the host, where they are known there.
         """
+        behaviour = self.behaviour_logp_RT
         at, numbers = rows.to(self.group_R.device), rows.tolist() if numbers is None else numbers
         rollout = replace(
             self,
@@ -117,6 +121,7 @@ class Rollout:
             tokens_RT=self.tokens_RT[at],
             mask_RT=self.mask_RT[at],
             logp_RT=self.logp_RT[at],
+            behaviour_logp_RT=None if behaviour is None else behaviour[at],
             finish=tuple(self.finish[i] for i in numbers),
             texts=tuple(self.texts[i] for i in numbers),
         )

@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 from meal_fast.common import say, tell
 from meal_fast.config.cli import TrainArgs, fail, one_line_errors, parse_train, require_packages
 from meal_fast.config.config import Config, to_dict
+from meal_fast.config.errors import GivenUp, ProcessLost
 from meal_fast.config.mesh import Layout, layout, world_of
 from meal_fast.config.plan import run_plan, whole_plan
 from meal_fast.config.resume import resume_command
@@ -110,7 +111,7 @@ def train(config: Config, args: TrainArgs) -> None:
             display.stage("loading PyTorch")
             from meal_fast.data.objective_calls import ObjectiveError
             from meal_fast.evaluation.asked import check_ahead
-            from meal_fast.training.distributed import GivenUp, ProcessLost, start
+            from meal_fast.training.distributed import start
             from meal_fast.training.loggers import Loggers
             from meal_fast.training.metrics import note_cost
             from meal_fast.training.trainer import Trainer

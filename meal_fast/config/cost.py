@@ -93,7 +93,7 @@ def cost(work: Work, model: ModelShape, card: Card, layout: Layout) -> Cost:
     hops = 4 * _rounds(layout.parts) * card.shares.hop
     update = {
         "rollout": rollout_seconds(work, model, card, layout, engine),
-        "reward": reward_seconds(work, card, layout),
+        "reward": reward_seconds(work, card, layout, memory.dtype),
         "learn": learn,
         "weights to the sampler": weights,
         "exchange in a group": (rows + gradients) / within + hops + waited,
@@ -130,7 +130,7 @@ def rollout_seconds(
     head = model.vocab * model.width
     half = work.prompt_tokens / 2
     prefill = prompts * work.prompt_tokens * (2 * model.linear + _attention(model, half))
-    seconds = prefill / (cards * card.products(b) * shares.prefill)
+    seconds = prefill / (cards * card.products(engine.dtype) * shares.prefill)
     slots = min(rows, engine.slots)
     context = work.prompt_tokens + work.response_tokens / 2
     read = b * (model.linear + head + slots * model.kv * context) + 16 * slots * model.vocab
@@ -138,7 +138,7 @@ def rollout_seconds(
     products = slots * (2 * (model.linear + head) + extra + _attention(model, context))
     step = max(
         read / (cards * card.bandwidth * shares.read),
-        products / (cards * card.products(b) * shares.decode),
+        products / (cards * card.products(engine.dtype) * shares.decode),
     )
     step += model.layers * (_APART if extra else _LAUNCHES) * shares.launch
     if cards > 1:  # two sums over the cards a layer
@@ -151,11 +151,16 @@ def rollout_seconds(
     return seconds
 
 
-def reward_seconds(work: Work, card: Card, layout: Layout) -> float:
-    """Give the seconds of an update's reward models, float32: 2 products a weight and token."""
+def reward_seconds(work: Work, card: Card, layout: Layout, dtype: str) -> float:
+    """Give the seconds of an update's reward models: 2 products a weight and token.
+
+    Their weights are float32. On a GPU their products are rounded only where the policy's are, in
+    tfloat32. A row is taken to have the policy's prefix: the most that it can have.
+    """
     tokens = work.rows / layout.parts * (work.prompt_tokens + work.response_tokens)
     products = sum(2 * reward.linear * tokens for reward in work.rewards)
-    return products / (card.flops_full * card.shares.prefill)
+    own = dtype if dtype == "tfloat32" else "float32"
+    return products / (card.products(own) * card.shares.prefill)
 
 
 def learn_seconds(work: Work, model: ModelShape, card: Card, layout: Layout, memory: Held) -> float:
@@ -175,7 +180,7 @@ def learn_seconds(work: Work, model: ModelShape, card: Card, layout: Layout, mem
     products = (work.learnt_tokens * body + work.learnt_responses * head) / layout.parts
     shard = layout.shard if full else 1
     step = _ADAM * memory.trained / shard / (card.bandwidth * card.shares.read)
-    return work.epochs * (products / (card.products(memory.bytes) * card.shares.learn) + step)
+    return work.epochs * (products / (card.products(memory.dtype) * card.shares.learn) + step)
 
 
 def held_sums(numbers: range, count: int) -> int:

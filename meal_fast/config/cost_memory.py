@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .engine import Engine, engine_cards, weight_bytes
+from .engine import Engine, bytes_of, engine_cards, weight_type
 from .hardware import Card
 from .mesh import Layout
 from .model_shape import ModelShape
@@ -21,11 +21,16 @@ class Held:
     """Bytes of a card: always, to sample, to learn, and to end a meta-step."""
 
     trained: int  # n
-    bytes: int  # b
+    dtype: str  # of the model's weights
     engine: Engine
     micro_tokens: int  # of a pass forward and back
     phases: dict[str, dict[str, float]]  # "always", and what is held beside it at times
     least: float  # with the smallest micro-batch and one row's cache
+
+    @property
+    def bytes(self) -> int:
+        """Give b."""
+        return bytes_of(self.dtype)
 
     @property
     def most(self) -> float:
@@ -62,7 +67,8 @@ def activation_bytes(model: ModelShape, b: int, recompute: bool) -> float:
 
 def held(work: Work, model: ModelShape, card: Card, layout: Layout) -> Held:
     """Count what a card holds; see `_always`, `_learning`, `_sampling` and `_ending`."""
-    n, b = trained_numbers(work, model), weight_bytes(work, card)
+    n, dtype = trained_numbers(work, model), weight_type(work, card)
+    b = bytes_of(dtype)
     own = n / (layout.shard if work.tuning == "full" else 1)
     cards = engine_cards(work, model, card, layout)
     on_gpu = card.name != "cpu"
@@ -84,7 +90,8 @@ def held(work: Work, model: ModelShape, card: Card, layout: Layout) -> Held:
     # An update's virtual shards are sampled one after the other.
     rows, prompts = (x / layout.virtual * cards for x in (work.rows, work.prompts))
     growing = max(1, min(slots, round(rows)))
-    bytes_ = 2 if work.backend == "vllm" else b
+    own_type = "bfloat16" if work.backend == "vllm" else dtype
+    bytes_ = bytes_of(own_type)
     token = bytes_ * model.kv / cards
     wanted = growing * _rounded(work.max_new_tokens) + max(prompts, 1) * _rounded(row)
     cache = min(token * wanted, work.cache_bytes or budget)
@@ -95,7 +102,7 @@ def held(work: Work, model: ModelShape, card: Card, layout: Layout) -> Held:
     }
     lora = work.tuning == "lora"
     apart = n if lora and bytes_ == 2 else 0
-    engine = Engine(cards, bytes_, growing, apart, merged=lora and not apart)
+    engine = Engine(cards, own_type, growing, apart, merged=lora and not apart)
     least = sum(always.values()) + max(
         temporary + token * row,
         sum(learning.values()) - learning["activations"] + max(row, min(256, micro)) * a_token,
@@ -106,7 +113,7 @@ def held(work: Work, model: ModelShape, card: Card, layout: Layout) -> Held:
         "to learn": learning,
         "to end": _ending(work, layout, own),
     }
-    return Held(n, b, engine, micro, {k: _there(v) for k, v in phases.items()}, least)
+    return Held(n, dtype, engine, micro, {k: _there(v) for k, v in phases.items()}, least)
 
 
 def _always(
@@ -114,8 +121,8 @@ def _always(
 ) -> dict[str, float]:
     """Give b P / S of weights; for all parameters a reference, 4 P / S; factors 4 n; Adam 8 n.
 
-    Reptile's theta, 4 n, and with persist_v Adam's 8 n as they were; a sum of the tasks' deltas,
-    and v, 4 n or 8 n, once a level of the tree that they are added in; per_preference 8 n a task
+    Reptile's theta, 4 n, and with persist_v Adam's 8 n as they were; sums of the tasks' deltas, and
+    v, 4 n or 8 n, as many as the tree holds while the next task learns; per_preference 8 n a task
     (more in a long run); a model for each preference 12 n a task of the group, and the first, 4 n.
     Of all parameters a process has its shard of each.
     """
@@ -130,11 +137,11 @@ def _always(
     }
     if work.reptile:
         found["theta and Adam before"] = (12 if persists else 4) * own
-        found["sums of deltas and v"] = (8 if persists else 4) * own * tasks.bit_length()
+        found["sums of deltas and v"] = (8 if persists else 4) * own * _levels(tasks)
         found["Adam's of preferences"] = 8 * own * work.tasks * (work.adam == "per_preference")
     if work.models:
         found["a model a preference"] = (4 + 12 * tasks) * own
-        found["sums of distances"] = 4 * own * tasks.bit_length()
+        found["sums of distances"] = 4 * own * _levels(tasks)
     return found
 
 
@@ -155,12 +162,22 @@ def _learning(
 
 
 def _ending(work: Work, layout: Layout, own: float) -> dict[str, float]:
-    """Give what a meta-step's end makes beside the sums: means, and what other groups have sent."""
+    """Give what a meta-step's end makes: the last task's sum, means, and other groups' sums."""
     if not work.reptile:
-        return {}
+        return {"the last distance": 4 * own * bool(work.models)}
     persists = work.adam == "persist_v"
-    sent = (8 if persists else 4) * own * (layout.groups > 1)
-    return {"means": (12 if persists else 4) * own, "sums of all groups": sent}
+    each = (8 if persists else 4) * own
+    means = (12 if persists else 4) * own
+    return {
+        "the last delta and v": each,
+        "means": means,
+        "other groups' sums": each * (layout.groups > 1),
+    }
+
+
+def _levels(tasks: int) -> int:
+    """Give the most sums that a tree of so many leaves holds before the last one comes."""
+    return tasks.bit_length() - 1
 
 
 def _copy(

@@ -23,6 +23,14 @@ _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 LONGEST = 4000  # characters of an error's line
 
 
+class ProcessLost(RuntimeError):
+    """Another process of the run has ended, or did not answer in time."""
+
+
+class GivenUp(RuntimeError):
+    """A stop was asked for, and the meta-step would not have ended in time."""
+
+
 def fail(message: object) -> NoReturn:
     """Print one line, `meal-fast: error: message`, on stderr and leave with exit code 2.
 

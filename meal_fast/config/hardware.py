@@ -46,7 +46,8 @@ class Card:
     name: str
     memory: float  # bytes
     flops: float  # dense products of what frozen weights are: bfloat16 on a GPU, float32 on a CPU
-    flops_full: float  # of float32 weights: tfloat32 on a GPU
+    flops_full: float  # of float32 weights of which all are trained: tfloat32 on a GPU
+    flops_exact: float  # of float32, nothing rounded
     bandwidth: float  # bytes/s of its memory
     link: float  # bytes/s, one way, to a card of its node
     nic: float  # bytes/s, one way, to another node
@@ -56,14 +57,23 @@ class Card:
     shares: Shares = Shares()
 
     def __post_init__(self) -> None:
-        for name in ("memory", "flops", "flops_full", "bandwidth", "link", "nic", "node"):
+        for name in (
+            "memory",
+            "flops",
+            "flops_full",
+            "flops_exact",
+            "bandwidth",
+            "link",
+            "nic",
+            "node",
+        ):
             value = getattr(self, name)
             good = 0 < value < 1e30
             require(good, f"card {self.name!r}: {name}", value, "must be positive, below 1e30")
 
-    def products(self, weight_bytes: int) -> float:
-        """Give the FLOP/s of products with weights of so many bytes."""
-        return self.flops if weight_bytes == 2 else self.flops_full
+    def products(self, dtype: str) -> float:
+        """Give the FLOP/s of products with weights of a type, as policy.dtype names it."""
+        return {"bfloat16": self.flops, "tfloat32": self.flops_full}.get(dtype, self.flops_exact)
 
     def between(self, cards: int) -> float:
         """Give the bytes/s, one way, that `cards` neighbours reach among themselves."""
@@ -73,12 +83,13 @@ class Card:
 # SXM modules. NVLink: half of the data sheet's sum of both ways; a NIC of 400 (A100: 200) Gb/s a
 # card. The CPU: one core of the machine of docs/scale.md, its shares too.
 CARDS = {
-    "h100": Card("h100", 80 * GB, 989e12, 494e12, 3.35e12, 450 * GB, 50 * GB, 8, 2 * GB),
-    "h200": Card("h200", 141 * GB, 989e12, 494e12, 4.8e12, 450 * GB, 50 * GB, 8, 2 * GB),
-    "a100": Card("a100", 80 * GB, 312e12, 156e12, 2.039e12, 300 * GB, 25 * GB, 8, 2 * GB),
+    "h100": Card("h100", 80 * GB, 989e12, 494e12, 67e12, 3.35e12, 450 * GB, 50 * GB, 8, 2 * GB),
+    "h200": Card("h200", 141 * GB, 989e12, 494e12, 67e12, 4.8e12, 450 * GB, 50 * GB, 8, 2 * GB),
+    "a100": Card("a100", 80 * GB, 312e12, 156e12, 19.5e12, 2.039e12, 300 * GB, 25 * GB, 8, 2 * GB),
     "cpu": Card(
         "cpu",
         24 * GB,
+        231e9,
         231e9,
         231e9,
         41 * GB,
@@ -111,6 +122,7 @@ def card_named(
     if flops is not None:
         like = CARDS.get(name, CARDS["h100"])  # in the same proportion
         changes["flops_full"] = flops * like.flops_full / like.flops
+        changes["flops_exact"] = flops * like.flops_exact / like.flops
     if name not in CARDS:
         remedy = (
             f"not known; choose from {', '.join(CARDS)}, or give --card-memory, --card-flops and "

@@ -73,7 +73,7 @@ def of_cost(found: Cost) -> Lines:
     trained = f"{how.get(work.tuning, 'all parameters')}: {count(memory.trained)} trained"
     about = f"{count(model.parameters)} parameters, {model.layers} layers of {model.width:,}"
     nodes = -(-laid.world // card.node)
-    speed = f"{card.products(memory.bytes) / 1e12:g} TFLOP/s, {card.bandwidth / 1e12:.3g} TB/s"
+    speed = f"{card.products(memory.dtype) / 1e12:g} TFLOP/s, {card.bandwidth / 1e12:.3g} TB/s"
     cards = (
         f"{laid.world:,} x {card.name} of {size(card.memory)} ({speed}), {nodes:,} "
         f"node{_s(nodes)} of {card.node}"

@@ -117,7 +117,7 @@ def _check_outer(config: Config, spec: RecipeSpec) -> None:
         for ok, reason in (
             (bool(spec.at_once), f"recipe {config.recipe!r} has no tasks that go at once"),
             (tuning == "lora", f"policy.tuning={tuning!r} has no adapters to stack"),
-            (backend == "engine", f"rollout.backend={backend!r} takes one adapter: use engine"),
+            (backend != "generate", f"rollout.backend={backend!r} takes one adapter: use engine"),
         ):
             require(ok, "meta.parallel", True, f"{reason}; or leave it out")
 
@@ -147,6 +147,8 @@ def _check_collector(config: Config, spec: RecipeSpec) -> None:
         f"recipe {config.recipe!r} rejects on the engine alone",
     )
     require(backend == "engine" or not spec.rejects, "rollout.backend", backend, remedy)
+    shard, remedy = config.mesh.shard, "vLLM is given whole weights; use rollout.backend=engine"
+    require(backend != "vllm" or shard == 1, "mesh.shard", shard, remedy)
     if config.ric.data:
         remedy = "a data set generates no tokens, and would never end: set meta.steps instead"
         require(not config.meta.tokens, "meta.tokens", config.meta.tokens, remedy)

@@ -255,6 +255,9 @@ class GRPOConfig:
         "Rows of a group that GRPO learns from, those of the largest |advantage|; 0 keeps all [R].",
     )
     epochs: int = opt(1, "Updates made from each rollout.")
+    importance_cap: float = opt(
+        2.0, "Cap of the importance weights of rows that vLLM sampled; 0 weighs none [R]."
+    )
     micro_tokens: int = opt(
         0,
         "Tokens of one forward and backward pass: fewer need less memory. 0 takes 1024 "
@@ -271,6 +274,8 @@ class GRPOConfig:
             value = getattr(self, name)
             require(value >= 0, f"grpo.{name}", value, "must not be negative")
         require(self.clip_low < 1, "grpo.clip_low", self.clip_low, "must be below 1")
+        cap = self.importance_cap
+        require(cap == 0 or 1 <= cap < math.inf, "grpo.importance_cap", cap, "0, or at least 1")
         for name in ("epochs", "skip_limit"):
             value = getattr(self, name)
             require(value >= 1, f"grpo.{name}", value, "must be at least 1")

@@ -45,6 +45,7 @@ class Engine:
     """Samples from one network whose weights stay as they are: see `engine`."""
 
     name: ClassVar[str] = "engine"
+    foreign: ClassVar[bool] = False
     capabilities: ClassVar[frozenset[Capability]] = frozenset(
         ("adapters", "any-network", "rejection")
     )
@@ -183,6 +184,7 @@ def engine(
     max_rows: int = 0,
     max_cache_bytes: int = 0,
     join: bool = False,
+    adapters: int = 1,  # no effect: of tasks there may be any number
 ) -> Iterator[Engine]:
     """Open an `Engine` on the policy as it is now, or on `network`: its reference, or any other.
 

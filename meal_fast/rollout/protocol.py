@@ -22,6 +22,7 @@ class Backend(Protocol):
     """A sampler that is open on one network, whose weights stay as they are: `open_backend`."""
 
     name: ClassVar[str]  # as `rollout.backend` has it
+    foreign: ClassVar[bool]  # whether log-probabilities come of other model code than the learner's
     capabilities: ClassVar[frozenset[Capability]]
 
     @property

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from meal_fast.common import require
 from meal_fast.config.config import Config
+from meal_fast.config.errors import GivenUp, ProcessLost
 from meal_fast.config.mesh import Layout, layout, world_of
 from meal_fast.data.preferences import Preference
 from meal_fast.models.threads import automatic
@@ -37,14 +38,6 @@ E = TypeVar("E", bound=BaseException)
 Drawn = list[tuple[int, Preference]]  # tasks of a meta-step: number, preference
 ONE = Layout()
 SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun's: seconds from a stop to its kill; or 30
-
-
-class ProcessLost(RuntimeError):
-    """Another process of the run has ended, or did not answer in time."""
-
-
-class GivenUp(RuntimeError):
-    """A stop was asked for, and the meta-step would not have ended in time."""
 
 
 class Mesh:

@@ -76,6 +76,7 @@ def together(parts: Sequence[Rollout], places: Sequence[Sequence[int]]) -> tuple
     def of_requests(name: str) -> tuple[Any, ...]:
         return tuple(getattr(parts[part], name)[i] for part, i in at)
 
+    learners = parts[0].behaviour_logp_RT is None  # logp_RT: no other program has sampled
     rolled = Rollout(
         prompts=of_requests("prompts"),
         prefix=of_requests("prefix"),
@@ -84,6 +85,7 @@ def together(parts: Sequence[Rollout], places: Sequence[Sequence[int]]) -> tuple
         tokens_RT=all_rows("tokens_RT"),
         mask_RT=all_rows("mask_RT"),
         logp_RT=all_rows("logp_RT"),
+        behaviour_logp_RT=None if learners else all_rows("behaviour_logp_RT"),
         finish=all_of("finish"),
         texts=all_of("texts"),
         on_policy=all(p.on_policy for p in parts),

@@ -15,7 +15,7 @@ from meal_fast.config.hardware import CARDS, Card, Shares, card_named
 from meal_fast.config.mesh import Layout, layout
 from meal_fast.config.model_shape import MODELS, reward_shape, shape_from, shape_of
 from meal_fast.config.workload import work_of
-from meal_fast.training.tree_sum import nodes
+from meal_fast.training.tree_sum import TreeSum, nodes
 
 SMALL = {
     "vocab_size": 48,
@@ -29,7 +29,7 @@ SMALL = {
 PLAIN = Shares(
     learn=1.0, prefill=1.0, decode=1.0, read=1.0, link=1.0, launch=0.0, push=1.0, hop=0.0
 )
-CARD = Card("plain", 1e15, 1e9, 1e9, 1e9, 1e6, 1e6, 8, 0.0, half=True, shares=PLAIN)
+CARD = Card("plain", 1e15, 1e9, 1e9, 1e9, 1e9, 1e6, 1e6, 8, 0.0, half=True, shares=PLAIN)
 
 
 def found(options=None, laid=None, *, model="packaged:smollm2-135m", card=CARD, lengths=(64, 16)):
@@ -103,6 +103,18 @@ def test_what_is_trained_is_what_the_policy_trains(tiny, how):
         p.grad = None
 
 
+@pytest.mark.parametrize("tasks", range(1, 17))
+def test_sums_of_tasks_are_those_that_the_tree_holds(tasks):
+    tree, most = TreeSum(tasks), 0
+    for number in range(tasks):
+        most = max(most, len(tree.held))  # while this task learns
+        tree.add(number, [torch.zeros(1)])
+    config = from_dict({"meta": {"tasks": tasks}}, preset("tiny"))
+    got = cost(work_of(config), shape_of("world:tiny"), CARDS["cpu"], Layout())
+    n = got.memory.trained
+    assert got.memory.phases["always"].get("sums of deltas and v", 0) == 8 * n * most
+
+
 def test_lora_s_factors_of_smollm2_by_hand():
     # q 576 + 576, k and v 576 + 192, o 576 + 576, gate and up 576 + 1536, down 1536 + 576
     sides = 1152 + 2 * 768 + 1152 + 3 * 2112
@@ -141,7 +153,9 @@ def test_what_adds_passes():
 
 
 def test_seconds_of_sampling_are_of_reading_or_of_products():
-    slow_memory = dataclasses.replace(CARD, bandwidth=1e6, flops=1e29, flops_full=1e29)
+    slow_memory = dataclasses.replace(
+        CARD, bandwidth=1e6, flops=1e29, flops_full=1e29, flops_exact=1e29
+    )
     got = found(card=slow_memory, lengths=(64, 16))
     # 64 rows at a time: weights once a step, keys and values of each row, its logits
     kv = 2 * 30 * 3 * 64
@@ -159,6 +173,18 @@ def test_seconds_of_rewards_by_hand():
     assert reward_shape("packaged:harmless").linear == linear
     got = found(lengths=(64, 16))
     assert got.seconds["reward"] == pytest.approx(2 * 2 * 2 * linear * 64 * 80 / 1e9)
+
+
+def test_products_are_of_the_type_that_the_policy_has():
+    """float32 weights of reward models are rounded where the policy's are, and not otherwise."""
+    card = dataclasses.replace(CARD, flops=8e9, flops_full=4e9, flops_exact=1e9)
+    seconds = {}
+    for how, dtype in (("lora", "auto"), ("full", "auto"), ("lora", "float32")):
+        options = {"policy": {"tuning": how, "dtype": dtype}}
+        seconds[how, dtype] = found(options, card=card).seconds
+    exact, rounded, plain = seconds.values()
+    assert exact["reward"] == plain["reward"] == pytest.approx(4 * rounded["reward"])
+    assert plain["learn"] > 6 * exact["learn"]
 
 
 def test_sums_are_held_and_sent_as_the_tree_does_it():

@@ -1,5 +1,6 @@
 """What a run's checkpoints hold, and such as earlier versions wrote."""
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -42,3 +43,11 @@ def as_old(run: Path) -> None:
     for folder, name in zip([newest, *others], OLD_CHECKPOINTS, strict=False):
         torch.save(old_state(folder), run / name)
     shutil.rmtree(run / CHECKPOINTS)
+
+
+def part_size(run: Path, rank: int) -> int:
+    """Bytes of a process's part of a checkpoint, while the run goes on; 0: none is there."""
+    for part in run.glob(f"{CHECKPOINTS}/step-*/rank-{rank:05}.safetensors"):
+        with contextlib.suppress(FileNotFoundError):  # just removed
+            return part.stat().st_size
+    return 0

@@ -13,8 +13,7 @@ from meal_fast.config.config import RejectionConfig, RolloutConfig, from_dict
 from meal_fast.data_types import Prompt
 from meal_fast.rollout import Request, Sampling, backend, open_backend, rejection_sample, rollout
 from meal_fast.rollout.backends import BACKENDS, capable
-from meal_fast.rollout.backends.vllm import from_vllm, vllm_adapter, vllm_options, vllm_requests
-from meal_fast.rollout.sequence import Drawn
+from meal_fast.training.recipes import recipe_of
 from tests.helpers.run_folder import tiny_config, tiny_policy
 
 PROMPTS = [Prompt("a", "Write a short word."), Prompt("b", "Hi"), Prompt("c", "Write a list, now!")]
@@ -24,7 +23,6 @@ REQUESTS.append(Request(PROMPTS[1], None))
 OPTIONS = {"max_new_tokens": 8, "temperature": 0.9, "seed": 3, "rng_key": ("test", 4)}
 generate_rollout = backend("generate")
 vllm_rollout = partial(rollout, backend="vllm")
-with_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +101,8 @@ def test_generate_leaves_the_model_as_it_found_it(policy):
     assert_same(rollout(policy, REQUESTS[:2], **OPTIONS), plain)
 
 
-@pytest.mark.parametrize("sampler", [generate_rollout, pytest.param(vllm_rollout, marks=with_vllm)])
-def test_what_they_refuse(policy, sampler):
+def test_what_it_refuses(policy):
+    sampler = generate_rollout
     with pytest.raises(ValueError, match="nothing to sample"):
         sampler(policy, [], **OPTIONS)
     with pytest.raises(ValueError, match="samples=0"):
@@ -198,64 +196,11 @@ def test_vllm_is_asked_for_by_the_name_of_its_extra(policy):
         backend("vllm")
     with pytest.raises(ValueError, match=r"rollout\.backend='vllm': .*meal-fast\[vllm\]"):
         vllm_rollout(policy, REQUESTS, **OPTIONS)
+    config = tiny_config(rollout={"backend": "vllm"})
+    with pytest.raises(ValueError, match=r"rollout\.backend='vllm': .*meal-fast\[vllm\]"):
+        recipe_of(config).collector.check(config)  # before a run loads anything
 
 
-@with_vllm
-def test_vllm_takes_our_requests():
-    sampling = Sampling(7, 0.9, 3)
-    prompts, settings = vllm_requests([(1, 2), (3,)], [11, 12], frozenset({9, 5}), sampling)
-    assert [p["prompt_token_ids"] for p in prompts] == [[1, 2], [3]]
-    first, second = settings
-    assert first.n == 1 and first.max_tokens == 7 and first.temperature == 0.9
-    assert first.seed != second.seed and 0 <= first.seed < 1 << 63
-    assert (first.top_k, first.top_p, first.min_p, first.logprobs) == (0, 1.0, 0.0, 0)
-    assert first.stop_token_ids == [5, 9] and first.ignore_eos and not first.detokenize
-    again = vllm_requests([(1, 2)], [11], frozenset({9, 5}), sampling)[1][0]
-    assert again.seed == first.seed
-    greedy = vllm_requests([(1,)], [1], frozenset(), replace(sampling, temperature=0.0))[1][0]
-    assert greedy.temperature == 0
-
-
-@with_vllm
-def test_vllm_takes_our_options(tmp_path):
-    import inspect
-    from typing import get_args
-
-    from vllm import LLM
-    from vllm.config.lora import MaxLoRARanks
-    from vllm.engine.arg_utils import EngineArgs
-
-    for rank in (0, 1, 16, 17, 64, 200):
-        made = EngineArgs(**vllm_options(str(tmp_path), "bfloat16", rank))
-        assert made.enable_lora == (rank > 0)
-        assert rank <= made.max_lora_rank and made.max_lora_rank in get_args(MaxLoRARanks)
-    assert made.logprobs_mode == "processed_logprobs" and made.model == str(tmp_path)
-    assert {"prompts", "lora_request", "use_tqdm"} <= set(
-        inspect.signature(LLM.generate).parameters
-    )
-    assert {"model", "dtype", "skip_tokenizer_init"} <= set(inspect.signature(LLM).parameters)
-
-
-@with_vllm
-def test_vllm_outputs_and_adapters(tmp_path):
-    from vllm.logprobs import Logprob
-    from vllm.outputs import CompletionOutput, RequestOutput
-
-    def output(finish):
-        logprobs = [{4: Logprob(-0.5, 1)}, {2: Logprob(-0.1, 1), 9: Logprob(-2.5, 7)}]
-        completion = CompletionOutput(0, "", [4, 9], None, logprobs, finish_reason=finish)
-        return RequestOutput("7", None, [1, 2], None, [completion], True)
-
-    assert from_vllm(output("stop")) == Drawn([4, 9], [-0.5, -2.5], "stop")
-    assert from_vllm(output("length")).finish == "length"
-    with pytest.raises(ValueError, match="vllm request 7: ended by 'abort'"):
-        from_vllm(output("abort"))
-    one, two = vllm_adapter(str(tmp_path)), vllm_adapter(str(tmp_path))
-    assert one.lora_int_id != two.lora_int_id and one.lora_path == str(tmp_path)
-
-
-@with_vllm
-def test_vllm_refuses_a_policy_of_all_parameters():
-    policy = tiny_policy(tiny_config(policy={"tuning": "full"}))
-    with pytest.raises(ValueError, match=r"policy\.tuning='full'"):
-        vllm_rollout(policy, REQUESTS, **OPTIONS)
+def test_vllm_is_given_no_model_that_lies_in_parts():
+    with pytest.raises(ValueError, match=r"mesh\.shard=2: .* use rollout\.backend=engine"):
+        from_dict({"rollout": {"backend": "vllm"}, "mesh": {"shard": 2}})

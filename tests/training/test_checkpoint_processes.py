@@ -2,9 +2,6 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,39 +9,21 @@ import pytest
 from meal_fast.config.config import to_dict
 from meal_fast.training.checkpoint import Checkpoints
 from tests.helpers import checkpoint_process as process
-from tests.helpers.processes import ENVIRONMENT, ROOT
+from tests.helpers.ranks import Ranks
 
 LIMIT = 240  # seconds of a start
 
 
 def together(out: Path, mode: str, world: int) -> list[tuple[int, dict[str, str]]]:
     """Run so many processes to their end: exit code, and what each saw."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(world),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.checkpoint_process", str(out), mode],
-            cwd=ROOT,
-            env={**environment, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    found = []
-    try:
-        for one in started:
-            said, err = one.communicate(timeout=LIMIT)
-            assert said or one.returncode < 0, err
-            found.append((one.returncode, json.loads(said or "{}")))
-    finally:
-        for one in started:
-            one.kill()
-    return found
+    said = out.with_name(f"{mode}-{world}")
+    with Ranks(said, str(out), mode, world=world) as ranks:
+        ranks.module = "tests.helpers.checkpoint_process"
+        codes = ranks.start().wait(LIMIT)
+        lines = [[x for x in ranks.said(r).splitlines() if x[:1] == "{"] for r in range(world)]
+        assert all(lines[r] or code < 0 for r, code in enumerate(codes)), ranks.said()
+    seen = [json.loads(line[-1]) if line else {} for line in lines]
+    return list(zip(codes, seen, strict=True))
 
 
 @pytest.fixture(scope="module")

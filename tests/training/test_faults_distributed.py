@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.checkpoints import part_size
 from tests.helpers.processes import ROOT, assert_same_runs, train_here, updates
 from tests.helpers.ranks import Ranks, alive, descendants, environment, free_port, lines
 
@@ -230,9 +231,9 @@ def test_a_broken_gradient_on_one_is_skipped_on_all(tmp_path, layout):
 def test_a_full_disk_ends_all(tmp_path, straight, layout):
     run, options = tmp_path / "run", LAYOUTS[layout]
     with Ranks(tmp_path / "first", *TINY, *options, "--out", str(run)) as ranks:
-        ranks.start().until(lambda: lines(run) >= 3 * IN_STEP)
-        limit = (run / "checkpoint.pt").stat().st_size // 2
-        resource.prlimit(ranks.processes[0].pid, resource.RLIMIT_FSIZE, (limit, limit))
+        ranks.start().until(lambda: lines(run) >= 3 * IN_STEP and part_size(run, 1) > 0)
+        limit = part_size(run, 1) // 2  # of the one that writes nothing else
+        resource.prlimit(ranks.processes[1].pid, resource.RLIMIT_FSIZE, (limit, limit))
         assert ranks.wait(GONE) == [2, 2], ranks.said()
     said = error(ranks.said(0))
     assert "last checkpoint is good" in said and "make room" in said, said

@@ -15,7 +15,7 @@ from meal_fast.ops import policy_loss_from_logp
 from meal_fast.ops.gemm import lora_linear
 from meal_fast.rollout import Request, rollout
 from meal_fast.training.losses.grpo import grpo, most_telling
-from meal_fast.training.losses.sequences import micro_batches, packed
+from meal_fast.training.losses.sequences import micro_batches, packed, token_logp_RT
 from tests.helpers.run_folder import tiny_config, tiny_policy
 
 TEMPERATURE = 0.9
@@ -264,3 +264,75 @@ def test_with_keep_the_gradient_is_that_of_the_kept_rows_alone(setting):
     grpo(policy, rolled, scored, config, TEMPERATURE)
     whole = gradients(policy)
     assert max((whole[name] - value).abs().max() for name, value in want.items()) > 1e-4
+
+
+@pytest.mark.parametrize("cap", [2.0, 1.0, 0.0])
+def test_rows_of_another_program_are_weighted_by_what_it_differs_in_truncated(setting, cap):
+    """Against advantages that carry the weights: a row's tokens all differ by the same here."""
+    policy, rolled, scored = setting
+    config = dataclasses.replace(tiny_config().grpo, beta=0.3, micro_tokens=40, importance_cap=cap)
+    gap_R = torch.linspace(-1.5, 1.5, 12)
+    theirs = dataclasses.replace(
+        rolled, behaviour_logp_RT=(rolled.logp_RT - gap_R[:, None]) * rolled.mask_RT
+    )
+    metrics = grpo(policy, theirs, scored, config, TEMPERATURE)
+    got = gradients(policy)
+    weight_R = gap_R.exp().clamp(max=cap) if cap else torch.ones(12)
+    plain = dataclasses.replace(scored, advantage_R=scored.advantage_R * weight_R)
+    unweighted = grpo(policy, rolled, plain, config, TEMPERATURE)
+    for name, gradient in gradients(policy).items():
+        torch.testing.assert_close(got[name], gradient, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(metrics["loss"], unweighted["loss"])
+    lengths = rolled.mask_RT.sum(1)
+    mean = (gap_R.abs() * lengths).sum() / lengths.sum()
+    torch.testing.assert_close(metrics["logp_gap"], mean)
+    assert "logp_gap" not in unweighted and ("importance" in metrics) == (cap > 0)
+    if cap:
+        torch.testing.assert_close(
+            metrics["importance"], (weight_R * lengths).sum() / lengths.sum()
+        )
+        cut = ((gap_R.exp() >= cap) * lengths).sum() / lengths.sum()
+        torch.testing.assert_close(metrics["importance_capped"], cut)
+
+
+def test_where_nobody_else_sampled_the_cap_changes_no_bit(setting):
+    policy, rolled, scored = setting
+    assert rolled.behaviour_logp_RT is None
+    made = []
+    for cap in (0.0, 2.0):
+        config = dataclasses.replace(tiny_config().grpo, importance_cap=cap)
+        metrics = grpo(policy, rolled, scored, config, TEMPERATURE)
+        made.append((metrics, gradients(policy)))
+    (one, first), (two, second) = made
+    assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+def test_the_weights_go_with_their_rows():
+    rolled = rows_of(torch.tensor([0, 0, 1, 1]))
+    rolled = dataclasses.replace(
+        rolled, behaviour_logp_RT=10.0 + rolled.logp_RT, task_id=(0, 1), logp_RT=rolled.logp_RT
+    )
+    assert rolled.of_rows(torch.tensor([1, 3])).behaviour_logp_RT.tolist() == [[11.0], [13.0]]
+    parts = [rolled.of_task(rows).behaviour_logp_RT.tolist() for rows in rolled.tasks]
+    assert parts == [[[10.0], [11.0]], [[12.0], [13.0]]]
+
+
+@pytest.mark.parametrize("cap", [0.5, -1.0, float("inf"), float("nan")])
+def test_a_cap_that_is_none_is_refused(cap):
+    with pytest.raises(ValueError, match=r"grpo\.importance_cap=.*: 0, or at least 1"):
+        dataclasses.replace(tiny_config().grpo, importance_cap=cap)
+
+
+def test_log_probabilities_of_tokens_are_the_samplers_own(setting):
+    policy, rolled, _ = setting
+    again = rollout(
+        policy,
+        [Request(p, (0.7, 0.3), 4) for p in rolled.prompts],
+        max_new_tokens=7,
+        temperature=TEMPERATURE,
+        seed=0,
+    )
+    own = token_logp_RT(policy.network, again, TEMPERATURE, micro_tokens=40)
+    torch.testing.assert_close(own, again.logp_RT, atol=1e-5, rtol=0)
+    assert not own[~again.mask_RT].any()

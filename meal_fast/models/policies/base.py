@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class Policy(PromptFormat, ABC):
 
     adapter: Adapter | None = None  # of a guide: the policy then is the base model, guided by it
     rank: int = 0  # of LoRA's factors; 0: there are none
+    tasks: multi_lora.Tasks = ()  # factors that stand in for its own: `stacked`
     source: str = ""  # where it was loaded from, as `policy.path` has it
     sharded: Sharded | None = None  # where processes hold its weights together: `models.sharding`
 
@@ -41,7 +42,7 @@ class Policy(PromptFormat, ABC):
         self.served: Network | None = None  # what it samples from, where a guide is put to it
         self._copy: Served | None = None  # the same, where weights are copied: see `merged`
         self.kept: Any = None  # what a sampler keeps for as long as the copy stays
-        self.trainable = list(self.named.values())
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
         # Tokens that the model can see: `models.probe` lowers it to what position tables hold.
         self.context = min(context_of(self.causal_lm.config), self.tokenizer.model_max_length)
 
@@ -67,6 +68,11 @@ class Policy(PromptFormat, ABC):
     def sizes(self) -> Sizes:
         """How much goes at once; decided once, when it is first asked for."""
         return sizes_of(self.network)
+
+    @property
+    def saved_rank(self) -> int:
+        """Rank of the factors that `save_factors` writes; 0: there are none."""
+        return 0
 
     @abstractmethod
     def reference(self) -> AbstractContextManager[Network]:
@@ -130,7 +136,8 @@ class Policy(PromptFormat, ABC):
     @property
     def named(self) -> dict[str, nn.Parameter]:
         """What is trained, by name, in the order of `trainable`."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        own = {id(p) for p in self.trainable}  # not `requires_grad`: `reference` may switch it off
+        return {name: p for name, p in self.model.named_parameters() if id(p) in own}
 
     @contextmanager
     def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
@@ -155,14 +162,21 @@ class Policy(PromptFormat, ABC):
         """Raise ValueError where `stacked` would."""
         multi_lora.layers_of(self.model, self.network.body, self.trainable)
 
-    def stacked(self, tasks: multi_lora.Tasks) -> AbstractContextManager[None]:
+    @contextmanager
+    def stacked(self, tasks: multi_lora.Tasks) -> Iterator[None]:
         """Send every token through its own task's adapter, within it: see `models.multi_lora`.
 
         `tasks[t]` stand in for `trainable`. Without tasks nothing changes.
         """
         if not tasks:
-            return nullcontext()
-        return multi_lora.stacked(self.model, self.network.body, self.trainable, tasks)
+            yield
+            return
+        with multi_lora.stacked(self.model, self.network.body, self.trainable, tasks):
+            self.tasks = tasks
+            try:
+                yield
+            finally:
+                self.tasks = ()
 
     @contextmanager
     def recomputing(self, on: bool) -> Iterator[None]:

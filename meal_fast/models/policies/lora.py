@@ -36,6 +36,16 @@ class LoRAPolicy(Policy):
         """Rank of the factors."""
         return int(self.model.peft_config["default"].r)
 
+    @property
+    def rebased(self) -> bool:
+        """Whether its base model is another than was loaded: `rebase`."""
+        return self._added is not None
+
+    @property
+    def saved_rank(self) -> int:
+        """Rank of the factors that `save_factors` writes."""
+        return self.rank * (2 if self.rebased else 1)
+
     @contextmanager
     def reference(self) -> Iterator[Network]:
         """Give the base model: its adapters are off as long as the context lasts."""
@@ -132,8 +142,14 @@ class LoRAPolicy(Policy):
                 for name, p in own.items()
             }
         with self.holding(own):
-            self.model.save_pretrained(str(folder / ADAPTER))
+            # "auto" would ask the hub for the base model's vocabulary.
+            self.model.save_pretrained(str(folder / ADAPTER), save_embedding_layers=False)
         _forget_place(folder / ADAPTER)
+
+    def save_added(self, folder: Path) -> None:
+        """Write the factors that `rebase` added, in `adapter/`: of the rank of `save_factors`."""
+        with self.holding({name: torch.zeros_like(p) for name, p in self.named.items()}):
+            self.save_factors(folder)
 
     @property
     def _layers(self) -> list[Any]:

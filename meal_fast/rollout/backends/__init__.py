@@ -2,7 +2,7 @@
 
 engine    ours: see rollout.engine
 generate  transformers' own `generate`, every row by itself: the plain oracle, for comparison
-vllm      the optional extra `vllm`; never run, see `backends.vllm`
+vllm      vLLM in processes of its own, the optional extra `vllm`: run on CPUs, on no GPU so far
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from ..engine import Engine, engine
 from ..protocol import Backend, Capability, check_capable
 from ..sequence import Request, Sampling
 from .hf import Generate, open_generate
-from .vllm import VLLM, open_vllm, require_vllm
+from .vllm import VLLM, open_vllm
+from .vllm_engine import require_vllm
 
 _Opener = Callable[..., AbstractContextManager[Any]]
 BACKENDS: dict[str, tuple[type[Backend], _Opener]] = {
@@ -41,14 +42,15 @@ def open_backend(
     max_rows: int = 0,
     max_cache_bytes: int = 0,
     join: bool = False,
+    adapters: int = 1,  # of tasks, at once, that this or a later opening asks for
     needs: Iterable[Capability] = (),
 ) -> Iterator[Backend]:
     """Open the sampler called `name` on the policy as it is now, or on `network`.
 
     `network`: the policy's reference, to sample the base model; any other where the backend has the
     capability `any-network`, which a guided policy needs too. `needs`: what else it will be asked
-    for. `max_rows`, `max_cache_bytes` and `join` are the engine's (see `engine`); another backend
-    takes of them what has a meaning there.
+    for. `max_rows`, `max_cache_bytes` and `join` are the engine's (see `engine`), `adapters` is
+    vLLM's; another backend takes of them what has a meaning there.
 
     Raises ValueError for an unknown name, for a capability that the backend lacks, and for vllm
     where it is not installed.
@@ -58,7 +60,12 @@ def open_backend(
     foreign: tuple[Capability, ...] = ("any-network",) if _foreign(policy, network) else ()
     check_capable(kind, *needs, *foreign)
     with opener(
-        policy, network=network, max_rows=max_rows, max_cache_bytes=max_cache_bytes, join=join
+        policy,
+        network=network,
+        max_rows=max_rows,
+        max_cache_bytes=max_cache_bytes,
+        join=join,
+        adapters=adapters,
     ) as sampler:
         yield sampler
 

@@ -40,6 +40,7 @@ class Generate(Plain):
         self,
         prefixes: Sequence[Tokens],
         row_ids: Sequence[int],
+        tasks: Sequence[int],
         sampling: Sampling,
         ended: Callable[[int], None],
     ) -> tuple[list[Drawn], int]:
@@ -77,6 +78,7 @@ def open_generate(
     max_rows: int = 0,
     max_cache_bytes: int = 0,  # no effect: nothing is kept
     join: bool = False,  # likewise
+    adapters: int = 1,  # likewise
 ) -> Iterator[Generate]:
     """Open transformers' `generate` on the policy's model, or on its reference's."""
     require(max_rows >= 0, "max_rows", max_rows, "0 (as suits the device) or positive")

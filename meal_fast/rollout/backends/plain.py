@@ -30,6 +30,7 @@ class Plain(ABC):
     """A backend that is given prefixes and the rows' ids, and gives back what was drawn."""
 
     name: ClassVar[str]
+    foreign: ClassVar[bool] = False
     capabilities: ClassVar[frozenset[Capability]] = frozenset()
 
     def __init__(self, policy: Policy) -> None:
@@ -40,6 +41,7 @@ class Plain(ABC):
         self,
         prefixes: Sequence[Tokens],  # of each row
         row_ids: Sequence[int],
+        tasks: Sequence[int],  # whose adapter each goes through; all 0 without that capability
         sampling: Sampling,
         ended: Callable[[int], None],
     ) -> tuple[list[Drawn], int]:
@@ -62,9 +64,10 @@ class Plain(ABC):
         parts = encode(policy, requests, sampling.max_new_tokens)
         rows = [(b, s) for b, q in enumerate(requests) for s in range(q.samples)]
         prefixes = [parts[b][0] + parts[b][1] for b, _ in rows]
+        tasks = [requests[b].task_id for b, _ in rows]
         apart = told_apart(requests)
         ids = [row_id(sampling.rng_key, apart[b], s) for b, s in rows]
-        drawn, reused = self.drawn(prefixes, ids, sampling, ended or (lambda count: None))
+        drawn, reused = self.drawn(prefixes, ids, tasks, sampling, ended or (lambda count: None))
         for (b, _), row in zip(rows, drawn, strict=True):
             check_logp(requests[b], sum(row.logp))
         return gathered(

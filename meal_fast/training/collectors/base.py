@@ -14,7 +14,7 @@ from torch import Tensor
 
 from meal_fast import ops
 from meal_fast.config.config import Config
-from meal_fast.config.recipes import Score
+from meal_fast.config.recipes import Score, spec_of
 from meal_fast.data import preferences
 from meal_fast.data.objectives import Objectives
 from meal_fast.data.preferences import Preference
@@ -22,7 +22,7 @@ from meal_fast.data.reward_statistics import Scales, constant, restricted
 from meal_fast.data_types import Rollout, Scored, rng_seed
 from meal_fast.models.policy import Network, Policy
 from meal_fast.models.shared_prefix import to_device
-from meal_fast.rollout import Request
+from meal_fast.rollout import Request, backend
 from meal_fast.rollout.sequence import told_apart
 from meal_fast.training.batch import Batch, RngKey, Task
 from meal_fast.training.distributed import ALONE, Mesh
@@ -63,6 +63,7 @@ class Sampled:
     @classmethod
     def check(cls, config: Config) -> None:
         """Raise ValueError for what it will not find; before anything expensive."""
+        backend(config.rollout.backend)
 
     def collect(self, tasks: Sequence[Task]) -> Batch:
         """Sample and score; of several tasks in one rollout, each through its own adapter.
@@ -125,8 +126,10 @@ class Sampled:
         Gives the rollout and its raw rewards (R, K), where it is.
         """
 
+        learnt = network is None and spec_of(self.config).loss == "grpo"
+
         def draw(own: Sequence[Request]) -> tuple[Rollout, Tensor]:
-            rolled = sampled(self.policy, own, self.config, rng_key, network)
+            rolled = sampled(self.policy, own, self.config, rng_key, network, learnt=learnt)
             texts = [rolled.prompts[g].text for g in rolled.groups]
             return rolled, self.objectives.rewards(texts, rolled.texts)
 

@@ -99,6 +99,7 @@ class RiC(Sampled):
 
     @classmethod
     def check(cls, config: Config) -> None:
+        super().check(config)
         if config.ric.data:
             read_answers(Path(config.ric.data))
 

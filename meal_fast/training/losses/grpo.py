@@ -59,6 +59,10 @@ def grpo(
     own loss, whose gradient is that of its factors, and the metrics are (tasks,).
 
     With `config.keep` it learns from that many rows of each group (`most_telling`).
+
+    Where another program has sampled, its log-probabilities differ a little from the policy's own
+    of the same weights: ρ is then the ratio to the policy's own, and a token's policy term is
+    weighted by what the two differ in (`truncated`); "logp_gap" says how much that is.
     """
     if not rollout.on_policy:
         raise ValueError(
@@ -89,6 +93,11 @@ def grpo(
             "sequence": batch.row_M,
             **{name: extra.pop(name) for name in OF_TOKENS & extra.keys()},
         }
+        gap_M = None
+        if rollout.behaviour_logp_RT is not None:
+            gap_M = tokens["old_logp"] - of_tokens(rollout.behaviour_logp_RT, batch)
+            if config.importance_cap:
+                tokens["importance_weight"] = truncated(gap_M, config.importance_cap)
         parts = by_task(rollout, rows)
         hidden_of = hidden_MD.split([at.stop - at.start for _, _, at in parts])
         losses = []
@@ -109,6 +118,8 @@ def grpo(
             )
             losses.append(loss)
             said = metrics | {"loss": loss.detach()}
+            if gap_M is not None:
+                said |= _of_gap(gap_M[at], config.importance_cap)
             none = {name: torch.zeros_like(value) for name, value in said.items()}
             made[task].append(none if run.dummy else said)
         run.counted(torch.stack(losses).sum()).backward()
@@ -119,6 +130,28 @@ def grpo(
     if len(totals) == 1:
         return totals[0]
     return {name: torch.stack([total[name] for total in totals]) for name in totals[0]}
+
+
+def truncated(gap_M: Tensor, cap: float) -> Tensor:
+    """Give the truncated importance weights min(π(y_t) / μ(y_t), cap) of tokens, a constant.
+
+    gap_M: log π - log μ, of the learner's model before the update and of the program that sampled,
+    with the same weights and temperature. Rows of μ are no draws of π: without truncation
+    E_μ[(π/μ) f] = E_π[f]; truncation bounds the variance, and what it biases is seldom: between
+    two programs the ratio is near 1. "Truncated importance sampling", as in Yao et al., "Your
+    efficient RL framework secretly brings you off-policy RL training" (2025) [R].
+    """
+    return gap_M.exp().clamp(max=cap)
+
+
+def _of_gap(gap_M: Tensor, cap: float) -> dict[str, Tensor]:
+    """Give means over tokens of |log π - log μ|, and of the weights, and how many are cut."""
+    found = {"logp_gap": gap_M.abs().mean()}
+    if cap:
+        weight_M = truncated(gap_M, cap)
+        found["importance"] = weight_M.mean()
+        found["importance_capped"] = (weight_M >= cap).float().mean()
+    return found
 
 
 def _finite(advantage_R: Tensor, tasks: Sequence[slice]) -> tuple[Tensor, list[int]]:

@@ -81,6 +81,19 @@ def token_logp(
     return logp_M
 
 
+@torch.no_grad()
+def token_logp_RT(
+    network: Network, rollout: Rollout, temperature: float, *, micro_tokens: int
+) -> Tensor:
+    """Give log-probabilities (R, T) of the sampled tokens, 0 where masked; no gradient."""
+    logp = torch.zeros_like(rollout.logp_RT).reshape(-1)
+    for rows in micro_batches(rollout, micro_tokens):
+        batch = packed(rollout, rows)
+        logp_M = token_logp(network, rollout, batch, temperature)
+        logp.index_copy_(0, batch.sampled_M, logp_M.to(logp.dtype))
+    return logp.view_as(rollout.logp_RT)
+
+
 def of_tokens(values_RT: Tensor, batch: shared_prefix.Packed) -> Tensor:
     """Give the values (M,) of the sampled tokens of a run."""
     return values_RT.reshape(-1).index_select(0, batch.sampled_M)
