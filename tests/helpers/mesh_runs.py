@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
 from meal_fast.config.config import from_dict
 from meal_fast.config.presets import preset
 from meal_fast.config.run_dir import read_metrics
@@ -133,7 +135,7 @@ def left_by(run: Path) -> dict[str, str]:
     for name in ("completions.jsonl", "statistics.json", "policy/model.safetensors"):
         found[name] = hashlib.sha256((run / name).read_bytes()).hexdigest()
     for path in sorted(run.glob("*.safetensors")):
-        found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        found[path.name] = digest_of(load_file(path))  # its header's entries are in no order
     return found
 
 
