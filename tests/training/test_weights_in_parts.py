@@ -14,6 +14,7 @@ QUICK = {"lora": {}, "full": FULL}
 SLOW = {
     "lora, meal": {"recipe": "meal"},
     "lora, mo-odpo": {"recipe": "mo-odpo", "grpo": {"beta": 0.1}},
+    "lora, stacked": {"meta": {"steps": 2, "parallel": True}},
     "lora, soups": {"recipe": "rewarded-soups"},
     "lora, ric": {"recipe": "ric"},
     "full, exact": FULL | {"grpo": {"kl": "exact", "beta": 0.1, "epochs": 2}},
