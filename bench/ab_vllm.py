@@ -103,7 +103,8 @@ def main() -> None:
                 "bench": "vllm",
                 "date": rows.now(),
                 "commit": rows.commit(),
-                "command": f"python -m bench.ab_vllm --rounds {args.rounds} --case {args.case}",
+                "command": f"python -m bench.ab_vllm --rounds {args.rounds} --case {args.case} "
+                f"--threads {args.threads}",
                 "machine": before,
                 "threads": args.threads,
                 "case": f"{args.case}, {tuning}, {dtype}",

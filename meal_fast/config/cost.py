@@ -118,32 +118,29 @@ def cost(work: Work, model: ModelShape, card: Card, layout: Layout) -> Cost:
 def rollout_seconds(
     work: Work, model: ModelShape, card: Card, layout: Layout, engine: Engine
 ) -> float:
-    """Give the seconds that an update's sampling takes on an engine of `engine.cards` cards.
+    """Give the seconds that an update's sampling takes.
 
     Prompts, once each: 2 N products a token and those of attention, at `prefill`. Then, for each
     token of `engine.slots` rows at a time, the longer of reading (weights, keys and values, logits)
     at `read` and of computing 2 (N + V D) products a row at `decode`; and the kernels' launches.
     """
-    shares, cards, b = card.shares, engine.cards, engine.bytes
+    shares, b = card.shares, engine.bytes
     # Virtual shards are sampled one after the other.
-    rows, prompts = (x / layout.virtual * cards for x in (work.rows, work.prompts))
+    rows, prompts = (x / layout.virtual for x in (work.rows, work.prompts))
     head = model.vocab * model.width
     half = work.prompt_tokens / 2
     prefill = prompts * work.prompt_tokens * (2 * model.linear + _attention(model, half))
-    seconds = prefill / (cards * card.products(engine.dtype) * shares.prefill)
+    seconds = prefill / (card.products(engine.dtype) * shares.prefill)
     slots = min(rows, engine.slots)
     context = work.prompt_tokens + work.response_tokens / 2
     read = b * (model.linear + head + slots * model.kv * context) + 16 * slots * model.vocab
     extra = 2 * engine.factors
     products = slots * (2 * (model.linear + head) + extra + _attention(model, context))
     step = max(
-        read / (cards * card.bandwidth * shares.read),
-        products / (cards * card.products(engine.dtype) * shares.decode),
+        read / (card.bandwidth * shares.read),
+        products / (card.products(engine.dtype) * shares.decode),
     )
     step += model.layers * (_APART if extra else _LAUNCHES) * shares.launch
-    if cards > 1:  # two sums over the cards a layer
-        sent = 2 * (cards - 1) / cards * slots * model.width * b
-        step += 2 * model.layers * (sent / card.between(cards) + shares.hop / 4)
     seconds += rows / slots * work.response_tokens * step
     seconds *= layout.virtual / layout.parts
     if engine.merged:  # factors multiplied out, and added
@@ -269,7 +266,7 @@ def _new_weights(
     """Give seconds and bytes sent until an update's sampler has the weights of the one before."""
     shares, lora = card.shares, work.tuning != "full"
     if work.backend == "vllm":
-        whole = 2 * trained if lora else 2 * model.parameters / engine.cards
+        whole = 2 * trained if lora else 2 * model.parameters
         sent = 0.0 if lora else _all_gather(whole, layout.shard)
         return whole / shares.push + sent / card.between(layout.shard), sent
     sent = _all_gather(engine.bytes * model.parameters, layout.shard)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .engine import Engine, bytes_of, engine_cards, weight_type
+from .engine import Engine, bytes_of, weight_type
 from .hardware import Card
 from .mesh import Layout
 from .model_shape import ModelShape
@@ -70,9 +70,8 @@ def held(work: Work, model: ModelShape, card: Card, layout: Layout) -> Held:
     n, dtype = trained_numbers(work, model), weight_type(work, card)
     b = bytes_of(dtype)
     own = n / (layout.shard if work.tuning == "full" else 1)
-    cards = engine_cards(work, model, card, layout)
     on_gpu = card.name != "cpu"
-    kept, temporary = _copy(work, model, layout, b, cards, on_gpu)
+    kept, temporary = _copy(work, model, layout, b, on_gpu)
     always = _always(work, model, layout, n, own, b) | {"the sampler's copy": kept}
     always["libraries"] = card.runtime
     # On a GPU sizes follow from what is free.
@@ -88,11 +87,11 @@ def held(work: Work, model: ModelShape, card: Card, layout: Layout) -> Held:
     learning = _learning(work, model, layout, own, b, micro)
     a_token = activation_bytes(model, b, work.recompute)
     # An update's virtual shards are sampled one after the other.
-    rows, prompts = (x / layout.virtual * cards for x in (work.rows, work.prompts))
+    rows, prompts = (x / layout.virtual for x in (work.rows, work.prompts))
     growing = max(1, min(slots, round(rows)))
     own_type = "bfloat16" if work.backend == "vllm" else dtype
     bytes_ = bytes_of(own_type)
-    token = bytes_ * model.kv / cards
+    token = bytes_ * model.kv
     wanted = growing * _rounded(work.max_new_tokens) + max(prompts, 1) * _rounded(row)
     cache = min(token * wanted, work.cache_bytes or budget)
     sampling = {
@@ -102,7 +101,7 @@ def held(work: Work, model: ModelShape, card: Card, layout: Layout) -> Held:
     }
     lora = work.tuning == "lora"
     apart = n if lora and bytes_ == 2 else 0
-    engine = Engine(cards, own_type, growing, apart, merged=lora and not apart)
+    engine = Engine(own_type, growing, apart, merged=lora and not apart)
     least = sum(always.values()) + max(
         temporary + token * row,
         sum(learning.values()) - learning["activations"] + max(row, min(256, micro)) * a_token,
@@ -181,16 +180,16 @@ def _levels(tasks: int) -> int:
 
 
 def _copy(
-    work: Work, model: ModelShape, layout: Layout, b: int, cards: int, on_gpu: bool
+    work: Work, model: ModelShape, layout: Layout, b: int, on_gpu: bool
 ) -> tuple[float, float]:
     """Give the bytes of the sampler's weights beside the learner's: kept, and while it samples.
 
-    vLLM's own, 2 P / cards. This package's engine: the whole model where it is sharded; on one
+    vLLM's own, 2 P. This package's engine: the whole model where it is sharded; on one
     GPU the copy of what is joined (queries, keys, values; gate, up), or of all linear layers where
     factors are added to them; on a CPU those sums.
     """
     if work.backend == "vllm":
-        return 2 * model.parameters / cards, 0.0
+        return 2 * model.parameters, 0.0
     if layout.shard > 1:
         return 0.0, b * model.parameters
     added = work.tuning != "full" and b == 4

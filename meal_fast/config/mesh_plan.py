@@ -79,8 +79,7 @@ def of_cost(found: Cost) -> Lines:
         f"node{_s(nodes)} of {card.node}"
     )
     lengths = f"{work.prompt_tokens:g} tokens a prompt, {work.response_tokens:g} an answer"
-    several = "" if found.engine.cards == 1 else f" on {found.engine.cards} cards each"
-    engine = f"sampler {work.backend}{several}, {found.engine.slots} rows at a time"
+    engine = f"sampler {work.backend}, {found.engine.slots} rows at a time"
     micro = f"micro-batches of {memory.micro_tokens:,} tokens"
     lines: Lines = [
         ("model", f"{model.name}: {about}; {trained}"),
@@ -132,7 +131,7 @@ def warning(found: Cost, config: Config) -> str:
 def remedies(found: Cost, config: Config) -> list[str]:
     """Find the fewest options, and of them the fewest shards, with which it fits; [] for none.
 
-    Tried: shards, vLLM (whose engine several cards hold), activations recomputed, micro-batches; of
+    Tried: shards, vLLM, activations recomputed, micro-batches; of
     these what the recipe and the number of cards allow.
     """
     now, world, work = found.layout.shard, found.layout.world, found.work

@@ -56,7 +56,8 @@ def quickest(model: ModelShape, tuning: str, card: Card, cards: int) -> Cost | N
     """
     best: Cost | None = None
     for shard in (1 << i for i in range(cards.bit_length())):
-        for backend, recompute, micro in product(("engine", "vllm"), (False, True), MICRO):
+        samplers = ("engine", "vllm") if shard == 1 else ("engine",)  # vLLM is given whole weights
+        for backend, recompute, micro in product(samplers, (False, True), MICRO):
             config = _config(tuning, backend, recompute, micro, shard)
             laid = layout(config, cards)
             each = dataclasses.replace(config.rollout, prompts=PROMPTS * laid.parts)
@@ -86,7 +87,7 @@ def _config(tuning: str, backend: str, recompute: bool, micro: int, shard: int) 
 
 def _figures(found: Cost) -> tuple[str, ...]:
     laid, seconds, total = found.layout, found.seconds, found.total
-    engine = "engine" if found.work.backend == "engine" else f"vLLM on {found.engine.cards}"
+    engine = "engine" if found.work.backend == "engine" else "vLLM"
     parts = [seconds[name] / total for name in ("rollout", "reward", "learn")]
     sent = sum(found.wire.values()) / GB
     return (

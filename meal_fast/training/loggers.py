@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,26 +22,26 @@ def check_logger(kind: str) -> None:
 
 
 class Loggers:
-    """Log to TensorBoard, Weights & Biases or trackio, when asked to."""
+    """Log to TensorBoard, Weights & Biases or trackio, when asked to: accelerate's trackers."""
 
     def __init__(self, kind: str, out: Path, config: dict[str, Any]) -> None:
         self._kind = kind
         self._rows: dict[int, list[dict[str, Any]]] = {}
-        self._writer: Any = None
+        self._tracker: Any = None
+        if kind == "none":
+            return
+        # Here, not above: most runs do without.
+        from accelerate import tracking
+
         if kind == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(out / "tensorboard"))
+            self._tracker = tracking.TensorBoardTracker(kind, logging_dir=str(out))
         elif kind == "wandb":
-            import wandb
-
-            self._writer = wandb
-            wandb.init(project=PROJECT, dir=str(out), config=config)
-        elif kind == "trackio":
-            import trackio
-
-            self._writer = trackio
-            trackio.init(project=PROJECT, name=out.name, config=config, embed=False)
+            self._tracker = tracking.WandBTracker(PROJECT, dir=str(out), config=config)
+        else:
+            how: dict[str, Any] = {"name": out.name, "config": config, "embed": False}
+            self._tracker = tracking.TrackioTracker(PROJECT, **how)
+        self._tracker.main_process_only = False  # it is made on that one alone
+        self._tracker.start()
 
     def answers(self, rows: Sequence[dict[str, Any]]) -> None:
         """Take the rows of an update; they are logged with its metrics, which come later."""
@@ -56,23 +57,19 @@ class Loggers:
         rows = self._rows.pop(step, [])
         numbers = {k: v for k, v in flat(metrics).items() if isinstance(v, int | float)}
         numbers |= {f"w{i}": x for i, x in enumerate(metrics["w"])}
-        if self._kind == "tensorboard":
-            for name, value in numbers.items():
-                self._writer.add_scalar(name, value, step)
-            if rows:
-                self._writer.add_text("completions", markdown(rows), step)
-        else:
-            if rows:
-                columns, data = table(rows)
-                numbers["completions"] = self._writer.Table(columns=columns, data=data)
-            self._writer.log(numbers, step=step)
+        values: dict[str, Any] = numbers
+        if rows and self._kind == "tensorboard":
+            values = numbers | {"completions": markdown(rows)}
+        elif rows:
+            columns, data = table(rows)
+            made = importlib.import_module(self._kind).Table(columns=columns, data=data)
+            values = numbers | {"completions": made}
+        self._tracker.log(values, step=step)
 
     def close(self) -> None:
         """Bring all of it to where it belongs."""
-        if self._kind == "tensorboard":
-            self._writer.close()
-        elif self._kind != "none":
-            self._writer.finish()
+        if self._tracker is not None:
+            self._tracker.finish()
 
 
 def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:

@@ -85,10 +85,12 @@ def test_what_they_are_called_with(tmp_path, monkeypatch, kind):
 
     said = []
     module = types.ModuleType(kind)
-    module.init = lambda **how: said.append(("init", how["project"]))
+    run = types.SimpleNamespace(
+        log=lambda values, step: said.append((step, values)),
+        finish=lambda: said.append(("finish", None)),
+    )
+    module.init = lambda **how: said.append(("init", how["project"])) or run
     module.Table = lambda columns, data: (columns, data)
-    module.log = lambda values, step: said.append((step, values))
-    module.finish = lambda: said.append(("finish", None))
     monkeypatch.setitem(sys.modules, kind, module)
     feed(Loggers(kind, tmp_path, {}))
     assert said[0] == ("init", "meal-fast") and said[-1] == ("finish", None)

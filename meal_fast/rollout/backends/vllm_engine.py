@@ -102,6 +102,7 @@ class VLLMEngine:
             before = multiprocessing.active_children()
             self.llm = LLM(**vllm_options(needs, cpu=current_platform.is_cpu()))
             self._processes = [p for p in multiprocessing.active_children() if p not in before]
+            self._call(self.llm.collective_rpc, "end_with", args=(os.getpid(),))
 
     def push_adapters(self, writers: Sequence[Callable[[Path], None]]) -> list[Any]:
         """Load adapters in place of the last ones, and give their `LoRARequest`s.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from typing import Any
 
 
 class PushedWeights:
-    """Adds a method to vLLM's worker, which `LLM.collective_rpc` calls by its name."""
+    """Adds methods to vLLM's worker, which `LLM.collective_rpc` calls by their names."""
 
     def take_weights(self, folder: str) -> None:
         """Load the weights of the model in `folder`, in place of those that are there.
@@ -22,3 +26,15 @@ class PushedWeights:
         for module in worker.get_model().modules():
             if isinstance(module, ParallelLMHead):
                 module.quant_method.process_weights_after_loading(module)
+
+    def end_with(self, process: int) -> None:
+        """End vLLM's processes when `process`, whose they are, is no more: killed, say."""
+
+        def watch() -> None:
+            while os.path.exists(f"/proc/{process}"):
+                time.sleep(2.0)
+            os.kill(os.getppid(), signal.SIGKILL)  # vLLM's core, whose worker this is
+            os._exit(1)
+
+        if os.path.isdir("/proc/self"):
+            threading.Thread(target=watch, daemon=True, name="watch").start()
