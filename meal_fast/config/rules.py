@@ -49,6 +49,7 @@ def check(config: Config) -> None:
     _check_loss(config, spec)
     _check_sections(config, spec)
     _check_collector(config, spec)
+    _check_shard(config, spec)
 
 
 def _check_policy(config: Config, spec: RecipeSpec) -> None:
@@ -155,3 +156,24 @@ def _check_collector(config: Config, spec: RecipeSpec) -> None:
         policy, n = config.meal.policy, config.rollout.prompts
         require(policy == "sft", "meal.policy", policy, "the hypergradient needs sft")
         require(n >= 2, "rollout.prompts", n, "the hypergradient holds half of them out: 2 or more")
+
+
+def _check_shard(config: Config, spec: RecipeSpec) -> None:
+    shard, tuning, backend = config.mesh.shard, config.policy.tuning, config.rollout.backend
+    if shard == 1:
+        return
+    full, ahead = tuning == "full", config.meal.update == "hypergradient"
+    for ok, reason in (
+        (not spec.guide, f"the guide of recipe {config.recipe!r} runs its model twice in a pass"),
+        (
+            not (full and spec.models),
+            f"recipe {config.recipe!r} keeps whole models, with policy.tuning='full' all of each",
+        ),
+        (
+            not (full and ahead),
+            "meal.update='hypergradient' moves parameters that are whole: use policy.tuning=lora",
+        ),
+        (backend == "engine", f"rollout.backend={backend!r} reads weights that are whole: engine"),
+    ):
+        remedy = f"{reason}; or leave it out, with mesh.data for as many processes"
+        require(ok, "mesh.shard", shard, remedy)

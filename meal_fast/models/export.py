@@ -37,10 +37,12 @@ def save_policy(policy: Policy, folder: Path) -> None:
     style is none. Generation stops at `policy.stop_ids`. The folder appears at once, complete, or
     not at all.
     """
+    state = policy.merged_state()
+    if policy.sharded is not None and not policy.sharded.first:
+        return
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    state = policy.merged_state()
     policy.causal_lm.save_pretrained(temporary, state_dict=state)
     if any(value.dtype == torch.float32 for value in state.values()):
         _changed(temporary / "config.json", dtype="float32")

@@ -49,6 +49,8 @@ def probe(policy: Policy, path: str) -> None:
     half precision, of one module's at a time. Raises ValueError, one line naming the model, where
     log-probabilities are more than `NEAR` apart, or the model needs what our passes do not give.
     """
+    if policy.sharded is not None:
+        raise ValueError("policy: its weights are held in parts; probe it before that")
     reference = nullcontext(policy.network) if isinstance(policy, FullPolicy) else None
     try:
         with ExitStack() as stack:

@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import DeviceMesh
+
+from .network import Network, cut
+from .sharded import Company, Sharded
 
 _MADV_DONTNEED = 4
 
@@ -26,6 +30,7 @@ class FrozenCopy:
 
     def __init__(self, model: Any, folder: str | None = None) -> None:
         self.model: Any = copy.deepcopy(model).requires_grad_(False).eval()
+        self.sharded: Sharded | None = None
         self._ranges: list[tuple[int, int]] = []
         held = dict(self.model.named_parameters())
         here = folder is not None and all(p.device.type == "cpu" for p in held.values())
@@ -45,8 +50,20 @@ class FrozenCopy:
         ]
         self.release()
 
+    @property
+    def network(self) -> Network:
+        return cut(self.model) if self.sharded is None else self.sharded.network
+
+    def share(self, mesh: DeviceMesh, company: Company) -> None:
+        """Share its weights out among the processes of `mesh`, which then leave the file alone."""
+        self._ranges = []  # what lies there later is somebody else's
+        self.sharded = Sharded(self.model, mesh, company)
+
     def release(self) -> None:
-        """Give back the memory of weights that are mapped from a file."""
+        """Give back the memory of weights that are mapped from a file.
+
+        Of one that is shared, embedding and head stay gathered: the exact KL reads that head later.
+        """
         for start, end in self._ranges:  # found on Linux alone
             size = ctypes.c_size_t(end - start)
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), size, _MADV_DONTNEED)

@@ -113,6 +113,11 @@ def hypergradient(
             at θ′ that is not finite.
     """
     checks.positive("eta", eta)
+    if policy.in_parts:
+        raise ValueError(
+            "policy.tuning='full' with mesh.shard: the hypergradient moves parameters that are "
+            "whole; use policy.tuning=lora, or mesh.shard=1"
+        )
     rows = len(inner.group_R)
     require(rows >= 1, "inner", "no rows", "nothing to look ahead along")
     require(len(held_out.group_R) >= 1, "held_out", "no rows", "nothing to measure it by")

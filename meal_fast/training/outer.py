@@ -10,7 +10,7 @@ averaging factors is not averaging their product [R].
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from meal_fast.config.config import GRPOConfig, MetaConfig
 from meal_fast.data.preferences import Preference
+from meal_fast.models.shards import Held
 
 from .distributed import ALONE, Drawn, Mesh
 from .parts import moved
@@ -37,7 +38,8 @@ class Joint:
         inner: GRPOConfig,
         mesh: Mesh = ALONE,
     ) -> None:
-        self.parameters: list[Tensor] = list(parameters)
+        self.held = Held(parameters)
+        self.parameters: list[Tensor] = list(self.held.local)  # of this process: mostly all of them
         self.meta, self.mesh = meta, mesh
         betas = (0.0, 0.999) if self._momentum_free() else (0.9, 0.999)
         self.optimizer = torch.optim.AdamW(
@@ -91,7 +93,7 @@ class Joint:
         stay as they are, and `left_out` is 1 instead of 0. It is decided where the parameters are:
         nothing waits for it.
         """
-        norm = nn.utils.clip_grad_norm_(self.parameters, max_grad_norm or float("inf"))
+        norm = self.held.clip(max_grad_norm or float("inf"))
         # Unclipped, Adam squares it.
         sound = (norm if max_grad_norm else norm * norm).isfinite()
         if self._loss is not None:
@@ -131,19 +133,27 @@ class Joint:
     def state(self, *, copies: bool = True) -> dict[str, Any]:
         """Give everything that the next meta-step depends on.
 
-        copies: for later; else what is given changes with the next step.
+        copies: for later; else what is given changes with the next step. Of parameters that several
+        processes hold together these are DTensors; `load_state` takes such as are whole.
         """
         theta = [p.detach() for p in self.parameters]
         if copies:
             theta = [p.clone() for p in theta]
-        return {"theta": theta, "adam": self._adam(copies=copies)}
+        adam = self._of_all(self._adam(copies=copies), self.held.assembled)
+        return {"theta": self.held.assembled(theta), "adam": adam}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave."""
         with torch.no_grad():
-            for parameter, value in zip(self.parameters, state["theta"], strict=True):
+            theta = self.held.parts(state["theta"])
+            for parameter, value in zip(self.parameters, theta, strict=True):
                 parameter.copy_(value)
-        self._set_adam(state["adam"])
+        self._set_adam(self._of_all(state["adam"], self.held.parts))
+
+    @staticmethod
+    def _of_all(adam: AdamState, change: Callable[[list[Tensor]], list[Tensor]]) -> AdamState:
+        """Change the moments, which are shaped as parameters are."""
+        return {name: x if name == "step" else change(x) for name, x in adam.items()}
 
     def _adam(self, *, copies: bool = True) -> AdamState:
         held = [self.optimizer.state[p] for p in self.parameters]
@@ -212,7 +222,7 @@ class Reptile(Joint):
         """Add the task's delta to those of its neighbours, and v; per_preference: keep its Adam."""
         delta = list(torch._foreach_sub(self.parameters, self._theta))
         adam = self._adam()
-        size = float(_norm(delta))
+        size = float(self.held.norm(delta))
         said = [size, size * size, float(bool(adam)), float(adam["step"][0]) if adam else 0.0]
         told = torch.tensor(said, dtype=torch.float64, device=delta[0].device)
         v: list[Tensor] = []
@@ -233,7 +243,7 @@ class Reptile(Joint):
         mean = list(torch._foreach_div(summed[:n], tasks))
         sizes, squares, learned, steps = told.tolist()
         epsilon = self.meta.epsilon * (1.0 - progress)
-        whole = float(_norm(mean))
+        whole = float(self.held.norm(mean))
         norm = whole * epsilon
         if self.meta.max_delta and norm > self.meta.max_delta:
             epsilon *= self.meta.max_delta / norm
@@ -265,11 +275,13 @@ class Reptile(Joint):
             self._by_preference |= {w: s for w, s in theirs.items() if w not in mine}
 
     def state(self, *, copies: bool = True) -> dict[str, Any]:
-        return {**super().state(copies=copies), "by_preference": self._by_preference}
+        of = {w: self._of_all(a, self.held.assembled) for w, a in self._by_preference.items()}
+        return {**super().state(copies=copies), "by_preference": of}
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
-        self._by_preference = state["by_preference"]
+        kept: dict[Preference, AdamState] = state["by_preference"]
+        self._by_preference = {w: self._of_all(a, self.held.parts) for w, a in kept.items()}
 
 
 class ParallelReptile(Reptile):
@@ -347,7 +359,7 @@ class Separate(Joint):
         self._theta[w] = [p.detach().clone() for p in self.parameters]
         self._of[w] = self._adam()
         away = list(torch._foreach_sub(self.parameters, self._first))
-        square = _norm(away).double().square().reshape(1)
+        square = self.held.norm(away).double().square().reshape(1)
         self._tree.add(number, [square, *away])
 
     @torch.no_grad()
@@ -357,7 +369,7 @@ class Separate(Joint):
         square = torch.empty(1, dtype=torch.float64, device=self._first[0].device)
         like = [square, *self._first]
         square, *away = self.mesh.summed_across(self._tree, self._shares, like)
-        mean = float(_norm(away)) / models
+        mean = float(self.held.norm(away)) / models
         return {"spread": max(float(square) / models - mean * mean, 0.0) ** 0.5}
 
     def _everybody(self) -> tuple[dict[Preference, list[Tensor]], dict[Preference, AdamState]]:
@@ -386,7 +398,3 @@ class Separate(Joint):
             for w, theta in state["models"].items()
         }
         self._of = dict(state["adam"])
-
-
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))

@@ -38,8 +38,7 @@ class PolicyUpdate:
         lanes = self.outer.lanes[: len(tasks)]
         left_out = torch.zeros(len(tasks), device=self.policy.device)
         for _ in range(options.epochs):
-            with self.policy.stacked(self.outer.stack):
-                learned = self._gradients(batch)
+            learned = self._gradients(batch)
             norms = []
             for lane, task, loss in zip(lanes, tasks, learned["loss"].reshape(-1), strict=True):
                 lane.watch(loss)
@@ -62,20 +61,29 @@ class PolicyUpdate:
         options, temperature = self.config.grpo, self.config.rollout.temperature
         of = self.policy, batch.rolled, batch.scored, options, temperature
         if self.mesh.layout.virtual == 1:
-            return self.loss(*of)
+            with self.policy.stacked(self.outer.stack):
+                return self.loss(*of)
         trained = [p for lane in self.outer.lanes for p in lane.parameters]
         parts: dict[int, list[Tensor]] = {}
         learned: dict[str, Tensor] = {}
         for part in self.mesh.parts:
-            learned = self.loss(*of, part)
+            with self.policy.stacked(self.outer.stack):  # whose end leaves the tasks' gradients
+                learned = self.loss(*of, part)
             told = torch.stack([value.detach().double() for value in learned.values()])
+            if self.policy.in_parts:  # gradients are added up going back, over all processes
+                parts[part.number] = [told]
+                continue
             # A part without a row has no gradient.
             parts[part.number] = [
                 told, *(torch.zeros_like(p) if p.grad is None else p.grad for p in trained)
             ]  # fmt: skip
             for p in trained:
                 p.grad = None
+        self.policy.end_update()
         told, *gradients = self.mesh.summed(parts)
+        if self.policy.in_parts:
+            self.outer.held.take_gradients()
+            gradients = [p.grad for p in trained if p.grad is not None]
         for p, gradient in zip(trained, gradients, strict=True):
             p.grad = gradient
         return {name: x.to(learned[name].dtype) for name, x in zip(learned, told, strict=True)}

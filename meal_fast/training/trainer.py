@@ -31,6 +31,7 @@ from meal_fast.data.prompts import by_turns, load_prompts
 from meal_fast.data.reward_statistics import Scales
 from meal_fast.models.chat_template import keep_template, kept_template
 from meal_fast.models.policy import Policy, load_policy
+from meal_fast.models.sharding import mesh_of, shard, whole
 from meal_fast.models.threads import same_sums, use_threads
 from meal_fast.rollout.fitting import fitting
 
@@ -110,13 +111,17 @@ class Trainer:
         if config.warmup.steps:
             args = self.policy, self.objectives, self.prompts, config, out, tell
             mesh.agreed(lambda: warm_up(*args), first=True)
-        self.outer = self.recipe.outer(self.policy.trainable, config.meta, config.grpo, mesh)
         if checkpoint is None:
             scales = mesh.main_alone(lambda: self._scales(shared))
         else:
             if held is not None and mesh.main:
                 note_threads(out, held, self.config.threads)
             scales = Scales.load(out / "statistics.json")
+        if mesh.layout.shard > 1:
+            self.tell("sharing the weights out")
+            device = mesh_of(mesh.layout, self.policy.device.type)
+            shard(self.policy, device, timeout=mesh.timeout)
+        self.outer = self.recipe.outer(self.policy.trainable, config.meta, config.grpo, mesh)
         self.collector = self.recipe.collector(
             self.policy, self.objectives, scales, config, self.recipe.spec.score, mesh
         )
@@ -290,11 +295,16 @@ class Trainer:
             self.save_checkpoint()
         self.checkpoints.finish()
         models = self.outer.models()
-        self.mesh.agreed(lambda: self._write_end(models) if self.mesh.main else None)
+        self.mesh.agreed(lambda: self._write_end(models))
         self.stopped = self.mesh.any(self.stop_requested)
         return self.finished
 
     def _write_end(self, models: Mapping[Preference, Sequence[Tensor]]) -> None:
+        """Write what is served, on the main process, with what its group holds of the weights."""
+        if not self.mesh.main:
+            if self.policy.sharded is not None and self.mesh.number == 0:
+                self.policy.save(self.out / "policy")
+            return
         break_seal(self.out)
         self.collector.save(self.out)
         write_policy(self.out, self.policy, self.config, models, self.progress(self.done))
@@ -321,7 +331,8 @@ class Trainer:
                     grace.check(self.stop_requested)
                     clock, tasks = Clock(), self.tasks(drawn, inner)
                     # At first all tasks are the policy itself, whose factors can be multiplied out.
-                    with self.policy.stacked(self.outer.stack if inner else ()):
+                    stack = self.outer.stack if inner else ()
+                    with whole(self.policy), self.policy.stacked(stack):
                         # Rollout, rewards, advantages.
                         batch = collected(self.collector, self.objectives, tasks)
                     collecting = clock.lap()
@@ -372,10 +383,12 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Write everything that the rest of the run depends on."""
-        if (
-            self.mesh.world > 1 and not self.recipe.spec.models
-        ):  # of which groups have different ones
-            theta = sum(p.detach().double().sum() for p in self.policy.trainable)
+        # Of which groups have different ones where each preference has a model.
+        if self.mesh.world > 1 and not self.recipe.spec.models:
+            held = self.outer.held
+            theta = sum(p.detach().double().sum() for p in held.local)
+            if self.policy.in_parts:
+                theta = held.norm([p.detach() for p in held.local])
             self.mesh.same(repr(float(theta)), f"meta-step {self.step}: the sum of all parameters")
         state = {
             "step": self.step,

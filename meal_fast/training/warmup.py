@@ -111,6 +111,11 @@ def taught(
     0; `grpo.skip_limit` in a row raise ValueError. The policy is left as it was.
     """
     options = config.warmup
+    if policy.in_parts:
+        raise ValueError(
+            "policy.tuning='full' with mesh.shard: the warm start trains parameters that are "
+            "whole; make it before they are held in parts"
+        )
     before = [p.detach().clone() for p in policy.trainable]
     adam = torch.optim.AdamW(policy.trainable, lr=options.lr, weight_decay=0.0, fused=True)
     loss = dataclasses.replace(config.grpo, beta=0.0, reduce="dapo")

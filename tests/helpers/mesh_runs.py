@@ -13,9 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
 from meal_fast.config.config import from_dict
 from meal_fast.config.presets import preset
 from meal_fast.config.run_dir import read_metrics
+from meal_fast.models.shards import gathered
 from meal_fast.training.distributed import start
 from meal_fast.training.trainer import Trainer
 
@@ -44,7 +47,8 @@ class Run:
 
             trainer.on_update = told
         finished = trainer.train()
-        state = {"experience": trainer.collector.state(), "theta": trainer.policy.trainable}
+        theta = [gathered(p) for p in trainer.policy.trainable]
+        state = {"experience": trainer.collector.state(), "theta": theta}
         return {
             "finished": finished,
             "step": trainer.step,
@@ -131,7 +135,7 @@ def left_by(run: Path) -> dict[str, str]:
     for name in ("completions.jsonl", "statistics.json", "policy/model.safetensors"):
         found[name] = hashlib.sha256((run / name).read_bytes()).hexdigest()
     for path in sorted(run.glob("*.safetensors")):
-        found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        found[path.name] = digest_of(load_file(path))  # its header's entries are in no order
     return found
 
 

@@ -19,6 +19,7 @@ from ..network import Network, cut
 from ..pblora import Adapter
 from ..prompt_format import PromptFormat
 from ..served import Served
+from ..sharded import OUTSIDE, Sharded
 from ..shared_prefix import context_of
 from ..sizes import Sizes, sizes_of
 
@@ -33,6 +34,7 @@ class Policy(PromptFormat, ABC):
     rank: int = 0  # of LoRA's factors; 0: there are none
     tasks: multi_lora.Tasks = ()  # factors that stand in for its own: `stacked`
     source: str = ""  # where it was loaded from, as `policy.path` has it
+    sharded: Sharded | None = None  # where processes hold its weights together: `models.sharding`
 
     def __init__(self, model: Any, *format: Any) -> None:
         super().__init__(*format)
@@ -60,7 +62,7 @@ class Policy(PromptFormat, ABC):
 
     @property
     def network(self) -> Network:
-        return cut(self.causal_lm)
+        return cut(self.causal_lm) if self.sharded is None else self.sharded.network
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -81,13 +83,43 @@ class Policy(PromptFormat, ABC):
         """Give the policy for passes without gradients: itself, or its copy.
 
         On a GPU, and in bfloat16, it is a copy whose tensors stay where they are: `models.served`.
+        Weights that are held in parts stay nowhere, and are not copied.
+
+        Raises ValueError for weights that are held in parts, outside of `models.sharding.whole`.
         """
+        self._check_whole()
         yield self._written_copy() if self._copied else self.network
+
+    def _check_whole(self) -> None:
+        if self.sharded is not None and not self.sharded.is_whole:
+            raise ValueError(f"policy: {OUTSIDE}")
 
     @property
     def _copied(self) -> bool:
         weight = self.network.weight
-        return weight.is_cuda or weight.dtype != torch.float32
+        return self.sharded is None and (weight.is_cuda or weight.dtype != torch.float32)
+
+    @property
+    def in_parts(self) -> bool:
+        """Say whether what is trained is held in parts, of which each process has its own.
+
+        Gradients then are sums over all processes, and `models.shards.Held` has what to train.
+        """
+        return False
+
+    def end_update(self) -> None:
+        """Say that this process has made all passes of an update's losses.
+
+        Raises ValueError where weights are held in parts, and another process makes more or fewer:
+        it is in one then, and raises as well. Else they would wait for each other.
+        """
+        if self.sharded is not None:
+            self.sharded.company.end()
+
+    def reshard(self) -> None:
+        """Drop what is gathered of weights that are held in parts: the next pass gathers anew."""
+        if self.sharded is not None:
+            self.sharded.reshard()
 
     def _written_copy(self) -> Network:
         if self._copy is None or self.rank > self._copy.rank:
@@ -178,11 +210,20 @@ class Policy(PromptFormat, ABC):
         return frozenset(int(i) for i in ids if i is not None)
 
     def save(self, folder: Path) -> None:
-        """Write a folder that transformers loads: see `models.export.save_policy`."""
+        """Write a folder that transformers loads: see `models.export.save_policy`.
+
+        Of weights that are held in parts, every process must call it, and the first one writes.
+        """
         save_policy(self, folder)
 
     def merged_state(self) -> dict[str, Tensor]:
-        """Give the causal LM's state with adapters added; the model in use is not touched."""
+        """Give the causal LM's state with adapters added; the model in use is not touched.
+
+        Of weights that are held in parts, on the first process; elsewhere it is empty. All must
+        ask for it.
+        """
+        if self.sharded is not None:
+            return {name: x.cpu() for name, x in self.sharded.state() if x is not None}
         state: dict[str, Tensor] = self.causal_lm.state_dict()
         return state
 

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..network import Network, cut
+from ..network import Network
 from ..reference_offload import FrozenCopy
+from ..shards import local
 from .base import Policy
 
 
@@ -29,17 +30,46 @@ class FullPolicy(Policy):
         """The frozen copy."""
         return self.frozen.model
 
+    @property
+    def named(self) -> dict[str, nn.Parameter]:
+        # Gathered, a model has other parameters than those that are trained.
+        return super().named if self.sharded is None else dict(self.sharded.held)
+
+    @property
+    def in_parts(self) -> bool:
+        return self.sharded is not None
+
+    @contextmanager
+    def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Set the parameters, all of them, by name, for as long as the context lasts."""
+        if self.sharded is None:
+            with super().holding(values):
+                yield
+            return
+        own = [local(p) for p in self.trainable]
+        kept = [x.clone() for x in own]
+        try:
+            self.sharded.put({name: values[name] for name in self.named})
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(own, kept)
+
     @contextmanager
     def reference(self) -> Iterator[Network]:
         """Give the copy made before training; its memory is given back afterwards."""
         try:
-            yield cut(self.frozen.model)
+            yield self.frozen.network
         finally:
             self.frozen.release()
 
     @torch.no_grad()
     def rebase(self, values: Mapping[str, Tensor]) -> None:
         """Copy these parameters into the policy and its frozen copy, which then stays in memory."""
+        if self.sharded is not None and self.frozen.sharded is not None:
+            for held in (self.sharded, self.frozen.sharded):
+                held.put({name: values[name] for name in self.named})
+            return
         for name, p in self.named.items():
             p.copy_(values[name])
         self.frozen = FrozenCopy(self.causal_lm)

@@ -17,6 +17,7 @@ from meal_fast.config.config import PolicyConfig
 from .. import multi_lora
 from ..export import ADAPTER
 from ..network import Network
+from ..shards import local, part_of
 from .base import Policy
 
 
@@ -60,12 +61,16 @@ class LoRAPolicy(Policy):
         a copy whose tensors stay where they are: `models.served`. Tasks' adapters (`stacked`) stay
         apart.
         """
+        self._check_whole()
         layers = self._layers
         if not all(multi_lora.mergeable(m) for m in layers):
             yield self.network
             return
         if self._copied:
             yield self._written_copy()
+            return
+        if layers[0].base_layer.weight.dtype not in (torch.float32, torch.float64):
+            yield self.network  # held in parts
             return
         kept = [m.base_layer.weight.data for m in layers]
         try:
@@ -96,24 +101,33 @@ class LoRAPolicy(Policy):
     @torch.no_grad()
     def rebase(self, values: Mapping[str, Tensor]) -> None:
         """Add these factors to the base's weights; those that are trained stay as they are."""
+        self.reshard()
         with self.holding(values):
             for m in self._layers:
-                m.base_layer.weight.data = m.base_layer.weight + m.get_delta_weight("default")
+                weight, delta = m.base_layer.weight, m.get_delta_weight("default")
+                if self.sharded is None:
+                    weight.data = weight + delta
+                else:
+                    own = local(weight)
+                    own.copy_(own + part_of(delta, weight))
         self._added = dict(values)
         self._copy = self.kept = None
 
     def merged_state(self) -> dict[str, Tensor]:
         """Give the base's state with alpha/rank * B A added; the model in use is not touched."""
-        base = self.causal_lm
-        state = {
-            name.replace(".base_layer.", "."): value
-            for name, value in base.state_dict().items()
-            if ".lora_" not in name
+        base, state = self.causal_lm, {}
+        adapted = {
+            f"{name}.base_layer.weight": module
+            for name, module in base.named_modules()
+            if hasattr(module, "get_delta_weight")
         }
-        for name, module in base.named_modules():
-            if hasattr(module, "get_delta_weight"):
-                delta = module.get_delta_weight("default")
-                state[f"{name}.weight"] = state[f"{name}.weight"] + delta
+        held = self.sharded
+        for name, value in base.state_dict().items() if held is None else held.state():
+            if ".lora_" in name or value is None:
+                continue
+            if name in adapted:
+                value = value + adapted[name].get_delta_weight("default")
+            state[name.replace(".base_layer.", ".")] = value if held is None else value.cpu()
         return state
 
     def save_factors(self, folder: Path) -> None:
