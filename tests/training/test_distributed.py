@@ -34,6 +34,10 @@ TWO = {
         {"meta": FEW, "mesh": {"virtual": 2}, "preference": {"per_prompt": 2}},
         (1, 2),
     ),
+    "soups by data": ({"recipe": "rewarded-soups", "meta": FEW, "mesh": {"virtual": 2}}, (1, 2)),
+    "morlhf by data": ({"recipe": "morlhf", "meta": FEW, "mesh": {"virtual": 2}}, (1, 2)),
+    "grid-grpo": ({"recipe": "grid-grpo", "meta": FEW, "mesh": {"virtual": 2}}, (1, 2)),
+    "grid-meta-grpo": ({"recipe": "grid-meta-grpo", "meta": FEW, "mesh": {"virtual": 2}}, (1, 2)),
     "weighted-grpo": ({"recipe": "weighted-grpo", "meta": FEW, "mesh": {"virtual": 2}}, (1, 2)),
     "mo-odpo": (
         {
