@@ -28,6 +28,11 @@ class Skips:
         self._in_a_row: dict[Any, int] = {}
         self.too_many = ""  # why the run cannot go on
 
+    def check(self) -> None:
+        """Raise ValueError where the run cannot go on; a checkpoint has been written."""
+        if self.too_many:
+            raise ValueError(f"{self.too_many}; what was learnt before is saved")
+
     def said(self, task: Task, metrics: dict[str, float]) -> dict[str, Any]:
         """Give an update's metrics for metrics.jsonl; warn where it was left out.
 

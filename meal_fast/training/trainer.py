@@ -139,7 +139,7 @@ class Trainer:
             self.skips,
             self.tokens,
             config.meta.progress,
-            self._files(checkpoint) if mesh.main else None,
+            mesh.agreed(lambda: self._files(checkpoint) if mesh.main else None),
             wait=mesh.layout.groups > 1,
         )
         tell("the first update")
@@ -287,8 +287,7 @@ class Trainer:
             due = self.step % self.config.checkpoint_every == 0
             if due or stop or self.finished or self.skips.too_many:
                 self.save_checkpoint()
-            if self.skips.too_many:
-                raise ValueError(f"{self.skips.too_many}; what was learnt before is saved")
+            self.mesh.agreed(self.skips.check)
             if stop:
                 break
         if self.checkpoints.latest != self.step:
