@@ -19,7 +19,17 @@ from meal_fast.config.config import GRPOConfig
 from meal_fast.data_types import Rollout, Scored
 from meal_fast.models.policy import Policy
 
-from .sequences import WHOLE, Part, by_task, check_pairs, packed, row_sums, runs, token_logp
+from .sequences import (
+    WHOLE,
+    Part,
+    by_task,
+    check_pairs,
+    nothing,
+    packed,
+    row_sums,
+    runs,
+    token_logp,
+)
 
 
 def dpo(
@@ -76,14 +86,14 @@ def dpo(
                 "kl": ((-own_N).expm1() + own_N).sum(),
                 "tokens": loss.new_full((), len(own_N)),
             }
-            none = {name: torch.zeros_like(value) for name, value in said.items()}
-            made[task].append(none if run.dummy else said)
+            if not run.dummy:
+                made[task].append(said)
         if losses:
             run.counted(torch.stack(losses).sum()).backward()
     counts = [sum(rollout.lengths[rows]) for rows in rollout.tasks]
     first = part.number == 0  # which tells what is of no part
     totals = [
-        _whole(found or [none], pairs if first else torch.zeros_like(pairs), n)
+        _whole(found or [nothing(said)], pairs if first else torch.zeros_like(pairs), n)
         for found, pairs, n in zip(made, pairs_of, counts, strict=True)
     ]
     if len(totals) == 1:

@@ -27,6 +27,7 @@ from .sequences import (
     by_task,
     divisor,
     hidden,
+    nothing,
     of_rows,
     of_tokens,
     packed,
@@ -120,11 +121,11 @@ def grpo(
             said = metrics | {"loss": loss.detach()}
             if gap_M is not None:
                 said |= _of_gap(gap_M[at], config.importance_cap)
-            none = {name: torch.zeros_like(value) for name, value in said.items()}
-            made[task].append(none if run.dummy else said)
+            if not run.dummy:
+                made[task].append(said)
         run.counted(torch.stack(losses).sum()).backward()
     counts = [sum(rollout.lengths[rows]) for rows in rollout.tasks]
-    totals = [_whole(found or [none], n) for found, n in zip(made, counts, strict=True)]
+    totals = [_whole(found or [nothing(said)], n) for found, n in zip(made, counts, strict=True)]
     for task in unsound:
         totals[task]["loss"] = torch.full_like(totals[task]["loss"], math.nan)
     if len(totals) == 1:

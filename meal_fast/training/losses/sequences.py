@@ -58,6 +58,11 @@ class Run:
         return loss * 0.0 if self.dummy else loss
 
 
+def nothing(said: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give metrics like these of no rows."""
+    return {name: torch.zeros_like(value) for name, value in said.items()}
+
+
 def hidden(network: Network, batch: shared_prefix.Packed) -> Tensor:
     """Give the hidden states (M, D) that predict the sampled tokens of a run, in their order."""
     return batch.predicting(shared_prefix.forward(network.body, batch))

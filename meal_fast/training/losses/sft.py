@@ -17,7 +17,7 @@ from meal_fast.config.config import GRPOConfig
 from meal_fast.data_types import Rollout, Weighted
 from meal_fast.models.policy import Policy
 
-from .sequences import WHOLE, Part, divisor, of_rows, packed, runs, token_logp
+from .sequences import WHOLE, Part, divisor, nothing, of_rows, packed, runs, token_logp
 
 
 def sft(
@@ -74,7 +74,7 @@ def sft(
             "kl": metrics.get("kl", nll_N.new_zeros(())) * count,
         }
         if run.dummy:
-            more = {name: torch.zeros_like(value) for name, value in more.items()}
+            more = nothing(more)
         totals = {name: totals.get(name, 0.0) + value for name, value in more.items()}
     tokens = max(sum(rollout.lengths), 1)
     return totals | {name: totals[name] / tokens for name in ("nll", "kl")}
