@@ -1,7 +1,5 @@
 """The tasks of a meta-step in one batch: the same bits of mathematics as one after the other."""
 
-import dataclasses
-
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -45,8 +43,8 @@ class Watched:
             if type(module) is LlamaRMSNorm:
                 module.__class__ = Norm
         trainer.outer = trainer.recipe.outer(trainer.policy.trainable, config.meta, config.grpo)
-        self.loss = trainer.recipe.loss
-        trainer.recipe = dataclasses.replace(trainer.recipe, loss=self.learn)
+        self.loss, update = trainer.recipe.loss, trainer.update_policy
+        update.outer, update.loss = trainer.outer, self.learn
         self.sampled: list[list[int]] = []
         self.gradients: dict[tuple[int, int, int], list[torch.Tensor]] = {}
         for number, lane in enumerate(trainer.outer.lanes):
