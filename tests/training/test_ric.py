@@ -252,9 +252,9 @@ def test_every_sample_is_asked_for_goals_of_its_own(monkeypatch):
     asked = []
     plain = base.sampled
 
-    def watched(policy, requests, *more):
+    def watched(policy, requests, *more, **how):
         asked.extend(requests)
-        return plain(policy, requests, *more)
+        return plain(policy, requests, *more, **how)
 
     monkeypatch.setattr(base, "sampled", watched)
     batch = source.collect([task(PROMPTS, (0.5, 0.5), ("test", 1), progress=0.25)])
