@@ -37,6 +37,7 @@ class Recorded:
 
     def __init__(self, collector, batches) -> None:
         self.scales, self._batches = collector.scales, iter(batches)
+        self.counts = {}
 
     def collect(self, tasks):
         return next(self._batches)
@@ -141,6 +142,7 @@ def make_exact(trainer) -> None:
         drawn = noise(name, parameter.shape, 0.02 if full else 0.1).double()
         parameter.copy_(parameter + drawn if full else drawn)
     trainer.outer = trainer.recipe.outer(policy.trainable, config.meta, config.grpo)
+    trainer.update_policy.outer = trainer.outer
 
 
 def projections(named: dict[str, torch.Tensor], count: int = 8) -> list[float]:
