@@ -271,8 +271,9 @@ class Reptile(Joint):
     def _exchange(self) -> None:
         """Give the other groups what Adam has of the preferences that were learnt here."""
         mine = {w: self._by_preference[w] for w in self._ran}
-        for theirs in self.mesh.across_groups(lambda: moved(mine, "cpu")):
-            self._by_preference |= {w: s for w, s in theirs.items() if w not in mine}
+        groups = self.mesh.across_groups(lambda: moved(mine, "cpu"))
+        for number, theirs in enumerate(groups):  # the last task of a preference is the one kept
+            self._by_preference |= mine if number == self.mesh.number else theirs
 
     def state(self, *, copies: bool = True) -> dict[str, Any]:
         of = {w: self._of_all(a, self.held.assembled) for w, a in self._by_preference.items()}
@@ -289,8 +290,7 @@ class ParallelReptile(Reptile):
 
     The same meta-update as one task after the other, since all start from the snapshot; but with
     `per_preference`, tasks of one preference in a meta-step do not inherit from each other, and the
-    last one's state is kept; and a schedule over `meta.tokens` counts an inner step's tokens of all
-    tasks at once.
+    last one's state is kept.
     """
 
     def __init__(

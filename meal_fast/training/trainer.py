@@ -312,12 +312,13 @@ class Trainer:
         """Take one step of the outer loop: each preference's inner updates start from one theta."""
         preferences = self.recipe.preferences(self.config, self.step)
         progress = self.progress(self.done)
-        shares = self.mesh.shares(preferences, together=self.config.meta.adam == "per_preference")
+        meta = self.config.meta
+        inherits = meta.adam == "per_preference" and not meta.parallel
+        shares = self.mesh.shares(preferences, together=inherits)
         self.outer.begin(shares)  # keep theta
         groups = self.mesh.across_groups(lambda: self._inner_updates(shares[self.mesh.number]))
         self.journal.told_of(groups, at_once=self.config.meta.parallel)
-        told = self.outer.end(progress)  # theta += epsilon * mean(deltas)
-        self.journal.end_step(told)
+        self.journal.end_step(self.outer.end(progress))  # theta += epsilon * mean(deltas)
         self.tokens = self.journal.tokens
 
     def _inner_updates(self, mine: Drawn) -> list[Done]:

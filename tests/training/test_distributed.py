@@ -17,6 +17,14 @@ TWO = {
         (2, 1),
     ),
     "parallel": ({"meta": FEW | {"parallel": True, "tasks": 4}, "mesh": {"virtual": 1}}, (2, 1)),
+    "parallel, one preference in both groups": (
+        {
+            "meta": FEW | {"parallel": True, "tasks": 4, "adam": "per_preference"},
+            "preference": {"grid": 2},
+            "mesh": {"virtual": 1},
+        },
+        (2, 1),
+    ),
     "soups": ({"recipe": "rewarded-soups", "meta": FEW}, (2, 1)),
     "morlhf": ({"recipe": "morlhf", "meta": FEW}, (2, 1)),
     "data": ({"meta": FEW, "mesh": {"virtual": 2}}, (1, 2)),
