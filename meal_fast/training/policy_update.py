@@ -84,6 +84,10 @@ class PolicyUpdate:
         if self.policy.in_parts:
             self.outer.held.take_gradients()
             gradients = [p.grad for p in trained if p.grad is not None]
+        learned = {name: x.to(learned[name].dtype) for name, x in zip(learned, told, strict=True)}
+        # Without an ordered pair there is no gradient, as in one part: zeros would be a step of
+        # Adam's, along its momentum.
+        nothing = "pairs" in learned and not bool(learned["pairs"].any())
         for p, gradient in zip(trained, gradients, strict=True):
-            p.grad = gradient
-        return {name: x.to(learned[name].dtype) for name, x in zip(learned, told, strict=True)}
+            p.grad = None if nothing else gradient
+        return learned

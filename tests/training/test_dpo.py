@@ -5,7 +5,13 @@ import dataclasses
 import pytest
 import torch
 
+from meal_fast.config.config import from_dict
+from meal_fast.config.mesh import Layout
+from meal_fast.config.presets import preset
+from meal_fast.training.collectors.base import collected
+from meal_fast.training.distributed import Mesh
 from meal_fast.training.losses.dpo import dpo
+from meal_fast.training.trainer import Trainer
 from tests.helpers.processes import refused
 from tests.helpers.run_folder import tiny_config
 from tests.training.test_grpo import TEMPERATURE, gradients, logp_of, setting  # noqa: F401  (a fixture)
@@ -62,3 +68,21 @@ def test_what_cannot_be_paired_is_refused(setting, capfd, tmp_path):  # noqa: F8
         "rollout.samples=5",
         "even",
     )
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("virtual", [1, 2])
+def test_an_update_without_an_ordered_pair_is_no_step_in_any_number_of_parts(tmp_path, virtual):
+    changes = {"recipe": "mo-odpo", "grpo": {"beta": 0.1}, "score": {"calibration": 4}}
+    config = from_dict(changes | {"mesh": {"virtual": virtual}}, preset("tiny"))
+    trainer = Trainer(config, tmp_path / "run", mesh=Mesh(Layout(virtual=virtual)))
+    trainer.meta_step()  # Adam has a momentum now
+    trainer.step += 1
+    tasks = trainer.tasks([(0, (0.5, 0.5))], 0)
+    batch = collected(trainer.collector, trainer.objectives, tasks)
+    equal = dataclasses.replace(batch.scored, score_R=torch.zeros_like(batch.scored.score_R))
+    before = [p.detach().clone() for p in trainer.policy.trainable]
+    (told,) = trainer.update_policy(dataclasses.replace(batch, scored=equal), tasks)
+    assert told["pairs"] == told["loss"] == told["grad_norm"] == 0
+    for p, old in zip(trainer.policy.trainable, before, strict=True):
+        assert torch.equal(p, old)
