@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stderr
+from contextlib import nullcontext, redirect_stderr, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -166,7 +166,8 @@ def train(config: Config, args: TrainArgs) -> None:
             raise told from error
         except GivenUp as error:
             heard(f"meal-fast: stopped: {error}; {left(args.out, 'when you like')}")
-            mesh.close()
+            with suppress(ProcessLost):  # it need not wait for those that have left otherwise
+                mesh.close()
             sys.exit(130)
         except ProcessLost as error:
             lost(error, args.out)
@@ -193,6 +194,8 @@ def lost(error: Exception, out: Path) -> NoReturn:
 
 def left(out: Path, first: str) -> str:
     """Say what a run that broke off has left, and how to go on with it when `first` is done."""
+    if not (out / "config.json").is_file():
+        return f"there is no run yet: {first}, then start again"
     there = has_checkpoint(out)
     said = "the last checkpoint is good" if there else "there is no checkpoint yet"
     more = "" if there else ", which starts from the first update"

@@ -153,4 +153,13 @@ def world_of(environment: Mapping[str, str]) -> tuple[int, int]:
     return int(held[0]), int(held[1])
 
 
+def check_meeting(environment: Mapping[str, str]) -> None:
+    """Raise ValueError where the variables do not say where the processes meet."""
+    for name, what in (("MASTER_ADDR", "rank 0's address"), ("MASTER_PORT", "a free port of it")):
+        held = environment.get(name, "")
+        good = held.isdecimal() if name == "MASTER_PORT" else bool(held)
+        remedy = f"{what} is needed with RANK and WORLD_SIZE; start with torchrun, or unset these"
+        require(good, name, held, remedy)
+
+
 _START = "no process of a launcher's; start with torchrun or accelerate launch, or unset them"

@@ -103,6 +103,8 @@ class Display:
 
     def note(self, text: str) -> None:
         """Show a line that stays."""
+        if self._quiet:
+            return
         self._say(f"meal-fast: {text}", whole=True)
 
     def answers(self, rows: Sequence[Mapping[str, Any]]) -> None:

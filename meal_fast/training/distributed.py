@@ -26,7 +26,7 @@ from torch import Tensor
 from meal_fast.common import require
 from meal_fast.config.config import Config
 from meal_fast.config.errors import GivenUp, ProcessLost
-from meal_fast.config.mesh import Layout, layout, world_of
+from meal_fast.config.mesh import Layout, check_meeting, layout, world_of
 from meal_fast.data.preferences import Preference
 from meal_fast.models.threads import automatic
 
@@ -318,6 +318,7 @@ def start(config: Config) -> Mesh:
         # A launcher (Ray Train's) may have made it. Tensors go where they are, objects by gloo.
         made = not dist.is_initialized()
         if made:
+            check_meeting(os.environ)
             backend = "gloo" if on_cpu else "cpu:gloo,cuda:nccl"
             dist.init_process_group(backend, timeout=limit, **_restarted(rank, world, limit))
         # Here, not above: a run of one process does without.

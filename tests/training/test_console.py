@@ -220,3 +220,9 @@ def test_the_time_left_leaves_the_first_update_out_and_is_not_said_before_it_is_
 )
 def test_an_estimate_is_said_no_more_exactly_than_it_is_known(seconds, words):
     assert about(seconds) == words
+
+
+def test_of_several_processes_one_shows_warnings(capsys):
+    with Display(quiet=True) as display:
+        display.note("no response was kept")
+    assert capsys.readouterr() == ("", "")
