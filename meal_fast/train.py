@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 from meal_fast.common import say, tell
 from meal_fast.config.cli import TrainArgs, fail, one_line_errors, parse_train, require_packages
 from meal_fast.config.config import Config, to_dict
-from meal_fast.config.errors import GivenUp, ProcessLost
+from meal_fast.config.errors import GivenUp, ProcessLost, said_elsewhere
 from meal_fast.config.mesh import Layout, layout, world_of
 from meal_fast.config.plan import run_plan, whole_plan
 from meal_fast.config.resume import resume_command
@@ -156,8 +156,8 @@ def train(config: Config, args: TrainArgs) -> None:
                 )
             mesh.close()
         except OSError as error:
-            if quiet and getattr(error, "agreed", False):  # the main process has it too
-                sys.exit(2)
+            if quiet and getattr(error, "agreed", False):
+                said_elsewhere()
             what = f"out={str(args.out)!r}: {error.strerror or error}"
             fail(f"{what}; {left(args.out, 'make room')}")
         except ObjectiveError as error:

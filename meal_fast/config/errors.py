@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,15 @@ def fail(message: object) -> NoReturn:
     if len(line) > LONGEST:
         line = f"{line[: LONGEST // 2]} […] {line[-LONGEST // 2 :]}"
     print("meal-fast: error:", line, file=sys.stderr)
+    raise SystemExit(2)
+
+
+def said_elsewhere() -> NoReturn:
+    """Leave with exit code 2, and let the main process say first what it has as well.
+
+    A launcher ends all processes as soon as one has left so.
+    """
+    time.sleep(1.0)
     raise SystemExit(2)
 
 
@@ -102,7 +112,7 @@ def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
             if os.environ.get("MEAL_FAST_TRACEBACK"):
                 raise
             if getattr(error, "agreed", False) and os.environ.get("RANK", "0") != "0":
-                raise SystemExit(2) from None  # the main process has it too, and says it
+                said_elsewhere()
             fail(error)
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]

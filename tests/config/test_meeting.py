@@ -1,7 +1,10 @@
 """Processes that were started by hand: what their variables lack is told in one line."""
 
+import time
+
 import pytest
 
+from meal_fast.config.errors import one_line_errors
 from meal_fast.config.mesh import check_meeting
 from tests.helpers.processes import refused
 
@@ -33,3 +36,25 @@ def test_who_waited_in_vain_is_not_sent_to_a_run_that_is_not_there(tmp_path):
 
     said = left(tmp_path / "run", "see to it")
     assert said == "there is no run yet: see to it, then start again"
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_what_all_have_the_main_process_says_before_another_leaves(capsys, monkeypatch, rank):
+    """A launcher ends the main process when another has left: it has had time to say it."""
+
+    @one_line_errors
+    def main() -> None:
+        error = ValueError("grpo.lr=9: lower it")
+        error.agreed = True
+        raise error
+
+    monkeypatch.setenv("RANK", rank)
+    started = time.monotonic()
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    if rank == "0":
+        assert said == "meal-fast: error: grpo.lr=9: lower it\n"
+    else:
+        assert said == "" and time.monotonic() - started >= 0.5

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from meal_fast.config.run_dir import read_metrics
 from meal_fast.models.shards import gathered
 from meal_fast.training.distributed import start
 from meal_fast.training.trainer import Trainer
+from tests.helpers.ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 540  # seconds for all runs of a session
@@ -70,13 +70,6 @@ def environment(rank: int, world: int, port: int) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 def session(world: int, runs: Sequence[Run]) -> list[list[dict[str, Any]]]:
