@@ -106,6 +106,8 @@ def layout(config: Config, world: int) -> Layout:
     require(world >= 1, "processes", world, "at least one")
     shard, groups, data = mesh.shard, mesh.groups, mesh.data
     said = f"{world} process{'es' * (world != 1)} started"
+    device, remedy = config.policy.device, f"{said}, each with a card of its own; use auto or cuda"
+    require(world == 1 or ":" not in device, "policy.device", device, remedy)
     require(world % shard == 0, "mesh.shard", shard, f"{said}, which it must divide")
     if not groups and data:  # what these leave
         groups = max(world // (shard * data), 1)
