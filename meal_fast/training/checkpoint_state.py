@@ -94,6 +94,8 @@ def put_together(
         if kind == "tensor":
             return tensors(held, where)
         if kind == "empty":
+            if 0 not in held[1]:
+                raise ValueError("has a tensor without a value that is not empty")
             return torch.empty(held[1], dtype=dtype_of(held[0]))
         if kind == "float":
             return float(held)

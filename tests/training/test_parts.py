@@ -21,6 +21,11 @@ def requests(count, tasks=1):
     ]
 
 
+def drawn():
+    policy = tiny_policy(preset("tiny"))
+    return rollout(policy, requests(5), max_new_tokens=6, temperature=1.0, seed=0)
+
+
 @pytest.mark.parametrize(("count", "parts", "tasks"), [(4, 2, 1), (5, 3, 1), (4, 4, 2), (3, 1, 2)])
 def test_parts_are_neighbours_and_hold_every_request_once(count, parts, tasks):
     found = positions(requests(count, tasks), parts)
@@ -42,8 +47,8 @@ def test_rows_come_back_in_the_order_of_the_requests(parts):
     how = {"max_new_tokens": 6, "temperature": 1.0, "seed": 0}
     whole = rollout(policy, asked, **how)
     places = positions(asked, parts)
-    drawn = [moved(rollout(policy, [asked[i] for i in own], **how), "cpu") for own in places]
-    rolled, order_R = together(drawn, places)
+    parted = [moved(rollout(policy, [asked[i] for i in own], **how), "cpu") for own in places]
+    rolled, order_R = together(parted, places)
     for field in dataclasses.fields(whole):
         mine, theirs = getattr(rolled, field.name), getattr(whole, field.name)
         if field.name == "logp_RT":  # which a product of other rows beside it may round otherwise
@@ -51,13 +56,13 @@ def test_rows_come_back_in_the_order_of_the_requests(parts):
         elif field.name not in ("seconds", "prefill_tokens", "reused_tokens"):
             assert torch.equal(mine, theirs) if torch.is_tensor(mine) else mine == theirs
     assert rolled.groups == whole.groups and rolled.lengths == whole.lengths
-    numbers = torch.cat([d.tokens_RT.sum(1) for d in drawn])
+    numbers = torch.cat([d.tokens_RT.sum(1) for d in parted])
     assert torch.equal(numbers[order_R], whole.tokens_RT.sum(1))
 
 
 @pytest.mark.parametrize("of", [1, 2, 3, 8])
 def test_every_row_is_differentiated_once_and_no_group_is_split(of):
-    rolled = rollout(tiny_policy(preset("tiny")), requests(5), max_new_tokens=6, temperature=1.0, seed=0)
+    rolled = drawn()
     parts = [rows_of(rolled, Part(n, of)) for n in range(of)]
     assert [row for part in parts for row in part] == list(range(len(rolled.groups)))
     owners = {}
@@ -68,7 +73,7 @@ def test_every_row_is_differentiated_once_and_no_group_is_split(of):
 
 @pytest.mark.parametrize("of", [2, 3, 8])
 def test_parts_that_hold_a_model_together_make_as_many_passes(of):
-    rolled = rollout(tiny_policy(preset("tiny")), requests(5), max_new_tokens=6, temperature=1.0, seed=0)
+    rolled = drawn()
     made = [runs(rolled, 30, Part(n, of, even=True)) for n in range(of)]
     assert len({len(of_part) for of_part in made}) == 1
     real = [row for of_part in made for run in of_part if not run.dummy for row in run.rows]
