@@ -40,13 +40,17 @@ class Joint:
     ) -> None:
         self.held = Held(parameters)
         self.parameters: list[Tensor] = list(self.held.local)  # of this process: mostly all of them
-        self.meta, self.mesh = meta, mesh
+        self.meta, self.inner, self.mesh = meta, inner, mesh
         betas = (0.0, 0.999) if self._momentum_free() else (0.9, 0.999)
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=inner.lr, betas=betas, weight_decay=inner.weight_decay, fused=True
         )
         self.left_out = torch.zeros((), device=self.parameters[0].device)
         self._loss: Tensor | None = None
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Make what a kind of outer loop has beside these."""
 
     def _momentum_free(self) -> bool:
         return False
@@ -179,19 +183,12 @@ class Reptile(Joint):
     `reset`, fresh for every task; `per_preference`, kept for each preference seen.
     """
 
-    def __init__(
-        self,
-        parameters: Sequence[nn.Parameter],
-        meta: MetaConfig,
-        inner: GRPOConfig,
-        mesh: Mesh = ALONE,
-    ) -> None:
-        if meta.n_inner < 2:
+    def _prepare(self) -> None:
+        if self.meta.n_inner < 2:
             raise ValueError(
-                f"meta.n_inner={meta.n_inner}: Reptile needs at least 2 inner updates; "
+                f"meta.n_inner={self.meta.n_inner}: Reptile needs at least 2 inner updates; "
                 "with 1 it is joint training"
             )
-        super().__init__(parameters, meta, inner, mesh)
         self._theta: list[Tensor] = []
         self._start: AdamState = {}
         self._shares: Sequence[Drawn] = ()
@@ -222,9 +219,10 @@ class Reptile(Joint):
         """Add the task's delta to those of its neighbours, and v; per_preference: keep its Adam."""
         delta = list(torch._foreach_sub(self.parameters, self._theta))
         adam = self._adam()
-        size = float(self.held.norm(delta))
-        said = [size, size * size, float(bool(adam)), float(adam["step"][0]) if adam else 0.0]
-        told = torch.tensor(said, dtype=torch.float64, device=delta[0].device)
+        size = self.held.norm(delta).double()  # nothing waits for it
+        none = torch.zeros_like(size)
+        step = adam["step"][0].to(size) if adam else none
+        told = torch.stack([size, size * size, torch.ones_like(size) if adam else none, step])
         v: list[Tensor] = []
         if self.meta.adam == "persist_v":  # a task of skipped updates has none
             v = adam["exp_avg_sq"] if adam else [torch.zeros_like(x) for x in delta]
@@ -293,17 +291,12 @@ class ParallelReptile(Reptile):
     last one's state is kept.
     """
 
-    def __init__(
-        self,
-        parameters: Sequence[nn.Parameter],
-        meta: MetaConfig,
-        inner: GRPOConfig,
-        mesh: Mesh = ALONE,
-    ) -> None:
-        super().__init__(parameters, meta, inner, mesh)
-        at_once = max(len(mesh.layout.tasks(g, meta.tasks)) for g in range(mesh.layout.groups))
+    def _prepare(self) -> None:
+        super()._prepare()
+        laid, of = self.mesh.layout, (self.meta, self.inner, self.mesh)
+        at_once = max(len(laid.tasks(g, self.meta.tasks)) for g in range(laid.groups))
         self._lanes = [
-            Reptile([nn.Parameter(p.detach().clone()) for p in parameters], meta, inner, mesh)
+            Reptile([nn.Parameter(p.detach().clone()) for p in self.parameters], *of)
             for _ in range(at_once)
         ]
 
@@ -332,14 +325,7 @@ class Separate(Joint):
     mean square of the models' distances to their mean, over all parameters.
     """
 
-    def __init__(
-        self,
-        parameters: Sequence[nn.Parameter],
-        meta: MetaConfig,
-        inner: GRPOConfig,
-        mesh: Mesh = ALONE,
-    ) -> None:
-        super().__init__(parameters, meta, inner, mesh)
+    def _prepare(self) -> None:
         self._first = [p.detach().clone() for p in self.parameters]
         self._theta: dict[Preference, list[Tensor]] = {}
         self._of: dict[Preference, AdamState] = {}

@@ -372,12 +372,12 @@ class Trainer:
         """Say what an inner update was, task by task."""
         config, parts = self.config, batch.parts()
         scales, partial = self.collector.scales, self.objectives.partial
-        more = [of_responses(p, config.names, scales, partial=partial) | of_net for p in parts]
-        marks = config.evaluation.marks
-        rows = [
-            rows_of(task, part, config.names, marks) if self.mesh.leads else []
-            for task, part in zip(tasks, parts, strict=True)
-        ]
+        more: list[dict[str, Any]] = [{} for _ in parts]
+        rows: list[list[Row]] = [[] for _ in parts]
+        if self.mesh.leads:  # one of a group tells it
+            more = [of_responses(p, config.names, scales, partial=partial) | of_net for p in parts]
+            how = config.names, config.evaluation.marks
+            rows = [rows_of(task, p, *how) for task, p in zip(tasks, parts, strict=True)]
         times = {"rollout": batch.rolled.seconds, "collecting": collecting, "learning": clock.lap()}
         return done(tasks, parts, learned, more, rows, **times)
 

@@ -47,8 +47,8 @@ class TreeSum:
                 other = self.held.pop((level, place ^ 1), None)
                 if other is None:
                     break
-                # A sum of two is the same both ways round.
-                torch._foreach_add_(other, terms)
+                if terms:  # a sum of two is the same both ways round
+                    torch._foreach_add_(other, terms)
                 terms = other
             node = level + 1, place >> 1
         self.held[node] = terms
@@ -62,18 +62,10 @@ class TreeSum:
 
 def nodes(numbers: Iterable[int], count: int) -> list[Node]:
     """Name the sums that a process holds which has been given these leaves, of `count`."""
-    held: set[Node] = set()
+    tree = TreeSum(count)
     for number in numbers:
-        node = (0, number)
-        while node[0] < _height(count):
-            level, place = node
-            if (place ^ 1) << level < count:
-                if (level, place ^ 1) not in held:
-                    break
-                held.remove((level, place ^ 1))
-            node = level + 1, place >> 1
-        held.add(node)
-    return sorted(held)
+        tree.add(number, [])
+    return sorted(tree.held)
 
 
 def _height(count: int) -> int:

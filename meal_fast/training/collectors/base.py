@@ -59,6 +59,10 @@ class Sampled:
         self.policy, self.objectives, self.scales = policy, objectives, scales
         self.config, self.kind, self.mesh = config, score, mesh
         self.counts: dict[str, dict[str, int]] = {}  # of rows that were cut
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Make what a kind of collector has beside these."""
 
     @classmethod
     def check(cls, config: Config) -> None:

@@ -29,12 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meal_fast.config.config import Config
-from meal_fast.config.recipes import Score
 from meal_fast.data import preferences
-from meal_fast.data.objectives import Objectives
 from meal_fast.data.preferences import Preference
-from meal_fast.data.reward_statistics import Scales, constant
+from meal_fast.data.reward_statistics import constant
 from meal_fast.data_types import Rollout, Weighted, rng_seed
 from meal_fast.models.policy import Policy
 from meal_fast.ops.reference import scalarize
@@ -47,7 +44,6 @@ from meal_fast.rollout.rejection_rules import (
 )
 from meal_fast.rollout.rejection_sampler import Kept, together_log
 from meal_fast.training.batch import Batch, Hindsight, RngKey, Task
-from meal_fast.training.distributed import ALONE, Mesh
 from meal_fast.training.net_trainer import acceptance_weights, learned_preference
 from meal_fast.training.net_update import NetUpdate
 from meal_fast.training.parts import together
@@ -60,18 +56,10 @@ class Meal(Sampled):
 
     standardizes: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        policy: Policy,
-        objectives: Objectives,
-        scales: Scales,
-        config: Config,
-        score: Score,
-        mesh: Mesh = ALONE,
-    ) -> None:
-        super().__init__(policy, objectives, scales, config, score, mesh)
+    def prepare(self) -> None:
+        config = self.config
         if config.meal.rho < 1:  # else every preference is drawn: the static baseline has no net
-            self.net = NetUpdate(policy, scales, config, score, mesh)
+            self.net = NetUpdate(self.policy, self.scales, config, self.kind, self.mesh)
 
     def collect(self, tasks: Sequence[Task]) -> Batch:
         (task,) = tasks

@@ -34,18 +34,14 @@ import torch
 from torch import Tensor
 
 from meal_fast.config.config import Config
-from meal_fast.config.recipes import Score
-from meal_fast.data.objectives import Objectives
 from meal_fast.data.preferences import Goals, Preference
 from meal_fast.data.prompts import in_turn, read_answers
-from meal_fast.data.reward_statistics import Scales
 from meal_fast.data_types import Prompt, Rollout, Weighted, rng_seed
 from meal_fast.models.policy import Policy
 from meal_fast.rollout import Request
 from meal_fast.rollout.fitting import context_room
 from meal_fast.rollout.sequence import Drawn, as_drawn, gathered
 from meal_fast.training.batch import Batch, Task
-from meal_fast.training.distributed import ALONE, Mesh
 
 from .base import Sampled
 
@@ -64,16 +60,8 @@ class RiC(Sampled):
 
     standardizes: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        policy: Policy,
-        objectives: Objectives,
-        scales: Scales,
-        config: Config,
-        score: Score,
-        mesh: Mesh = ALONE,
-    ) -> None:
-        super().__init__(policy, objectives, scales, config, score, mesh)
+    def prepare(self) -> None:
+        policy, scales, config = self.policy, self.scales, self.config
         if scales.standard is None:
             raise ValueError(
                 "RiC statistics missing: statistics.json has no 'standard', by which rewards are "
