@@ -26,6 +26,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from meal_fast.common import first_line
+from meal_fast.config.errors import ProcessLost
+
 from .network import Network
 from .shards import gathered, is_shared, local, part_of
 from .shared_prefix import Packed
@@ -42,7 +45,7 @@ class Company:
 
     def __init__(self, mesh: DeviceMesh, timeout: float) -> None:
         ranks = sorted(mesh.mesh.flatten().tolist())
-        limit = timedelta(seconds=timeout)
+        self._timeout, limit = timeout, timedelta(seconds=timeout)
         self._group = dist.new_group(ranks, limit, "gloo", use_local_synchronization=True)
         self._passes = 0
         self._members = 0
@@ -65,7 +68,14 @@ class Company:
     def _compare(self, number: int, member: int) -> None:
         said = torch.tensor([number, member])
         held = [torch.empty_like(said) for _ in range(dist.get_world_size(self._group))]
-        dist.all_gather(held, said, group=self._group)
+        try:
+            dist.all_gather(held, said, group=self._group)
+        except RuntimeError as error:
+            raise ProcessLost(
+                f"rank {dist.get_rank()}: another process that holds the weights with it has "
+                f"ended, or did not answer within mesh.timeout={self._timeout:g} s "
+                f"({first_line(error)[:160]})"
+            ) from error
         if any(not torch.equal(said, other) for other in held):
             passes = [int(n) for n, _ in held]
             ended = [rank for rank, (_, which) in enumerate(held) if not int(which)]

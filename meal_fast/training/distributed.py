@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from meal_fast.common import require
+from meal_fast.common import first_line, require
 from meal_fast.config.config import Config
 from meal_fast.config.errors import GivenUp, ProcessLost
 from meal_fast.config.mesh import Layout, check_meeting, layout, world_of
@@ -270,7 +270,7 @@ class Mesh:
             raise ProcessLost(
                 f"rank {self.rank} of {self.world}: another process has ended, or did not answer "
                 f"within mesh.timeout={self.timeout:g} s; its own message says why "
-                f"({_short(error)})"
+                f"({first_line(error)})"
             ) from error
 
 
@@ -351,7 +351,7 @@ def _deadline(rank: int, world: int, seconds: float) -> Iterator[timedelta]:
     except RuntimeError as error:  # of the store that processes meet at
         raise ProcessLost(
             f"rank {rank} of {world}: not all processes came within mesh.timeout={seconds:g} s "
-            f"({_short(error)})"
+            f"({first_line(error)})"
         ) from error
 
 
@@ -382,8 +382,3 @@ def _portable(error: BaseException | None) -> BaseException | None:
         return error
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
-
-
-def _short(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__

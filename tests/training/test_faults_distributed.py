@@ -32,6 +32,7 @@ LAYOUTS = {
     "groups": ["--mesh.groups", "2", "--mesh.data", "1"],
     "data": ["--mesh.groups", "1", "--mesh.data", "2"],
 }
+SHARDS = {"shards": ["--mesh.groups", "1", "--mesh.shard", "2"]}
 STOPS = (signal.SIGTERM, signal.SIGUSR1)
 GONE = 60  # seconds until the last process has left, on a machine that is busy with other tests
 
@@ -74,11 +75,11 @@ def first_update(said: str) -> int:
 
 
 @pytest.mark.reliability("fault", "kill -9 of one process of two, in mid-run")
-@pytest.mark.parametrize(("layout", "killed"), cases(("groups", 1), of=(LAYOUTS, (0, 1))))
+@pytest.mark.parametrize(("layout", "killed"), cases(("groups", 1), of=(LAYOUTS | SHARDS, (0, 1))))
 def test_a_killed_process_takes_the_others_with_it(
     tmp_path, straight, layout, killed, record_property
 ):
-    run, options = tmp_path / "run", LAYOUTS[layout]
+    run, options = tmp_path / "run", (LAYOUTS | SHARDS)[layout]
     with Ranks(tmp_path / "first", *TINY, *options, "--out", str(run)) as ranks:
         ranks.start().until(lambda: lines(run) >= 4 * IN_STEP)
         sent = ranks.send(killed, signal.SIGKILL)
